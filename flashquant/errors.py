@@ -10,7 +10,10 @@ FlashquantError
     ├── MisfitTensor             shape, dtype, device or values of an incoming tensor are wrong
     ├── IncompleteUpdate         a strict update ended before everything had arrived
     ├── TornWeights              the live weights are a mixture, so the engine refuses to serve
-    └── MovedTensor              a live tensor is not where, or not what, it was
+    ├── SleepingWeights          the engine has put its weights away, so none can be written
+    ├── MovedTensor              a live tensor is not where, or not what, it was
+    ├── PeerFailed               another worker refused the update, so this one went back too
+    └── WorkerLost               a worker's process ended in the middle of an update
 
 Each takes one message and nothing else, so it pickles on its way from a worker
 to the front end. A message says what is, what should be, and what to do. Where
@@ -61,3 +64,15 @@ class TornWeights(ReloadError):
 
 class MovedTensor(ReloadError):
     """A live tensor changed its address, shape, stride or dtype."""
+
+
+class SleepingWeights(ReloadError):
+    """The engine has put its weights away; there is no memory to write into."""
+
+
+class PeerFailed(ReloadError):
+    """Another worker refused the update, so this one went back to the old weights too."""
+
+
+class WorkerLost(ReloadError):
+    """The process of a worker ended in the middle of an update."""

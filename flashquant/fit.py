@@ -11,6 +11,21 @@ from torch import Tensor
 from flashquant.errors import MisfitTensor
 from flashquant.schemes.absmax import absmax
 
+# What a trainer may send; each is quantized from its own precision.
+_SENT = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def check_plain(name: str, value: object) -> None:
+    """An ordinary tensor: neither another library's array, nor sharded, nor sparse."""
+    if not isinstance(value, Tensor):
+        raise MisfitTensor(f"{name} is a {type(value).__name__}; send a torch.Tensor")
+    if hasattr(value, "full_tensor"):
+        raise MisfitTensor(
+            f"{name} is a sharded {type(value).__name__}; send what its full_tensor() returns"
+        )
+    if value.layout is not torch.strided:
+        raise MisfitTensor(f"{name} is laid out as {value.layout}; send a dense tensor")
+
 
 def check_form(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
     """The whole, unsharded tensor, with values in it."""
@@ -25,7 +40,7 @@ def check_form(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
 
 def check_dtype(name: str, sent: torch.dtype, stored: torch.dtype) -> None:
     """Floats go anywhere; codes only into parameters of their own dtype."""
-    if sent == stored or (sent.is_floating_point and sent.itemsize > 1):
+    if sent == stored or sent in _SENT:
         return
     raise MisfitTensor(
         f"{name} is {sent}, but the engine stores {stored}. "

@@ -9,8 +9,10 @@ logs. Times are seconds, sizes are bytes; `str()` prints ms and MB (10^6 bytes).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from flashquant.verify import digest
 
 _NAMES_SHOWN = 3
 _DIGEST_SHOWN = 12
@@ -24,13 +26,15 @@ class ReloadReport:
         version: how many updates this model has committed, this one included.
         tensors: incoming tensors read.
         bytes_in: bytes of these tensors, as the trainer sent them.
-        bytes_out: bytes written into live storage.
+        bytes_out: bytes written into live storage, of all workers.
+        undo_bytes: host memory that the undo log took, of all workers; 0 with `atomic=False`.
         seconds: wall time from the first tensor to the last check.
         phases: seconds spent in each phase, by its name.
         layers_committed: layers that now serve the new weights.
         ignored: names the engine's own loader drops, such as a tied `lm_head.weight`.
         pending: parameters that have not arrived, so their layers still serve old weights.
         digest: fingerprint of all live weights (hex), or None where it was not taken.
+        ranks: the digest of each worker, by rank; they hold different shards.
 
     """
 
@@ -38,12 +42,34 @@ class ReloadReport:
     tensors: int
     bytes_in: int
     bytes_out: int
+    undo_bytes: int
     seconds: float
     phases: Mapping[str, float]
     layers_committed: int
     ignored: tuple[str, ...]
     pending: tuple[str, ...]
     digest: str | None
+    ranks: tuple[str | None, ...]
+
+    @classmethod
+    def of_workers(cls, reports: Sequence[ReloadReport]) -> ReloadReport:
+        """One report of an update that every worker has committed, in order of rank.
+
+        Every worker reads all incoming tensors and writes its own shard of them.
+        The slowest one is what the trainer waited for.
+        """
+        slowest = max(reports, key=lambda report: report.seconds)
+        ranks = tuple(part for report in reports for part in report.ranks)
+        return replace(
+            reports[0],
+            bytes_out=sum(report.bytes_out for report in reports),
+            undo_bytes=sum(report.undo_bytes for report in reports),
+            seconds=slowest.seconds,
+            phases=slowest.phases,
+            pending=tuple(dict.fromkeys(name for report in reports for name in report.pending)),
+            digest=_digest_of(ranks),
+            ranks=ranks,
+        )
 
     def __str__(self) -> str:
         """One line for a log."""
@@ -55,6 +81,8 @@ class ReloadReport:
             f"{self.layers_committed} layers in {_ms(self.seconds)}"
             + (f" ({phases})" if phases else ""),
         ]
+        if self.undo_bytes:
+            parts.append(f"undo log {_mb(self.undo_bytes)}")
         if self.ignored:
             parts.append(f"ignored {some_of(self.ignored)}")
         if self.pending:
@@ -72,8 +100,12 @@ class Status:
         scheme: canonical name of the scheme its layers are stored in.
         version: how many updates it has committed; 0 is the checkpoint it started on.
         torn: its live weights are a mixture and it refuses to serve.
+        asleep: the engine has put its weights away; no push is taken until it wakes up.
         pending: layer -> parameters that must still arrive before it can commit.
-        digest: fingerprint of all live weights (hex).
+        digest: fingerprint of all live weights (hex); None while they are asleep.
+        ranks: the digest of each worker, by rank; they hold different shards.
+        parameters: the fingerprint of each thing the kernels read, by name; with several
+            workers, by `rank 1: name`.
         direct: layers that nothing is made of: values are copied into live storage.
         staged: layers gathered beside the live storage, processed there by the engine's
             own code, then carried into it.
@@ -85,11 +117,37 @@ class Status:
     scheme: str
     version: int
     torn: bool
+    asleep: bool
     pending: Mapping[str, tuple[str, ...]]
-    digest: str
+    digest: str | None
+    ranks: tuple[str | None, ...]
+    parameters: Mapping[str, str]
     direct: tuple[str, ...]
     staged: tuple[str, ...]
     fallback: tuple[str, ...]
+
+    @classmethod
+    def of_workers(cls, statuses: Sequence[Status]) -> Status:
+        """One status of an engine, from those of its workers in order of rank."""
+        if len(statuses) == 1:
+            return statuses[0]
+        ranks = tuple(part for status in statuses for part in status.ranks)
+        pending: dict[str, tuple[str, ...]] = {}
+        for status in statuses:
+            pending |= status.pending
+        return replace(
+            statuses[0],
+            torn=any(status.torn for status in statuses),
+            asleep=any(status.asleep for status in statuses),
+            pending=pending,
+            digest=_digest_of(ranks),
+            ranks=ranks,
+            parameters={
+                f"rank {rank}: {name}": part
+                for rank, status in enumerate(statuses)
+                for name, part in status.parameters.items()
+            },
+        )
 
     def __str__(self) -> str:
         """One line for a log."""
@@ -103,9 +161,20 @@ class Status:
         ]
         if self.torn:
             parts.append("TORN, refuses to serve until a complete reload")
+        if self.asleep:
+            parts.append("asleep")
         parts += [f"{layer} waits for {some_of(names)}" for layer, names in self.pending.items()]
-        parts.append(f"digest {self.digest[:_DIGEST_SHOWN]}")
+        if self.digest is not None:
+            parts.append(f"digest {self.digest[:_DIGEST_SHOWN]}")
         return ", ".join(parts)
+
+
+def _digest_of(ranks: Sequence[str | None]) -> str | None:
+    """One digest of a whole engine: that of its only worker, or one of all of theirs."""
+    if len(ranks) == 1:
+        return ranks[0]
+    known = {str(rank): part for rank, part in enumerate(ranks) if part is not None}
+    return digest(known) if len(known) == len(ranks) else None
 
 
 def _mb(size: int) -> str:

@@ -1,66 +1,82 @@
 """One session a model: the only room that knows the order.
 
     for each tensor:  plan it (once) -> quantize it -> write it -> commit its layer
-    at the end:       all arrived, none moved; or everything as it was before
+    at the end:       all arrived, none moved, all workers agree; or everything as it was before
 
 A push outside a bracket is a transaction of its own; a layer goes live when the
 last of its shards has arrived, in whichever push. Inside a bracket (`begin` to
 `finish`) nothing stands until the end.
+
+What is under way is noted before anything is touched, and crossed out when it
+stands or has been taken back. So whatever cuts in, whoever comes next finds it.
 """
 
 from __future__ import annotations
 
-import difflib
+import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
+from flashquant.agree import Ballot
+from flashquant.checks import Checks
 from flashquant.engine import Engine, Layer
-from flashquant.errors import (
-    IncompleteUpdate,
-    MisfitTensor,
-    MovedTensor,
-    ReloadError,
-    TornWeights,
-    UnknownWeight,
-)
-from flashquant.fit import check_dtype, check_finite, check_form
+from flashquant.errors import IncompleteUpdate, MisfitTensor, MovedTensor, ReloadError, TornWeights
+from flashquant.fit import check_dtype, check_finite, check_form, check_plain
+from flashquant.health import Health
+from flashquant.interrupts import uninterrupted
 from flashquant.plan import Replay, TensorPlan, WritePlan
 from flashquant.quantize import as_stored
 from flashquant.report import ReloadReport, Status, some_of
+from flashquant.routes import Routes
 from flashquant.schemes.stored import holds_codes
-from flashquant.trace import trace, trace_one
 from flashquant.undo import UndoLog
 from flashquant.update import Update
-from flashquant.verify import check_unmoved, digest, footprints
+from flashquant.verify import Footprint, check_unmoved, digest, digests, footprints
 from flashquant.weights import NamedTensors, Weights, named_tensors
+
+logger = logging.getLogger(__name__)
 
 
 class Session:
-    """Brings pushed weights into one serving model, in place, all or nothing."""
+    """Brings pushed weights into one serving model, in place, all or nothing.
 
-    def __init__(self, engine: Engine) -> None:
+    Args:
+        engine: the model, as `flashquant.engine` describes it.
+        checks: which proofs every reload carries.
+        ballot: the voice of this worker among several; None where it is the only one.
+
+    """
+
+    def __init__(
+        self, engine: Engine, *, checks: Checks | None = None, ballot: Ballot | None = None
+    ) -> None:
         self._engine = engine
-        self._plan = WritePlan()
-        self._checkpoint: dict[str, tuple[torch.Size, torch.dtype]] = {}
+        self._checks = checks or Checks()
+        self._ballot = ballot
+        self._routes = Routes(engine)
         self._homes: dict[str, Layer] = {}
-        self._update: Update | None = None
-        self._failed = False  # a bracket was rolled back, and has not been closed yet
+        self._update: Update | None = None  # under way; a bracket also when it was rolled back
+        self.health = Health()
         self.version = 0
-        self.torn = False
 
     @property
     def plan(self) -> WritePlan:
         """Where every name seen so far lands."""
-        return self._plan
+        return self._routes.plan
 
     @property
     def live(self) -> bool:
         """Whether the model has been loaded and processed, so that pushes are reloads."""
         return bool(self._homes)
+
+    @property
+    def rank(self) -> int:
+        """Of this worker in its engine."""
+        return 0 if self._ballot is None else self._ballot.rank
 
     def first_load(self, weights: NamedTensors) -> object:
         """Load the checkpoint the engine starts on: the same stream, the engine's own writes."""
@@ -84,28 +100,25 @@ class Session:
                 (before `begin`, inside a bracket).
 
         """
-        if self._failed:
+        self._take_back_what_was_cut_off()
+        update = self._update
+        if update is None:
+            self.health.check_writable()
+            self._update = update = Update(UndoLog())
+        elif update.over:
             raise ReloadError(
                 "this update failed and was rolled back; the old weights are served. Finish it, or "
                 "begin a new one, before you push again."
             )
-        update = self._update or Update(UndoLog())
-        with self._all_or_nothing(update), torch.no_grad():
-            written = self._take(weights, update)
-        if not update.bracket:
-            self._stand(update)
-        return written
+        with self._all_or_nothing(update, stands=not update.bracket), torch.no_grad():
+            return self._take(weights, update)
 
     def begin(self, *, atomic: bool = True) -> None:
-        """Open a bracket: nothing stands until `finish`. What half arrived before is dropped."""
-        if self._update is not None:
-            raise ReloadError("an update is under way already; finish it before you begin another")
-        for layer in self._engine.layers:
-            layer.drop()
-        self._failed = False
-        self._update = Update(
-            UndoLog(keep=atomic), bracket=True, before=footprints(self._tensors())
-        )
+        """Open a bracket: nothing stands until `finish`. What half arrived before is dropped.
+
+        A bracket that is still open, because whoever began it went away, is rolled back.
+        """
+        self._begin(atomic=atomic)
 
     def finish(self, *, strict: bool = False) -> None:
         """Close the bracket.
@@ -117,40 +130,37 @@ class Session:
         Raises:
             IncompleteUpdate: not everything arrived.
                 Everything is as it was before `begin`.
+            PeerFailed: another worker refused; likewise.
             MovedTensor: a live tensor is not where it was. The engine is torn.
 
         """
-        update, self._failed = self._update, False
-        if update is None:
+        self._take_back_what_was_cut_off()
+        update = self._update
+        if update is None or update.over:
+            self._update = None
             raise ReloadError(
                 "no update is under way: it failed and was rolled back, or it never began"
             )
         try:
-            with self._all_or_nothing(update):
+            with self._all_or_nothing(update, stands=True):
                 self._check_complete(update, strict=strict)
-                check_unmoved(update.before, footprints(self._tensors()))
-        except MovedTensor:
-            # The undo log wrote to the old memory, which nobody may be reading any more.
-            self.torn = True
-            raise
+                self._check_unmoved(update.before, *self._engine.layers)
+                if self._ballot is not None and update.round is not None:
+                    self._ballot.agree(update.round)
         finally:
-            self._failed = False  # closed, whichever way
-        self._update = None
-        self._stand(update)
-        if self._missing_targets(update) == ():
-            self.torn = False
+            if update.over:
+                self._update = None  # closed, whichever way
 
     def abandon(self) -> None:
         """Close a bracket that will not be finished: roll it back, if it is still open."""
         if self._update is not None:
-            self._roll_back(self._update)
-        self._failed = False
+            self._roll_back(self._update, ReloadError("the update was abandoned"))
+        self._update = None
 
     def reload(self, weights: Weights, *, atomic: bool = True, strict: bool = True) -> ReloadReport:
         """One whole update: `begin`, push everything, `finish`, and a report of it."""
         start = time.perf_counter()
-        self.begin(atomic=atomic)
-        update = self._update
+        update = self._begin(atomic=atomic)
         try:
             self.push(named_tensors(weights))
             self.finish(strict=strict)
@@ -158,33 +168,47 @@ class Session:
             self.abandon()
         return self._report(update, start)
 
-    def refuse_if_torn(self) -> None:
-        """Raise rather than let a mixture of two policies generate."""
-        if self._update is not None and self._update.committed:
+    def check_servable(self) -> None:
+        """Raise TornWeights rather than let a mixture of two policies generate."""
+        self.health.check_servable()
+        self._take_back_what_was_cut_off()
+        if self._update is not None and not self._update.over and self._update.committed:
             raise TornWeights(
                 "an update is under way, and some layers serve the new weights already. Finish it "
                 "before the engine generates."
             )
-        if self.torn:
-            raise TornWeights(
-                "the last update failed and could not be undone (atomic=False, or a live tensor "
-                "had moved), so the live weights are a mixture of two policies. Push one complete "
-                "update; generation resumes after it."
-            )
+
+    def sleep(self, *, keeps_weights: bool) -> None:
+        """The engine is about to put its weights away, for good unless `keeps_weights`."""
+        self.abandon()
+        for layer in self._engine.layers:
+            layer.drop()
+        self.health.asleep = True
+        if not keeps_weights:
+            self.health.tear(self._routes.wanted)
+
+    def wake_up(self) -> None:
+        """There is memory behind the weights again."""
+        self.health.asleep = False
 
     def status(self) -> Status:
-        """How the model stands: version, pending shards, roads and a fresh digest."""
+        """How the model stands: version, pending shards, roads and fresh digests."""
         by_road: dict[str, list[str]] = {"direct": [], "staged": [], "fallback": []}
-        replayed = {target for name in self._plan.names for target in _replayed(self._plan[name])}
+        replayed = self._routes.replayed
         for layer in self._engine.layers:
-            road = "fallback" if replayed & set(layer.targets) else layer.road
+            road = layer.road if replayed.isdisjoint(layer.targets) else "fallback"
             by_road[road].append(layer.name)
+        parameters = {} if self.health.asleep else self.digests()
+        whole = digest(parameters) if parameters else None
         return Status(
             scheme=self._engine.scheme,
             version=self.version,
-            torn=self.torn,
+            torn=self.health.torn,
+            asleep=self.health.asleep,
             pending={layer.name: layer.missing for layer in self._engine.layers if layer.missing},
-            digest=self.digest(),
+            digest=whole,
+            ranks=(whole,),
+            parameters=parameters,
             direct=tuple(by_road["direct"]),
             staged=tuple(by_road["staged"]),
             fallback=tuple(by_road["fallback"]),
@@ -192,23 +216,48 @@ class Session:
 
     def digest(self) -> str:
         """Fingerprint of everything the kernels read, equal for equal policies."""
-        return digest(item for layer in self._engine.layers for item in layer.contents())
+        return digest(self.digests())
+
+    def digests(self) -> dict[str, str]:
+        """The same for each thing they read, by name."""
+        return digests(item for layer in self._engine.layers for item in layer.contents())
+
+    def _begin(self, *, atomic: bool) -> Update:
+        self._take_back_what_was_cut_off()
+        if self._update is not None and not self._update.over:
+            logger.warning("an update was begun and never finished; it is rolled back")
+            self._roll_back(self._update, ReloadError("another update began"))
+        self._update = update = Update(UndoLog(keep=atomic), bracket=True, busy=True)
+        try:
+            update.round = None if self._ballot is None else self._ballot.open()
+            self.health.check_writable()
+            for layer in self._engine.layers:
+                layer.drop()
+            update.before = self._footprints(*self._engine.layers)
+        except BaseException as failure:
+            self._roll_back(update, failure)
+            self._update = None
+            raise
+        update.busy = False
+        return update
 
     def _first(self, weights: NamedTensors) -> Iterator[tuple[str, Tensor]]:
         quantized = any(holds_codes(meta.dtype) for meta in self._engine.targets.values())
         for name, tensor in weights:
-            self._checkpoint[name] = (tensor.shape, tensor.dtype)
+            self._routes.note(name, tensor)
             if not quantized:
                 yield name, tensor
                 continue
-            if name not in self._plan:
-                self._plan.add(self._trace_one(name, tensor))
+            self._routes.learn(name, tensor)
             yield from self._as_stored(name, tensor)
 
     def _take(self, weights: NamedTensors, update: Update) -> set[str]:
         """Plan, quantize, write and commit, one tensor at a time."""
         written: set[str] = set()
         for name, sent in weights:
+            if update.over:
+                raise ReloadError(f"the update was rolled back before {name} arrived; send it anew")
+            check_plain(name, sent)
             tensor = sent.detach()
             update.tensors += 1
             update.bytes_in += tensor.nbytes
@@ -218,7 +267,7 @@ class Session:
                 stored = dict(self._as_stored(name, tensor))
             update.names.update(stored)
             for stored_name, values in stored.items():
-                entry = self._entry(stored_name, values)
+                entry = self._routes.of(stored_name, values)
                 with update.phase("write"):
                     self._write(entry, values, update)
                 written.update(entry.targets)
@@ -226,40 +275,11 @@ class Session:
                     self._commit(entry, update)
         return written
 
-    def _entry(self, name: str, tensor: Tensor) -> TensorPlan:
-        """The plan of a name; the first time it comes by, the engine's loader is watched."""
-        if name in self._plan:
-            return self._plan[name]
-        untraced = {
-            known: _meta(*form)
-            for known, form in self._checkpoint.items()
-            if known not in self._plan
-        }
-        if name in untraced:
-            self._plan.add(self._trace(untraced))
-        if name not in self._plan:
-            self._plan.add(self._trace_one(name, tensor))
-        return self._plan[name]
-
-    def _trace(self, incoming: Mapping[str, Tensor]) -> dict[str, TensorPlan]:
-        with self._engine.laid_out():
-            return trace(self._engine.load, incoming, self._engine.targets)
-
-    def _trace_one(self, name: str, tensor: Tensor) -> dict[str, TensorPlan]:
-        meta = _meta(tensor.shape, tensor.dtype)
-        with self._engine.laid_out():
-            return trace_one(self._engine.load, name, meta, self._engine.targets)
-
     def _check_fits(self, name: str, tensor: Tensor, update: Update) -> None:
         """Refuse a tensor before anything is touched."""
         if name in update.names:
             raise MisfitTensor(f"{name} arrived twice in one update; send each tensor once")
-        try:
-            entry = self._entry(name, tensor)
-        except UnknownWeight as unknown:
-            near = difflib.get_close_matches(name, self._checkpoint, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise UnknownWeight(f"{unknown}.{hint}") from unknown
+        entry = self._routes.of(name, tensor)
         check_form(name, tensor, entry.shape)
         for target in entry.targets:
             check_dtype(name, tensor.dtype, self._engine.targets[target].dtype)
@@ -268,7 +288,7 @@ class Session:
             update.ignored.append(name)
 
     def _as_stored(self, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-        return as_stored(name, tensor, self._plan[name].targets, self._engine.targets)
+        return as_stored(name, tensor, self.plan[name].targets, self._engine.targets)
 
     def _write(self, entry: TensorPlan, tensor: Tensor, update: Update) -> None:
         tensor = tensor.contiguous()
@@ -278,9 +298,9 @@ class Session:
             mine = update.staged[stage]
             if step.target_view not in mine:
                 stage.remember({step.target_view}, update.undo, values=True)
+            mine.add(step.target_view)  # before it arrives, so that it can be taken back
             if not isinstance(step, Replay):
                 layer.receive(step, tensor, update.undo)
-            mine.add(step.target_view)
             update.arrived.add(step.target)
         if entry.needs_loader:
             self._replay(entry, tensor)
@@ -303,31 +323,74 @@ class Session:
             for stage in map(layer.stage, layer.targets):
                 earlier = stage.windows - update.staged[stage]
                 stage.remember(earlier, update.undo, values=False)
-            update.bytes_out += layer.commit(update.undo)
+            update.live.update(target for target in layer.targets if layer.stage(target).started)
             update.committed.add(layer.name)
+            before = {} if update.bracket else self._footprints(layer)
+            update.bytes_out += layer.commit(update.undo)
+            if not update.bracket:
+                self._check_unmoved(before, layer)
 
     @contextmanager
-    def _all_or_nothing(self, update: Update) -> Iterator[None]:
-        """Leave with everything done, or with everything as it was."""
-        with ExitStack() as stack:
-            stack.callback(self._roll_back, update)
-            yield
-            stack.pop_all()
+    def _all_or_nothing(self, update: Update, *, stands: bool) -> Iterator[None]:
+        """Leave with everything done, or with everything as it was.
 
-    def _roll_back(self, update: Update) -> None:
-        self._update, self._failed = None, update.bracket
-        torn = self.torn or not update.undo.can_restore
-        self.torn = True  # until everything below has been done
-        for stage, views in update.staged.items():
-            for view in views:
-                stage.forget(view)
-        update.undo.restore()
-        self.torn = torn
+        Args:
+            update: what to take back.
+            stands: whether the update is complete when the block is.
+
+        """
+        update.busy = True
+        try:
+            yield
+            with uninterrupted():
+                if stands:
+                    self._stand(update)
+                update.busy = False
+        except BaseException as failure:
+            self._roll_back(update, failure)
+            raise
+
+    def _take_back_what_was_cut_off(self) -> None:
+        """Roll back an update whose own call could not, as when it was interrupted twice."""
+        if self._update is not None and self._update.busy:
+            logger.warning("an update was cut off in the middle of a call; it is rolled back")
+            self._roll_back(self._update, ReloadError("it was cut off"))
+
+    def _roll_back(self, update: Update, failure: BaseException) -> None:
+        """Take an update back, unless it stands, or the workers have agreed that it does."""
+        if update.over:
+            return
+        with uninterrupted():
+            if self._all_have_agreed(update, failure):
+                self._stand(update)
+                return
+            stale = self.health.stale
+            self.health.tear(self._homes)  # until everything below has been done
+            self.health.moved |= isinstance(failure, MovedTensor)
+            for stage, views in update.staged.items():
+                for view in views:
+                    stage.forget(view)
+            update.undo.restore()
+            lost = () if update.undo.can_restore else self._routes.wanted
+            self.health.stale = stale.union(lost)
+            update.busy, update.over = False, True
+            if not update.bracket:
+                self._update = None
+
+    def _all_have_agreed(self, update: Update, failure: BaseException) -> bool:
+        """Whether it is too late to go back; if not, no other worker will commit either."""
+        if self._ballot is None or update.round is None:
+            return False
+        return not self._ballot.refuse(update.round, failure)
 
     def _stand(self, update: Update) -> None:
+        """Nothing can take it back any more."""
         update.undo.forget()
         if update.committed:
             self.version += 1
+        self.health.heal(update.live)
+        update.busy, update.over = False, True
+        self._update = None
 
     def _check_complete(self, update: Update, *, strict: bool) -> None:
         pending = {layer.name: layer.missing for layer in self._engine.layers if layer.missing}
@@ -338,52 +401,37 @@ class Session:
                 f"{some_of(parameters)} is not complete. Send every shard of a fused layer; "
                 "the old weights are still served."
             )
-        missing = self._missing_targets(update) if strict else ()
-        if missing:
+        missing = [target for target in self._routes.wanted if target not in update.arrived]
+        if strict and missing:
             raise IncompleteUpdate(
                 f"the update ended without {len(missing)} of the engine's parameters: "
                 f"{some_of(missing)}. Send all of them, or pass strict=False to keep the old ones."
             )
 
-    def _missing_targets(self, update: Update) -> tuple[str, ...]:
-        """Parameters that the engine's checkpoint filled and this update did not.
+    def _footprints(self, *layers: Layer) -> dict[str, Footprint]:
+        if not self._checks.ledger:
+            return {}
+        return footprints(item for layer in layers for item in layer.tensors())
 
-        An engine that started without one (dummy weights) needs all of them.
-        """
-        if not self._checkpoint:
-            return tuple(name for name in self._engine.targets if name not in update.arrived)
-        wanted = dict.fromkeys(
-            target
-            for name, form in self._checkpoint.items()
-            for target in self._entry(name, _meta(*form)).targets
-        )
-        return tuple(target for target in wanted if target not in update.arrived)
+    def _check_unmoved(self, before: dict[str, Footprint], *layers: Layer) -> None:
+        check_unmoved(before, self._footprints(*layers))
 
-    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
-        return (item for layer in self._engine.layers for item in layer.tensors())
-
-    def _report(self, update: Update | None, start: float) -> ReloadReport:
-        if update is None:
-            raise ReloadError("nothing was reloaded")
-        with update.phase("digest"):
-            digest = self.digest()
+    def _report(self, update: Update, start: float) -> ReloadReport:
+        whole = None
+        if self._checks.digest:
+            with update.phase("digest"):
+                whole = self.digest()
         return ReloadReport(
             version=self.version,
             tensors=update.tensors,
             bytes_in=update.bytes_in,
             bytes_out=update.bytes_out,
+            undo_bytes=update.undo.bytes,
             seconds=time.perf_counter() - start,
             phases=dict(update.seconds),
             layers_committed=len(update.committed),
             ignored=tuple(update.ignored),
             pending=tuple(target for layer in self._engine.layers for target in layer.missing),
-            digest=digest,
+            digest=whole,
+            ranks=(whole,),
         )
-
-
-def _meta(shape: Iterable[int], dtype: torch.dtype) -> Tensor:
-    return torch.empty(tuple(shape), dtype=dtype, device="meta")
-
-
-def _replayed(entry: TensorPlan) -> Iterator[str]:
-    return (step.target for step in entry.steps if isinstance(step, Replay))

@@ -7,16 +7,26 @@ the kernels read (one byte a weight in an 8-bit scheme), never the bf16 source.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 
 class UndoLog:
     """The old values of one transaction, oldest first.
 
+    Every step says how something was, not what to do to what is there now: so it
+    may be played whether or not the change it answers came about, and twice.
+
     With `keep=False` nothing is remembered: the caller has chosen memory over
     the way back, and `can_restore` says so.
+
+    Attributes:
+        bytes: host memory that the copies took, in bytes; stays after `forget`.
+        touched: whether live weights have been, or were about to be, overwritten.
+
     """
 
     def __init__(self, *, keep: bool = True) -> None:
@@ -35,22 +45,37 @@ class UndoLog:
         self.touched = True
         if not self._keep:
             return
-        old = live.detach().to("cpu", copy=True)
+        live = live.detach()
+        old = _on_host(live)
+        self._steps.append(functools.partial(live.copy_, old))
         self.bytes += old.nbytes
-        self._steps.append(lambda: live.detach().copy_(old))
 
     def remember_how(self, undo: Callable[[], object], *, live: bool = True) -> None:
-        """Note an action that reverses the one about to be taken, on live weights or staged."""
+        """Note an action that reverses the one about to be taken, on live weights or staged.
+
+        Args:
+            undo: sets things to how they are now; harmless where they still are.
+            live: whether it is live weights that are about to change.
+
+        """
         self.touched = self.touched or live
         if self._keep:
             self._steps.append(undo)
 
     def restore(self) -> None:
-        """Play the log backwards; a second call does nothing."""
+        """Play the log backwards; a second call plays what the first could not."""
         while self._steps:
-            self._steps.pop()()
+            self._steps[-1]()
+            self._steps.pop()
 
     def forget(self) -> None:
         """The transaction stands: free what was kept."""
         self._steps.clear()
-        self.bytes = 0
+
+
+def _on_host(live: Tensor) -> Tensor:
+    """A copy in host memory; from a GPU, pinned and in stream order, without a wait."""
+    if live.device.type == "cpu":
+        return live.clone()
+    pinned = torch.empty_like(live, device="cpu", pin_memory=True)
+    return pinned.copy_(live, non_blocking=True)

@@ -16,14 +16,26 @@ from flashquant.write import Stage
 
 @dataclass
 class Update:
-    """One transaction: a single push, or everything between `begin` and `finish`."""
+    """One transaction: a single push, or everything between `begin` and `finish`.
+
+    Attributes:
+        round: of the workers' ballot; None where there is only one worker, and for
+            a push outside a bracket.
+        busy: something is being done for it right now, or was cut off.
+        over: it stands, or it has been rolled back.
+
+    """
 
     undo: UndoLog
     bracket: bool = False
+    round: int | None = None
+    busy: bool = False
+    over: bool = False
     before: dict[str, Footprint] = field(default_factory=dict)  # where the live tensors were
     names: set[str] = field(default_factory=set)  # seen, scales made here included
     staged: dict[Stage, set[View]] = field(default_factory=lambda: defaultdict(set))
     arrived: set[str] = field(default_factory=set)  # parameters
+    live: set[str] = field(default_factory=set)  # parameters, arrived now or earlier
     committed: set[str] = field(default_factory=set)  # layers
     ignored: list[str] = field(default_factory=list)  # names the engine's loader drops
     tensors: int = 0

@@ -1,8 +1,9 @@
 """All arrived, none moved, and what it all adds up to.
 
 A footprint is where a tensor lives and how it is laid out; captured CUDA graphs
-and compiled code have it by heart. A digest is what it holds; two engines that
-serve the same policy in the same scheme have equal digests.
+and compiled code have it by heart. A fingerprint is what it holds, a digest what
+a whole model holds; two engines that serve the same policy in the same scheme
+have equal digests.
 """
 
 from __future__ import annotations
@@ -54,23 +55,31 @@ def check_unmoved(before: Mapping[str, Footprint], after: Mapping[str, Footprint
     )
 
 
-def digest(contents: Iterable[tuple[str, Tensor | str]]) -> str:
-    """One fingerprint (xxh3, 128 bit, hex) of names, layouts, dtypes and values, in order.
+def digests(contents: Iterable[tuple[str, Tensor | str]]) -> dict[str, str]:
+    """The fingerprint of each thing the kernels read, by name."""
+    return {name: fingerprint(value) for name, value in contents}
 
-    A string stands for memory whose bytes are out of reach: the digest of what was
-    packed into it.
-    """
+
+def digest(parts: Mapping[str, str]) -> str:
+    """One fingerprint of many, of their names and of their order."""
     state = xxhash.xxh3_128()
-    for name, value in contents:
-        if isinstance(value, str):
-            form, held = value, memoryview(b"")
-        else:
-            # An `[N, K]` storage seen through `.t()` is hashed as it lies, without a copy.
-            turned = value.dim() == 2 and not value.is_contiguous() and value.t().is_contiguous()
-            form = f"{tuple(value.shape)} {value.dtype} {turned}"
-            held = _bytes(value.t() if turned else value)
-        state.update(f"{len(name)} {name} {len(form)} {form} ".encode())
-        state.update(held)
+    for name, part in parts.items():
+        state.update(f"{len(name)} {name} {len(part)} {part} ".encode())
+    return str(state.hexdigest())
+
+
+def fingerprint(value: Tensor | str) -> str:
+    """The xxh3 (128 bit, hex) of a tensor's layout, dtype and values.
+
+    A string stands for memory whose bytes are out of reach: the fingerprint of what
+    was packed into it.
+    """
+    if isinstance(value, str):
+        return value
+    # An `[N, K]` storage seen through `.t()` is hashed as it lies, without a copy.
+    turned = value.dim() == 2 and not value.is_contiguous() and value.t().is_contiguous()
+    state = xxhash.xxh3_128(f"{tuple(value.shape)} {value.dtype} {turned} ".encode())
+    state.update(_bytes(value.t() if turned else value))
     return str(state.hexdigest())
 
 

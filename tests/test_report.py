@@ -17,12 +17,14 @@ def report() -> ReloadReport:
         tensors=290,
         bytes_in=988_100_000,
         bytes_out=494_640_000,
+        undo_bytes=0,
         seconds=0.4123,
         phases={"quantize": 0.21, "write": 0.1801},
         layers_committed=24,
         ignored=(),
         pending=(),
         digest=None,
+        ranks=(None,),
     )
 
 
@@ -32,8 +34,11 @@ def status() -> Status:
         scheme="int8",
         version=7,
         torn=False,
+        asleep=False,
         pending={},
         digest="3f2a90c1d4e85b6a" * 2,
+        ranks=("3f2a90c1d4e85b6a" * 2,),
+        parameters={},
         direct=(),
         staged=("model.layers.0.qkv_proj", "model.layers.0.o_proj"),
         fallback=("lm_head",),

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed import HashStore
 
+from flashquant.agree import Ballot
+from flashquant.checks import Checks
 from flashquant.errors import (
     IncompleteUpdate,
     MisfitTensor,
     MovedTensor,
+    PeerFailed,
     ReloadError,
+    SleepingWeights,
     TornWeights,
     UnknownWeight,
 )
@@ -129,9 +135,9 @@ def weights(seed: int) -> dict[str, Tensor]:
 OLD, NEW = weights(1), weights(2)
 
 
-def serving(engine: FakeEngine, start: Mapping[str, Tensor] = OLD) -> Session:
+def serving(engine: FakeEngine, start: Mapping[str, Tensor] = OLD, **kwargs) -> Session:
     """A session whose engine has loaded `start`."""
-    session = Session(engine)
+    session = Session(engine, **kwargs)
     with torch.no_grad():
         session.first_load(iter(start.items()))
     session.open()
@@ -369,7 +375,7 @@ def test_an_iterator_that_fails_takes_the_whole_reload_back(session, engine, err
         session.reload(breaking("norm.weight", "q.weight", "k.weight", error=error))
 
     assert serves(engine, fresh(OLD))
-    assert not session.torn
+    assert not session.health.torn
 
 
 def test_after_a_failure_the_next_reload_goes_through(session, engine):
@@ -435,7 +441,7 @@ def test_a_roll_back_that_fails_leaves_the_model_torn(session, engine, monkeypat
     with pytest.raises(OSError, match="driver"):
         session.push(breaking("norm.weight", error=RuntimeError("nccl")))
 
-    assert session.torn
+    assert session.health.torn
 
 
 def test_a_layer_that_fails_to_commit_takes_back_the_layers_before_it(session, engine):
@@ -526,22 +532,17 @@ def test_a_bracket_drops_what_half_arrived_before_it(session, engine):
     assert serves(engine, fresh(OLD | dict(only("norm.weight"))))
 
 
-def test_two_brackets_cannot_be_open_at_once(session):
+@pytest.mark.parametrize("again", [Session.begin, lambda session: session.reload(NEW)])
+def test_a_bracket_that_was_left_open_is_rolled_back_by_the_next_one(
+    session, engine, again, caplog
+):
     session.begin()
+    session.push(only("norm.weight", of=weights(5)))
 
-    with pytest.raises(ReloadError, match="finish it before you begin another"):
-        session.begin()
+    again(session)
 
-
-def test_a_reload_inside_a_bracket_is_refused_and_leaves_it_open(session, engine):
-    session.begin()
-    session.push(only("norm.weight"))
-
-    with pytest.raises(ReloadError, match="finish it before"):
-        session.reload(NEW)
-    session.finish()
-
-    assert serves(engine, fresh(OLD | dict(only("norm.weight"))))
+    assert "never finished; it is rolled back" in caplog.text
+    assert serves(engine, fresh(OLD)) or serves(engine, fresh(NEW))
 
 
 def test_a_bracket_that_cannot_begin_is_not_open(session, engine, monkeypatch):
@@ -575,7 +576,216 @@ def test_a_live_tensor_that_moves_is_reported(session, engine):
         session.reload(NEW)
 
     assert session.version == 0
-    assert session.torn
+    assert session.health.torn
+
+
+@pytest.mark.parametrize("name", ["norm.weight", "q.weight"])
+def test_a_moved_tensor_is_not_healed_by_the_next_reload(session, engine, name):
+    def move():
+        engine.norm.live["norm.weight"] = engine.norm.live["norm.weight"].clone()
+        engine.norm.on_commit = lambda: None
+
+    engine.norm.on_commit = move
+    with pytest.raises(MovedTensor):
+        session.push(only("norm.weight"))
+
+    session.reload(NEW)
+
+    with pytest.raises(TornWeights, match="Restart the engine"):
+        session.check_servable()
+
+
+def test_without_the_ledger_nobody_looks_where_tensors_are(engine):
+    session = Session(engine, checks=Checks(ledger=False))
+    session.open()
+    engine.norm.on_commit = lambda: engine.norm.live.update(
+        {"norm.weight": engine.norm.live["norm.weight"].clone()}
+    )
+
+    session.reload(NEW, strict=False)
+
+    assert not session.health.torn
+
+
+def test_without_the_digest_a_report_has_none_and_a_status_has_one(engine):
+    session = Session(engine, checks=Checks(digest=False))
+    session.open()
+
+    assert session.reload(NEW).digest is None
+    assert session.status().digest == session.digest()
+
+
+# Cut off: whatever a call could not take back itself, the next one does.
+
+
+def cut_off(session: Session, monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    """A push whose own roll-back never ran, as when a second Ctrl-C comes at once."""
+    with monkeypatch.context() as patch:
+        patch.setattr(session, "_roll_back", lambda *_: None)
+        with pytest.raises(KeyboardInterrupt):
+            session.push(breaking(*names, error=KeyboardInterrupt()))
+
+
+@pytest.mark.parametrize(
+    "next_call",
+    [
+        lambda session: session.push([]),
+        Session.begin,
+        Session.check_servable,
+        finish_in_vain,
+    ],
+    ids=["push", "begin", "generate", "finish"],
+)
+def test_a_push_that_was_cut_off_is_taken_back_by_whoever_comes_next(
+    session, engine, monkeypatch, next_call
+):
+    cut_off(session, monkeypatch, "norm.weight", "q.weight")
+    assert not serves(engine, fresh(OLD))
+
+    next_call(session)
+
+    assert serves(engine, fresh(OLD))
+    assert session.status().pending == {}
+
+
+def test_a_bracket_that_was_cut_off_cannot_be_finished(session, engine, monkeypatch):
+    session.begin()
+    cut_off(session, monkeypatch, *NEW)
+
+    finish_in_vain(session)
+
+    assert serves(engine, fresh(OLD))
+
+
+def test_an_update_that_another_one_rolled_back_goes_no_further(session, engine):
+    def weights_that_begin_anew():
+        yield from only("norm.weight")
+        session.begin()
+        session.abandon()
+        yield from only("q.weight", "k.weight")
+
+    with pytest.raises(ReloadError, match="rolled back before"):
+        session.push(weights_that_begin_anew())
+
+    assert serves(engine, fresh(OLD))
+
+
+# Asleep.
+
+
+@pytest.mark.parametrize("call", [lambda s: s.push(only("norm.weight")), Session.begin])
+def test_sleeping_weights_refuse_updates_until_they_wake_up(session, engine, call):
+    session.sleep(keeps_weights=True)
+
+    with pytest.raises(SleepingWeights, match=r"Call wake_up\(\)"):
+        call(session)
+    session.wake_up()
+    session.reload(NEW)
+
+    assert serves(engine, fresh(NEW))
+
+
+def test_sleeping_weights_are_not_read(session):
+    session.sleep(keeps_weights=True)
+
+    status = session.status()
+
+    assert status.asleep
+    assert status.digest is None
+    assert not status.parameters
+
+
+def test_weights_that_were_discarded_must_all_arrive_again(session):
+    session.sleep(keeps_weights=False)
+    session.wake_up()
+
+    with pytest.raises(TornWeights, match="slept at level 2"):
+        session.check_servable()
+    session.push(only("norm.weight", "q.weight"))
+    with pytest.raises(TornWeights, match=r"qkv\.weight"):
+        session.check_servable()
+    session.push(only("k.weight"))
+
+    session.check_servable()
+
+
+# Several workers.
+
+
+def workers(count: int = 2, **kwargs) -> list[tuple[FakeEngine, Session]]:
+    """As many sessions as workers, which share a store."""
+    store, found = HashStore(), []
+    for rank in range(count):
+        engine = FakeEngine()
+        found.append((engine, serving(engine, ballot=Ballot(store, rank, count, **kwargs))))
+    return found
+
+
+def at_once(calls: Sequence[Callable[[], object]]) -> list[object]:
+    """What each call returned or raised; each in a thread of its own."""
+
+    def outcome(call):
+        try:
+            return call()
+        except BaseException as failure:
+            return failure
+
+    with ThreadPoolExecutor(len(calls)) as pool:
+        return list(pool.map(outcome, calls))
+
+
+def test_all_workers_commit(engine):
+    ranks = workers(3)
+
+    reports = at_once([lambda s=session: s.reload(NEW) for _, session in ranks])
+
+    assert all(serves(engine, fresh(NEW)) for engine, _ in ranks)
+    assert len({report.digest for report in reports}) == 1
+    assert [session.version for _, session in ranks] == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    "bad_weights",
+    [
+        {**NEW, "norm.weight": torch.full((4,), torch.nan).bfloat16()},
+        dict(only("norm.weight")),
+        breaking("norm.weight", "q.weight", error=KeyboardInterrupt()),
+    ],
+    ids=["NaN", "incomplete", "interrupted"],
+)
+def test_one_worker_that_fails_takes_all_of_them_back(bad_weights):
+    ranks = workers()
+    calls = [lambda: ranks[0][1].reload(NEW), lambda: ranks[1][1].reload(bad_weights)]
+
+    followed, failed = at_once(calls)
+
+    assert isinstance(followed, PeerFailed)
+    assert f"rank 1 did not commit this update ({type(failed).__name__}" in str(followed)
+    assert not isinstance(failed, PeerFailed)
+    assert all(serves(engine, fresh(OLD)) for engine, _ in ranks)
+
+    at_once([lambda s=session: s.reload(NEW) for _, session in ranks])
+
+    assert all(serves(engine, fresh(NEW)) for engine, _ in ranks)
+
+
+def test_a_worker_that_is_interrupted_after_all_agreed_commits_all_the_same(monkeypatch):
+    """It is too late to go back: the others stand already."""
+    ranks = workers()
+    ballot = ranks[1][1]._ballot
+    agree = ballot.agree
+
+    def interrupted(round):
+        agree(round)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ballot, "agree", interrupted)
+
+    outcomes = at_once([lambda s=session: s.reload(NEW) for _, session in ranks])
+
+    assert isinstance(outcomes[1], KeyboardInterrupt)
+    assert all(serves(engine, fresh(NEW)) for engine, _ in ranks)
+    assert [session.version for _, session in ranks] == [1, 1]
 
 
 # Without an undo log.
@@ -598,7 +808,7 @@ def test_a_torn_model_refuses_to_serve_and_says_what_heals_it(session):
     torn(session)
 
     with pytest.raises(TornWeights, match="Push one complete update"):
-        session.refuse_if_torn()
+        session.check_servable()
 
 
 def test_a_bracket_with_new_layers_does_not_serve_until_it_is_finished(session):
@@ -606,23 +816,23 @@ def test_a_bracket_with_new_layers_does_not_serve_until_it_is_finished(session):
     session.push(only("norm.weight"))
 
     with pytest.raises(TornWeights, match=r"update is under way.*Finish it"):
-        session.refuse_if_torn()
+        session.check_servable()
     session.finish()
 
-    session.refuse_if_torn()
+    session.check_servable()
 
 
 def test_a_whole_model_does_not_refuse(session):
     session.reload(NEW, atomic=False)
 
-    session.refuse_if_torn()
+    session.check_servable()
 
 
 def test_a_failure_before_anything_went_live_tears_nothing(session, engine):
     with pytest.raises(RuntimeError):
         session.reload(breaking("q.weight", error=RuntimeError("nccl")), atomic=False)
 
-    assert not session.torn
+    assert not session.health.torn
     assert serves(engine, fresh(OLD))
 
 
@@ -637,7 +847,7 @@ def test_a_complete_reload_heals_a_torn_model(session, engine, atomic):
 def test_a_part_of_the_weights_does_not_heal(session):
     torn(session).reload(dict(only("norm.weight")), strict=False)
 
-    assert session.torn
+    assert session.health.torn
 
 
 def test_nothing_does_not_heal_a_model_that_started_without_a_checkpoint():
@@ -646,7 +856,7 @@ def test_nothing_does_not_heal_a_model_that_started_without_a_checkpoint():
 
     torn(session).reload({}, strict=False)
 
-    assert session.torn
+    assert session.health.torn
 
 
 def test_a_failed_atomic_reload_of_a_torn_model_leaves_it_torn(session):
@@ -655,7 +865,7 @@ def test_a_failed_atomic_reload_of_a_torn_model_leaves_it_torn(session):
     with pytest.raises(RuntimeError):
         session.reload(breaking("norm.weight", error=RuntimeError("nccl")))
 
-    assert session.torn
+    assert session.health.torn
 
 
 # What is refused.
@@ -732,6 +942,9 @@ def bad(name: str, tensor: Tensor) -> dict[str, Tensor]:
         (torch.zeros(3, 4).bfloat16(), r"shape \(3, 4\), but should have \(4, 4\).*unsharded"),
         (torch.zeros(4, 4, 1).bfloat16(), "unsharded"),
         (torch.zeros(16).bfloat16(), "unsharded"),
+        (torch.zeros(4, 4, dtype=torch.float64), r"q\.weight is torch\.float64.*Send bfloat16"),
+        (torch.zeros(4, 4).bfloat16().to_sparse(), "send a dense tensor"),
+        (torch.zeros(4, 4).numpy(), "is a ndarray; send a torch"),
         (torch.zeros(4, 4, dtype=torch.int64), r"q\.weight is torch\.int64.*Send bfloat16"),
         (torch.zeros(4, 4, dtype=torch.int8), "Send bfloat16"),
         (torch.zeros(4, 4).to(torch.float8_e4m3fn), "Send bfloat16"),
@@ -739,7 +952,20 @@ def bad(name: str, tensor: Tensor) -> dict[str, Tensor]:
         (torch.full((4, 4), float("nan")).bfloat16(), "NaN or infinite.*trainer's last step"),
         (torch.tensor([[float("inf"), -float("inf")] * 2] * 4).bfloat16(), "NaN or infinite"),
     ],
-    ids=["rows", "rank", "flat", "int64", "int8", "fp8", "meta", "nan", "inf"],
+    ids=[
+        "rows",
+        "rank",
+        "flat",
+        "float64",
+        "sparse",
+        "numpy",
+        "int64",
+        "int8",
+        "fp8",
+        "meta",
+        "nan",
+        "inf",
+    ],
 )
 @pytest.mark.parametrize("atomic", [True, False])
 def test_a_tensor_that_does_not_fit_is_refused(session, engine, tensor, remedy, atomic):
@@ -747,7 +973,7 @@ def test_a_tensor_that_does_not_fit_is_refused(session, engine, tensor, remedy, 
         session.reload({"q.weight": tensor}, atomic=atomic)
 
     assert serves(engine, fresh(OLD))
-    assert not session.torn
+    assert not session.health.torn
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8], ids=str)

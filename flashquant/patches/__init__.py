@@ -11,7 +11,7 @@ from contextlib import ExitStack
 
 import vllm
 
-from flashquant.patches import cpu, engine_args, guard, loading, reload, worker
+from flashquant.patches import cpu, engine_args, guard, loading, reload, sleep, worker
 from flashquant.patches.point import PatchPoint
 
 logger = logging.getLogger(__name__)
@@ -20,6 +20,7 @@ POINTS: tuple[PatchPoint, ...] = (
     *engine_args.POINTS,
     *loading.POINTS,
     *reload.POINTS,
+    *sleep.POINTS,
     *worker.POINTS,
     *cpu.POINTS,
 )

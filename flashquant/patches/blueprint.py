@@ -22,7 +22,7 @@ from vllm.model_executor.model_loader.reload.layerwise import _get_original_load
 from vllm.model_executor.model_loader.reload.meta import to_meta_tensor
 
 from flashquant.patches.kernel_state import is_processor
-from flashquant.verify import digest
+from flashquant.verify import fingerprint
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class LayerBlueprint:
         checkpoint format has no digest.
         """
         return {
-            target: digest([("", live.detach())])
+            target: fingerprint(live.detach())
             for name, target in self.targets.items()
             if (live := self.module._parameters.get(name)) is not None
             and (meta := self.parameters[name]) is not None

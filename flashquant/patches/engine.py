@@ -13,6 +13,7 @@ from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.attention import is_deferred_attention_layer
 from vllm.utils.torch_utils import set_default_torch_dtype
 
+from flashquant.checks import Checks
 from flashquant.errors import UnsupportedEngine
 from flashquant.patches.blueprint import ModelBlueprint
 from flashquant.patches.engine_args import ADDITIONAL_CONFIG_KEY
@@ -28,7 +29,9 @@ class LiveEngine:
     """The blueprint of a model and, once it has been processed, its live layers."""
 
     def __init__(self, model: nn.Module, vllm_config: VllmConfig) -> None:
-        self.scheme = str(vllm_config.additional_config[ADDITIONAL_CONFIG_KEY]["scheme"])
+        decided = vllm_config.additional_config[ADDITIONAL_CONFIG_KEY]
+        self.scheme = str(decided["scheme"])
+        self.checks = Checks(**decided["checks"])
         self.device = torch.device(vllm_config.device_config.device)
         self.layers: tuple[LiveLayer, ...] = ()
         self._model = model

@@ -14,6 +14,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from flashquant.checks import Checks, checks_from_env
 from flashquant.config import RolloutConfig, config_from_env
 from flashquant.errors import ConfigError
 from flashquant.patches.point import PatchPoint
@@ -66,15 +67,21 @@ W8A8 = {
 def _create_model_config(original: Any, args: Any) -> Any:
     flash = config_from_env(os.environ)
     if flash is not None:
-        configure(args, flash.for_rank(args.data_parallel_rank or 0))
+        entry = flash.for_rank(args.data_parallel_rank or 0)
+        configure(args, entry, checks_from_env(os.environ))
     return original(args)
 
 
-def configure(args: Any, config: RolloutConfig) -> None:
+def configure(args: Any, config: RolloutConfig, checks: Checks) -> None:
     """Write one configuration into vLLM's engine arguments.
 
     The scheme decides; executor backend and load format from a file are defaults
     that an explicit argument overrides.
+
+    Args:
+        args: vLLM's `EngineArgs`, changed in place.
+        config: the entry of FLASHRL_CONFIG that this engine serves.
+        checks: which proofs its reloads carry.
 
     Raises:
         ConfigError: the configuration asks for something that is not built, or
@@ -97,7 +104,7 @@ def configure(args: Any, config: RolloutConfig) -> None:
         _set_quantization(args, _ONLINE[config.scheme], config.scheme)
     args.additional_config = {
         **(args.additional_config or {}),
-        ADDITIONAL_CONFIG_KEY: {"scheme": config.scheme},
+        ADDITIONAL_CONFIG_KEY: {"scheme": config.scheme, "checks": checks.model_dump()},
     }
     logger.info("flashquant serves %s in %s", args.model, config.scheme)
 

@@ -110,7 +110,7 @@ def carry(fresh: nn.Module, live: nn.Module, name: str, undo: UndoLog) -> int:
         if isinstance(value, Tensor) and isinstance(target, Tensor):
             written += _overwrite(target, value, undo)
         elif is_handle(value) and is_handle(target):
-            undo.remember_how(functools.partial(exchange, target, value))
+            undo.remember_how(functools.partial(_point, target, value, *_pointers(target, value)))
             exchange(target, value)
     return written
 
@@ -165,9 +165,18 @@ def exchange(one: Handle, other: Handle) -> None:
 
     Compiled code holds `handler_tensor` by address, so its value is what changes.
     """
-    kept = one.handler_tensor.clone()
-    one.handler_tensor.copy_(other.handler_tensor)
-    other.handler_tensor.copy_(kept)
+    _point(other, one, *_pointers(one, other))
+
+
+def _pointers(*handles: Handle) -> tuple[Tensor, ...]:
+    """What the handlers point to at the moment."""
+    return tuple(handle.handler_tensor.clone() for handle in handles)
+
+
+def _point(one: Handle, other: Handle, first: Tensor, second: Tensor) -> None:
+    """Let the handlers point to these two native objects, whatever they point to now."""
+    one.handler_tensor.copy_(first)
+    other.handler_tensor.copy_(second)
 
 
 def _layout(leaf: Leaf) -> tuple[object, ...]:

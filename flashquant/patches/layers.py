@@ -28,7 +28,7 @@ from flashquant.patches.blueprint import LayerBlueprint
 from flashquant.patches.reads import handed_on
 from flashquant.plan import Fill, Write
 from flashquant.undo import UndoLog
-from flashquant.verify import digest
+from flashquant.verify import fingerprint
 from flashquant.write import Stage, write
 
 # What kind of module hands on which parameters, and as which leaves.
@@ -77,7 +77,7 @@ class LiveLayer:
             target
             for target in self._metas
             if (value := self._read_back(target)) is not None
-            and digest([("", value)]) == loaded.get(target)
+            and fingerprint(value) == loaded.get(target)
         }
 
     @property
@@ -245,7 +245,7 @@ class LiveLayer:
         undo.remember_how(
             functools.partial(self._digests.__setitem__, target, self._digests[target])
         )
-        self._digests[target] = digest([("", self._stages[target].memory(self._device))])
+        self._digests[target] = fingerprint(self._stages[target].memory(self._device))
 
     def _settle(self, target: str, undo: UndoLog) -> tuple[Tensor, int]:
         """The checkpoint-format tensor to process, and the bytes it took to put it there.

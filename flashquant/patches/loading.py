@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from flashquant.errors import ReloadError
 from flashquant.patches.engine import LiveEngine, asks_for_session
+from flashquant.patches.peers import ballot_for
 from flashquant.patches.point import PatchPoint
 from flashquant.session import Session
 
@@ -24,14 +25,29 @@ logger = logging.getLogger(__name__)
 class _Attached:
     """A model's `load_weights` while flashquant looks after it: an instance attribute."""
 
-    def __init__(self, engine: LiveEngine) -> None:
-        self.engine = engine
-        self.session = Session(engine)
+    def __init__(self, model: nn.Module, vllm_config: Any) -> None:
+        self.engine = LiveEngine(model, vllm_config)
+        self.session = Session(
+            self.engine, checks=self.engine.checks, ballot=ballot_for(vllm_config)
+        )
+        self.caches_prefixes = bool(vllm_config.cache_config.enable_prefix_caching)
 
     def __call__(self, weights: Iterable[tuple[str, Tensor]]) -> object:
         if self.session.live:
+            self.warn_of_cached_prefixes()
             return self.session.push(weights)
         return self.session.first_load(weights)
+
+    def warn_of_cached_prefixes(self) -> None:
+        """Say once that a push inside a worker leaves the scheduler's prefix cache behind."""
+        if self.caches_prefixes:
+            self.caches_prefixes = False
+            logger.warning(
+                "prefix caching is on, and a push inside the worker cannot reset it: prompts that "
+                "share a prefix would reuse keys and values of the old weights. Call "
+                "llm.reset_prefix_cache() after each update, or push by "
+                "flashquant.reload_weights(llm, ...), which does."
+            )
 
 
 def find_session(model: nn.Module) -> Session | None:
@@ -56,10 +72,16 @@ def session_of(model: nn.Module) -> Session:
     return session
 
 
+def warn_of_cached_prefixes(model: nn.Module) -> None:
+    """Say once that the prefix cache of this model's engine is out of reach from here."""
+    if (attached := _attached(model)) is not None:
+        attached.warn_of_cached_prefixes()
+
+
 def _initialize_model(original: Any, vllm_config: Any, **kwargs: Any) -> nn.Module:
     model: nn.Module = original(vllm_config, **kwargs)
     if asks_for_session(vllm_config):
-        vars(model)["load_weights"] = _Attached(LiveEngine(model, vllm_config))
+        vars(model)["load_weights"] = _Attached(model, vllm_config)
     return model
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from flashquant.errors import ReloadError
-from flashquant.patches.loading import find_session
+from flashquant.patches.loading import find_session, warn_of_cached_prefixes
 from flashquant.patches.point import PatchPoint
 
 
@@ -47,6 +47,7 @@ def _reload_weights(
             "nothing can be checked or undone. Push the tensors under their checkpoint names, in "
             "bf16 or as the checkpoint stores them."
         )
+    warn_of_cached_prefixes(model)
     try:
         original(vllm_config, model, weights_iterator, weights_path, is_checkpoint_format)
     finally:
@@ -57,7 +58,7 @@ def _reload_weights(
 def _execute_model(original: Any, runner: Any, *args: Any, **kwargs: Any) -> Any:
     session = find_session(runner.get_model())
     if session is not None:
-        session.refuse_if_torn()
+        session.check_servable()
     return original(runner, *args, **kwargs)
 
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from safetensors.torch import save_file
 from torch import nn
 
 from flashquant.errors import ReloadError
-from flashquant.patches import worker as worker_methods
+from flashquant.patches import loading, remote, worker
 from flashquant.patches.loading import session_of
 from flashquant.report import ReloadReport, Status
 from flashquant.weights import Weights, named_tensors
@@ -37,18 +38,22 @@ def reload_weights(
         ReloadError: and, with `atomic`, every live tensor is what it was.
 
     """
-    if isinstance(target, nn.Module):
-        return session_of(target).reload(weights, atomic=atomic, strict=strict)
-    if hasattr(target, "get_model"):
-        return session_of(target.get_model()).reload(weights, atomic=atomic, strict=strict)
+    if (model := _model_of(target)) is not None:
+        loading.warn_of_cached_prefixes(model)
+        return session_of(model).reload(weights, atomic=atomic, strict=strict)
     _check_llm(target)
-    with _transportable(target, weights) as carried:
-        reports = target.collective_rpc(
-            worker_methods.RELOAD, args=(carried,), kwargs={"atomic": atomic, "strict": strict}
+    if _is_in_process(target):
+        (report,) = target.collective_rpc(
+            worker.RELOAD, args=(weights,), kwargs={"atomic": atomic, "strict": strict}
         )
+    else:
+        with _stored(weights) as path:
+            report = remote.reload(target, path, atomic=atomic, strict=strict)
     # Cached keys and values of shared prefixes belong to the old policy.
     target.reset_prefix_cache()
-    return ReloadReport(**_first(reports))
+    # From here on, vLLM's outputs say which update sampled them.
+    target.llm_engine.set_weight_version(str(report.version))
+    return cast(ReloadReport, report)
 
 
 def status(target: Any) -> Status:
@@ -58,12 +63,18 @@ def status(target: Any) -> Status:
         ReloadError: flashquant does not look after this model.
 
     """
-    if isinstance(target, nn.Module):
-        return session_of(target).status()
-    if hasattr(target, "get_model"):
-        return session_of(target.get_model()).status()
+    if (model := _model_of(target)) is not None:
+        return session_of(model).status()
     _check_llm(target)
-    return Status(**_first(target.collective_rpc(worker_methods.STATUS)))
+    answers = target.collective_rpc(worker.STATUS)
+    return Status.of_workers([Status(**answer) for answer in answers])
+
+
+def _model_of(target: Any) -> nn.Module | None:
+    """The model, where the target is one or holds one in this process."""
+    if isinstance(target, nn.Module):
+        return target
+    return target.get_model() if hasattr(target, "get_model") else None
 
 
 def _check_llm(target: Any) -> None:
@@ -83,14 +94,14 @@ def _is_in_process(llm: Any) -> bool:
 
 
 @contextmanager
-def _transportable(llm: Any, weights: Weights) -> Iterator[Weights]:
-    """The weights as the engine's transport can carry them: as they are, or as a path.
+def _stored(weights: Weights) -> Iterator[str]:
+    """The weights as a path that workers in other processes can read, as long as the call lasts.
 
-    Workers in other processes read a safetensors file in shared memory (or where
-    the system keeps temporary files) that lives as long as the call.
+    Tensors go through a safetensors file in shared memory, or where the system
+    keeps temporary files.
     """
-    if _is_in_process(llm):
-        yield weights
+    if isinstance(weights, str | os.PathLike):
+        yield str(Path(weights).resolve())
         return
     with tempfile.TemporaryDirectory(prefix="flashquant-", dir=_shared_memory()) as folder:
         file = Path(folder) / "weights.safetensors"
@@ -100,8 +111,3 @@ def _transportable(llm: Any, weights: Weights) -> Iterator[Weights]:
 
 def _shared_memory() -> str | None:
     return "/dev/shm" if Path("/dev/shm").is_dir() else None
-
-
-def _first(reports: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    """The report of rank 0; every worker has returned, so every one has committed."""
-    return reports[0]

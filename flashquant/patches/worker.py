@@ -1,36 +1,68 @@
 """New methods on every worker, so that `collective_rpc` reaches the session by name.
 
 They take and return what any of vLLM's transports can carry: an in-process
-engine passes tensors through, any other one a path and plain dictionaries.
+engine passes tensors through, any other one a path and plain data.
+
+A worker that raised would end vLLM's own call with the answers of the others
+unread, so across processes a failure travels as an answer too.
 """
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
+from flashquant.members import Member
 from flashquant.patches.loading import session_of
 from flashquant.patches.point import PatchPoint
+from flashquant.report import ReloadReport
 from flashquant.weights import Weights
 
+logger = logging.getLogger(__name__)
 
-def _reload(
+
+def _reload(worker: Any, weights: Weights, atomic: bool = True, strict: bool = True) -> Any:
+    """One whole update of this worker's model; `flashquant.ReloadReport`, or raises."""
+    return session_of(worker.get_model()).reload(weights, atomic=atomic, strict=strict)
+
+
+def _try_reload(
     worker: Any, weights: Weights, atomic: bool = True, strict: bool = True
 ) -> dict[str, Any]:
-    """One whole update of this worker's model; `flashquant.ReloadReport` as a dict."""
-    report = session_of(worker.get_model()).reload(weights, atomic=atomic, strict=strict)
-    return asdict(report)
+    """The same: `{"report": ...}` as plain data, or `{"error": class, "says": message}`."""
+    try:
+        report: ReloadReport = _reload(worker, weights, atomic, strict)
+    except Exception as failure:  # whatever it is, the front end raises it
+        logger.exception("this worker's update failed and was rolled back")
+        return {"error": type(failure).__name__, "says": str(failure)}
+    return {"report": asdict(report)}
 
 
 def _status(worker: Any) -> dict[str, Any]:
-    """`flashquant.Status` of this worker's model, as a dict."""
+    """`flashquant.Status` of this worker's model, as plain data."""
     return asdict(session_of(worker.get_model()).status())
 
 
-RELOAD = "flashquant_reload"
-STATUS = "flashquant_status"
+def _member(worker: Any) -> tuple[Any, ...]:
+    """Which process this is: a `Member`, as plain data."""
+    return tuple(Member.here(session_of(worker.get_model()).rank))
 
-POINTS = (
-    PatchPoint(f"vllm.v1.worker.gpu_worker:Worker.{RELOAD}", expects=None, wrapper=_reload),
-    PatchPoint(f"vllm.v1.worker.gpu_worker:Worker.{STATUS}", expects=None, wrapper=_status),
+
+RELOAD = "flashquant_reload"
+TRY_RELOAD = "flashquant_try_reload"
+STATUS = "flashquant_status"
+MEMBER = "flashquant_member"
+
+_METHODS: dict[str, Callable[..., Any]] = {
+    RELOAD: _reload,
+    TRY_RELOAD: _try_reload,
+    STATUS: _status,
+    MEMBER: _member,
+}
+
+POINTS = tuple(
+    PatchPoint(f"vllm.v1.worker.gpu_worker:Worker.{name}", expects=None, wrapper=method)
+    for name, method in _METHODS.items()
 )

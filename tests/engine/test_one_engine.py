@@ -203,7 +203,7 @@ def test_without_undo_a_failure_leaves_the_engine_torn_until_a_complete_update(
 
     assert flashquant.status(int8.llm).torn
     with pytest.raises(TornWeights, match="complete update"):
-        int8.session.refuse_if_torn()
+        int8.session.check_servable()
     flashquant.reload_weights(int8.llm, policies.tensors("a"))
     int8.snapshot().assert_same(int8.start)
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from vllm.engine.arg_utils import EngineArgs
 
+from flashquant.checks import Checks
 from flashquant.config import RolloutConfig
 from flashquant.errors import ConfigError
 from flashquant.patches.engine_args import W8A8, configure
@@ -21,7 +22,7 @@ def bf16(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def configured(model: Path, config: RolloutConfig, **explicit: Any) -> EngineArgs:
     args = EngineArgs(str(model), **explicit)
-    configure(args, config)
+    configure(args, config, Checks())
     return args
 
 
@@ -59,7 +60,10 @@ def test_a_checkpoint_quantized_otherwise_is_refused(bf16: Path, tmp_path: Path,
 def test_the_scheme_travels_with_vllms_config(bf16: Path) -> None:
     args = configured(bf16, RolloutConfig(fn="int8_fast"), additional_config={"theirs": 1})
 
-    assert args.additional_config == {"theirs": 1, "flashquant": {"scheme": "int8"}}
+    assert args.additional_config == {
+        "theirs": 1,
+        "flashquant": {"scheme": "int8", "checks": {"ledger": True, "digest": True}},
+    }
 
 
 def test_an_explicit_executor_beats_the_one_in_the_file(bf16: Path) -> None:

@@ -1,0 +1,58 @@
+"""Whether the live weights may be served, and may be written; if not, what mends it.
+
+whole    every layer serves one and the same update
+stale    some parameters are lost or mixed, until each of them has arrived again
+moved    a live tensor left its memory; only a restart mends that
+asleep   the engine has put its weights away
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from flashquant.errors import SleepingWeights, TornWeights
+from flashquant.report import some_of
+
+
+class Health:
+    """The state of one model's live weights between two updates."""
+
+    def __init__(self) -> None:
+        self.stale: frozenset[str] = frozenset()
+        self.moved = False
+        self.asleep = False
+
+    @property
+    def torn(self) -> bool:
+        """Whether what is live is a mixture, which must not generate."""
+        return bool(self.stale) or self.moved
+
+    def tear(self, parameters: Iterable[str]) -> None:
+        """These parameters no longer hold what they should."""
+        self.stale |= frozenset(parameters)
+
+    def heal(self, parameters: Iterable[str]) -> None:
+        """These parameters have arrived, and are live."""
+        self.stale -= frozenset(parameters)
+
+    def check_servable(self) -> None:
+        """Raise TornWeights rather than let a mixture of two policies generate."""
+        if self.moved:
+            raise TornWeights(
+                "a live tensor moved in an earlier update, and captured graphs still read the old "
+                "memory. Restart the engine."
+            )
+        if self.stale:
+            raise TornWeights(
+                "the live weights are a mixture of two policies, or were discarded: an update "
+                "without undo failed, or the engine slept at level 2. Push one complete update; "
+                f"generation resumes when {some_of(sorted(self.stale))} have arrived again."
+            )
+
+    def check_writable(self) -> None:
+        """Raise SleepingWeights while there is no memory to write into."""
+        if self.asleep:
+            raise SleepingWeights(
+                "the engine's weights are asleep, so nothing can be written into them. Call "
+                "wake_up() (or wake_up(tags=['weights'])) before you push."
+            )

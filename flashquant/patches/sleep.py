@@ -1,0 +1,43 @@
+"""Weights that the engine has put away cannot be written, and some do not come back.
+
+sleep(1)             weights move to host memory and come back as they were
+sleep(2), discard    their memory is given up; what comes back holds anything
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flashquant.patches.loading import find_session
+from flashquant.patches.point import PatchPoint
+
+_WEIGHTS = "weights"
+
+
+def _sleep(original: Any, worker: Any, level: int = 1) -> None:
+    if (session := find_session(worker.get_model())) is not None:
+        session.sleep(keeps_weights=level < 2)
+    original(worker, level)
+
+
+def _discard(original: Any, worker: Any, tags: tuple[str, ...]) -> None:
+    session = find_session(worker.get_model())
+    if session is not None and _WEIGHTS in tags:
+        session.sleep(keeps_weights=False)
+    original(worker, tags)
+
+
+def _wake_up(original: Any, worker: Any, tags: list[str] | None = None) -> None:
+    original(worker, tags)
+    session = find_session(worker.get_model())
+    if session is not None and (tags is None or _WEIGHTS in tags):
+        session.wake_up()
+
+
+_WORKER = "vllm.v1.worker.gpu_worker:Worker"
+
+POINTS = (
+    PatchPoint(f"{_WORKER}.sleep", expects=("self", "level"), wrapper=_sleep),
+    PatchPoint(f"{_WORKER}.wake_up", expects=("self", "tags"), wrapper=_wake_up),
+    PatchPoint(f"{_WORKER}.discard", expects=("self", "tags"), wrapper=_discard),
+)

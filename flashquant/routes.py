@@ -1,0 +1,100 @@
+"""The way of every name the trainer may send, learned from the engine's own loader, once.
+
+A checkpoint's names are learned together, at the first one that is asked for:
+loaders read ahead, and one run is cheaper than hundreds.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from flashquant.engine import Engine
+from flashquant.errors import UnknownWeight
+from flashquant.plan import Replay, TensorPlan, WritePlan
+from flashquant.trace import trace, trace_one
+
+
+class Routes:
+    """The write plan of one engine, and what its checkpoint held."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.plan = WritePlan()
+        self._engine = engine
+        self._checkpoint: dict[str, tuple[torch.Size, torch.dtype]] = {}
+
+    def note(self, name: str, tensor: Tensor) -> None:
+        """The checkpoint that the engine starts on holds this tensor."""
+        self._checkpoint[name] = (tensor.shape, tensor.dtype)
+
+    def learn(self, name: str, tensor: Tensor) -> None:
+        """Watch the loader take this one tensor, unless that has been done.
+
+        Raises:
+            UnknownWeight: the loader knows no such name; says which one is near.
+            ReloadError: the loader refuses it, or does what a plan cannot say.
+
+        """
+        if name in self.plan:
+            return
+        try:
+            with self._engine.laid_out():
+                meta = _meta(tensor.shape, tensor.dtype)
+                self.plan.add(trace_one(self._engine.load, name, meta, self._engine.targets))
+        except UnknownWeight as unknown:
+            near = difflib.get_close_matches(name, self._checkpoint, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise UnknownWeight(f"{unknown}.{hint}") from unknown
+
+    def of(self, name: str, tensor: Tensor) -> TensorPlan:
+        """Where a tensor lands; the first time it comes by, the engine's loader is watched.
+
+        Raises:
+            ReloadError: as `learn`.
+
+        """
+        if name in self.plan:
+            return self.plan[name]
+        untraced = {
+            known: _meta(*form)
+            for known, form in self._checkpoint.items()
+            if known not in self.plan
+        }
+        if name in untraced:
+            with self._engine.laid_out():
+                self.plan.add(trace(self._engine.load, untraced, self._engine.targets))
+        self.learn(name, tensor)
+        return self.plan[name]
+
+    @property
+    def wanted(self) -> Mapping[str, None]:
+        """The parameters that a complete update fills: those that the checkpoint filled.
+
+        An engine that started without one (dummy weights) needs all of them.
+        """
+        if not self._checkpoint:
+            return dict.fromkeys(self._engine.targets)
+        return dict.fromkeys(
+            target
+            for name, form in self._checkpoint.items()
+            for target in (
+                self.plan[name] if name in self.plan else self.of(name, _meta(*form))
+            ).targets
+        )
+
+    @property
+    def replayed(self) -> frozenset[str]:
+        """The parameters that the engine's loader writes itself, because it does more than copy."""
+        return frozenset(
+            step.target
+            for name in self.plan.names
+            for step in self.plan[name].steps
+            if isinstance(step, Replay)
+        )
+
+
+def _meta(shape: Iterable[int], dtype: torch.dtype) -> Tensor:
+    return torch.empty(tuple(shape), dtype=dtype, device="meta")
