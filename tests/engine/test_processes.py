@@ -43,8 +43,9 @@ def _run(program: str, policies: Policies, **environment: str) -> dict[str, Any]
     )
     lines = [line for line in answer.stdout.splitlines() if line.startswith("RESULT ")]
     assert lines, answer.stderr[-4000:]
-    result: dict[str, Any] = json.loads(lines[-1].removeprefix("RESULT "))
-    return result
+    # Other processes write to the same pipe, and not always whole lines.
+    result, _ = json.JSONDecoder().raw_decode(lines[-1].removeprefix("RESULT "))
+    return dict(result)
 
 
 def test_workers_in_other_processes_hold_what_an_engine_in_this_one_holds(
@@ -69,3 +70,27 @@ def test_a_compiled_engine_sees_the_new_weights(policies: Policies, scheme: str)
     assert answer["digests"]
     assert answer["reloaded"] == answer["fresh"]
     assert answer["reloaded"] != answer["before"]
+
+
+def test_two_workers_commit_together_or_not_at_all(policies: Policies) -> None:
+    """Tensor parallel: rank 1 fails alone, and is then killed in the middle of an update."""
+    answer = _run(
+        "tensor_parallel",
+        policies,
+        FLASHRL_CONFIG="int8",
+        VLLM_ENABLE_V1_MULTIPROCESSING="1",
+        VLLM_ALLOW_INSECURE_SERIALIZATION="1",  # to send the workers a fault
+        VLLM_CPU_OMP_THREADS_BIND="|".join(map(str, sorted(os.sched_getaffinity(0))[:2])),
+    )
+
+    steps = answer["steps"]
+    assert answer["reported"] == steps["pushed b"] != steps["started on a"]
+    assert len(set(steps["pushed b"])) == 2  # each rank holds a shard of its own
+    assert answer["failed"][0] == "ReloadError"
+    assert "rank 1: MemoryError: injected into rank 1" in answer["failed"][1]
+    assert steps["rank 1 failed"] == steps["pushed b"]
+    assert steps["pushed a"] == steps["started on a"]  # equal to a fresh start, per rank
+    assert answer["lost"][0] == "WorkerLost"
+    assert "rank 1 (process" in answer["lost"][1]
+    assert "the engine is down" in answer["lost"][1]
+    assert answer["seconds"] < 30
