@@ -7,6 +7,8 @@ takes ten seconds, each further one half a second.
 from __future__ import annotations
 
 import os
+import sys
+from typing import Any
 
 os.environ.pop("FLASHRL_CONFIG", None)
 os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # would override kv_cache_memory_bytes
@@ -19,3 +21,13 @@ os.environ.update(
     VLLM_ENABLE_V1_MULTIPROCESSING="0",
     VLLM_LOGGING_LEVEL="ERROR",
 )
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """How much was thrown at the engines, and by which seed."""
+    suite = sys.modules.get("tests.engine.faults")
+    if suite is not None and suite.INJECTED:
+        counts = ", ".join(f"{name} {count}" for name, count in suite.INJECTED.items())
+        terminalreporter.write_line(
+            f"faults injected: {sum(suite.INJECTED.values())} (seed {suite.SEED}): {counts}"
+        )

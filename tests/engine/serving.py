@@ -48,7 +48,7 @@ class Snapshot:
         different = [
             name
             for name, tensor in self.contents.items()
-            if not _same_bits(tensor, other.contents[name])
+            if not same_bits(tensor, other.contents[name])
         ]
         assert different == []
         assert self.outputs == other.outputs
@@ -138,7 +138,7 @@ class Serving:
         }
 
 
-def _same_bits(one: Tensor, other: Tensor) -> bool:
+def same_bits(one: Tensor, other: Tensor) -> bool:
     if (one.shape, one.dtype) != (other.shape, other.dtype):
         return False
     return torch.equal(

@@ -1,0 +1,255 @@
+"""Promise 3 under fire: after any fault, an engine holds all of the old weights or all of the new.
+
+One live engine a scheme. Every fault is followed by a comparison of everything the
+kernels read, and by a complete update that must equal a fresh start. The seed and
+the counts are in pytest's summary.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from typing import Any, NamedTuple
+from unittest import mock
+
+import pytest
+from hypothesis import HealthCheck, given, seed, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import flashquant
+from flashquant.errors import ReloadError
+from flashquant.undo import UndoLog
+from flashquant.verify import fingerprint
+from flashquant.write import Stage
+from tests.engine import faults
+from tests.engine.checkpoints import SCHEMES, Policies, config_name
+from tests.engine.faults import INJECTED, SEED
+from tests.engine.serving import choosing, same_bits, serve
+
+pytestmark = pytest.mark.engine
+
+# The oneDNN handler of the portable int8 kernel is a road of its own, on any machine.
+CASES = [(scheme, "native") for scheme in SCHEMES] + [("int8", "portable")]
+HANDLERS = [("int8", "portable")]
+
+CALLS_EACH = 9  # of one function in one scheme, spread over an update
+INTERRUPTS = 40  # a scheme
+
+
+class State(NamedTuple):
+    """What a push may not change if it fails."""
+
+    digest: str
+    pending: dict[str, tuple[str, ...]]
+    staged: dict[str, str]  # fingerprints of what has arrived, and waits
+
+
+class Target:
+    """One live engine, the two policies it may serve, and what was found wrong with it."""
+
+    def __init__(self, scheme: str, kernels: str, policies: Policies) -> None:
+        self.name = f"{scheme}-{kernels}"
+        self.live, self._fresh = (
+            serve(policies.served(policy, scheme), config_name(scheme), kernels) for policy in "ab"
+        )
+        self.pushed = {policy: list(policies.tensors(policy).items()) for policy in "ab"}
+        self.violations: list[str] = []
+        self.serves = "b"
+        self.reload()
+
+    @cached_property
+    def right(self) -> dict[str, dict[str, Tensor]]:
+        """What an engine that started on a policy holds."""
+        return {"a": self.live.start.contents, "b": self._fresh.start.contents}
+
+    @property
+    def other(self) -> str:
+        return "b" if self.serves == "a" else "a"
+
+    def reload(self, weights: Any = None) -> None:
+        """Update to the other policy, completely; or to what is given, and that is to fail."""
+        flashquant.reload_weights(self.live.llm, weights or self.pushed[self.other])
+        self.serves = self.other
+
+    def inject(self, what: str, call: Callable[[], object]) -> None:
+        """Let a call fail, look at the engine, and see whether the next update goes through."""
+        INJECTED[self.name] += 1
+        before, late = self.serves, ""
+        try:
+            call()
+        except (Exception, KeyboardInterrupt, SystemExit) as failure:
+            # A signal may come when everything has been done already.
+            late = self.other if isinstance(failure, KeyboardInterrupt) else ""
+        else:
+            self._note(what, "nothing was raised")
+        held = [policy for policy in "ab" if self._holds(policy)]
+        if not held or held[0] not in before + late:
+            self._note(what, f"serves {held or 'a mixture'}, and was on {before}")
+        if flashquant.status(self.live.llm).pending:
+            self._note(what, "left something pending")
+        self.serves = held[0] if held else before
+        self._update(what)
+
+    def state(self) -> State:
+        status, engine = flashquant.status(self.live.llm), self.live.session._engine
+        staged = {
+            f"{name} {view}": fingerprint(view.into(stage.memory(engine.device)))
+            for layer in engine.layers
+            for name in layer.targets
+            for stage in [layer.stage(name)]
+            for view in stage.windows
+        }
+        return State(status.digest or "", dict(status.pending), staged)
+
+    def _update(self, what: str) -> None:
+        try:
+            self.reload()
+        except ReloadError as failure:
+            self._note(what, f"the next update failed: {failure}")
+        if not self._holds(self.serves):
+            self._note(what, "the next update does not equal a fresh start")
+
+    def _holds(self, policy: str) -> bool:
+        held, right = self.live.contents(), self.right[policy]
+        return all(same_bits(held[name], right[name]) for name in right)
+
+    def _note(self, what: str, violation: str) -> None:
+        self.violations.append(f"{self.name}, {what}: {violation}")
+
+
+@pytest.fixture(scope="module")
+def policies(tmp_path_factory: pytest.TempPathFactory) -> Policies:
+    return Policies(tmp_path_factory.mktemp("policies"), "qwen2")
+
+
+@pytest.fixture(scope="module", params=CASES, ids="-".join)
+def target(request: pytest.FixtureRequest, policies: Policies) -> Iterator[Target]:
+    scheme, kernels = request.param
+    with choosing(kernels):
+        yield Target(scheme, kernels, policies)
+
+
+def test_wrong_weights_at_every_tensor(target: Target) -> None:
+    """Every fault of the stream, at every index of an update."""
+    for kind, stream in faults.STREAMS.items():
+        for index in range(len(target.pushed["a"])):
+            weights = stream(target.pushed[target.other], index)
+            target.inject(f"{kind} at {index}", lambda weights=weights: target.reload(weights))
+
+    assert target.violations == []
+
+
+def test_a_failure_in_every_function(target: Target) -> None:
+    """Out of memory, Ctrl-C or a broken kernel, in one call after the other."""
+    for path, when in faults.CALLS:
+        with faults.counted(path) as calls:
+            target.reload()
+        for number in spread(calls()):
+            target.inject(
+                f"{path}, call {number}, {when}",
+                lambda call=(path, number, when): reload_failing(target, *call),
+            )
+
+    assert target.violations == []
+
+
+def test_ctrl_c_between_any_two_lines(target: Target) -> None:
+    """A real SIGINT, at random lines of flashquant's own code."""
+    lines = faults.lines(target.reload)
+    dice = random.Random(f"{SEED} {target.name}")
+
+    for line in sorted(dice.sample(range(lines), INTERRUPTS)):
+        target.inject(
+            f"SIGINT at line {line} of {lines}",
+            lambda line=line: faults.interrupted(target.reload, line),
+        )
+
+    assert target.violations == []
+
+
+def reload_failing(target: Target, path: str, number: int, when: str) -> None:
+    with faults.failing(path, number, when):
+        target.reload()
+
+
+def spread(count: int) -> list[int]:
+    """Some of so many calls, from the first to the last."""
+    most = min(count, CALLS_EACH)
+    return sorted({round(step * (count - 1) / max(most - 1, 1)) for step in range(most)})
+
+
+IN_A_PUSH = sorted(faults.STREAMS.keys() - {"missing"})  # a push need not be complete
+STEPS = st.lists(
+    st.one_of(
+        st.tuples(st.just("update"), st.sampled_from("ab"), st.none()),
+        st.tuples(
+            st.just("update"), st.sampled_from("ab"), st.sampled_from(sorted(faults.STREAMS))
+        ),
+        st.tuples(st.just("push"), st.sampled_from("ab"), st.none()),
+        st.tuples(st.just("push"), st.sampled_from("ab"), st.sampled_from(IN_A_PUSH)),
+    ),
+    min_size=2,
+    max_size=8,
+)
+
+
+@seed(SEED)
+@settings(
+    max_examples=20,
+    deadline=None,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(steps=STEPS, dice=st.randoms(use_true_random=False))
+def test_any_sequence_of_updates_and_pushes(
+    target: Target, steps: list[tuple[str, str, str | None]], dice: random.Random
+) -> None:
+    """Whole updates and single pushes, good ones and bad ones, in any order.
+
+    What fails changes nothing, neither what is live nor what waits for the rest of
+    its layer; in the end a complete update equals a fresh start.
+    """
+    for door, policy, fault in steps:
+        pairs = list(target.pushed[policy])
+        if door == "push":
+            dice.shuffle(pairs)
+            pairs = pairs[: dice.randint(1, len(pairs))]
+        take = target.live.model.load_weights if door == "push" else target.reload
+        if fault is None:
+            take(iter(pairs))
+            continue
+        before = target.state()
+        INJECTED[target.name] += 1
+        with pytest.raises((Exception, KeyboardInterrupt, SystemExit)):
+            take(faults.STREAMS[fault](pairs, dice.randrange(len(pairs))))
+        # A whole update begins by dropping what had half arrived.
+        expected = before if door == "push" else State(before.digest, {}, {})
+        assert target.state() == expected
+
+    target._update("after a sequence")
+    assert target.violations == []
+
+
+BROKEN: dict[str, tuple[type, str, Callable[..., Any]]] = {
+    "the log is thrown away": (UndoLog, "restore", UndoLog.forget),
+    "the log ends early": (UndoLog, "restore", lambda log: log._steps and log._steps.pop()()),
+    "what was staged stays": (Stage, "forget", lambda stage, view: None),
+}
+
+
+@pytest.mark.parametrize("broken", BROKEN)
+def test_a_roll_back_that_was_broken_on_purpose_is_seen(target: Target, broken: str) -> None:
+    """These tests can fail: each of these breaks the promise, and is found out."""
+    owner, name, replacement = BROKEN[broken]
+    pairs = target.pushed[target.other]
+
+    with mock.patch.object(owner, name, replacement):
+        for index in range(1, len(pairs), 3):
+            stream = faults.STREAMS["NaN"](pairs, index)
+            target.inject(broken, lambda stream=stream: target.reload(stream))
+    found, target.violations = target.violations, []
+    target.reload()
+
+    assert found
