@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import pickle
 from dataclasses import FrozenInstanceError, replace
+from typing import Any
 
 import pytest
 
 from flashquant.report import ReloadReport, Status
 
 
-@pytest.fixture
-def report() -> ReloadReport:
-    return ReloadReport(
+def a_report(**changes: Any) -> ReloadReport:
+    report = ReloadReport(
         version=7,
         tensors=290,
         bytes_in=988_100_000,
@@ -26,6 +26,12 @@ def report() -> ReloadReport:
         digest=None,
         ranks=(None,),
     )
+    return replace(report, **changes)
+
+
+@pytest.fixture
+def report() -> ReloadReport:
+    return a_report()
 
 
 @pytest.fixture
@@ -94,3 +100,42 @@ def test_a_report_is_frozen_and_crosses_processes(noun, request):
     with pytest.raises(FrozenInstanceError):
         value.version = 8
     assert pickle.loads(pickle.dumps(value)) == value
+
+
+def test_the_undo_log_is_told_where_there_was_one(report):
+    assert ", undo log 494.6 MB" in str(replace(report, undo_bytes=494_640_000))
+
+
+def test_one_worker_is_its_engine(report, status):
+    alone = replace(report, digest="d" * 32, ranks=("d" * 32,))
+
+    assert ReloadReport.of_workers([alone]) == alone
+    assert Status.of_workers([status]) == status
+
+
+def test_the_digest_of_an_engine_depends_on_the_rank_that_holds_it(report):
+    one, other = replace(report, ranks=("a",)), replace(report, ranks=("b",))
+
+    digests = {ReloadReport.of_workers(order).digest for order in ([one, other], [other, one])}
+
+    assert len(digests) == 2
+
+
+def test_without_a_digest_of_every_rank_there_is_none_of_the_engine(report):
+    reports = [replace(report, ranks=("a",)), replace(report, ranks=(None,))]
+
+    assert ReloadReport.of_workers(reports).digest is None
+
+
+def test_an_engine_is_torn_or_asleep_if_one_of_its_workers_is(status):
+    engine = Status.of_workers([status, replace(status, torn=True, asleep=True)])
+
+    assert engine.torn
+    assert engine.asleep
+    assert "asleep" in str(engine)
+
+
+def test_parameters_of_several_workers_carry_their_rank(status):
+    engine = Status.of_workers([replace(status, parameters={"w": part}) for part in "ab"])
+
+    assert engine.parameters == {"rank 0: w": "a", "rank 1: w": "b"}

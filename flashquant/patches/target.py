@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 from collections.abc import Iterator
@@ -18,11 +19,17 @@ from flashquant.patches.loading import session_of
 from flashquant.report import ReloadReport, Status
 from flashquant.weights import Weights, named_tensors
 
+logger = logging.getLogger(__name__)
+
 
 def reload_weights(
     target: Any, weights: Weights, *, atomic: bool = True, strict: bool = True
 ) -> ReloadReport:
     """Bring one complete set of bf16 weights into a serving engine, in place.
+
+    Requests in flight go on under the new weights: what an `LLM` has cached of the
+    old ones, their keys and values included, is computed anew. vLLM's outputs tell
+    which tokens were sampled by which version (`CompletionOutput.weight_versions`).
 
     Args:
         target: a vLLM `LLM`, a worker, or the model inside one.
@@ -49,8 +56,10 @@ def reload_weights(
     else:
         with _stored(weights) as path:
             report = remote.reload(target, path, atomic=atomic, strict=strict)
-    # Cached keys and values of shared prefixes belong to the old policy.
-    target.reset_prefix_cache()
+    # Cached keys and values belong to the old policy, those of requests in flight too:
+    # vLLM computes them anew before the next token.
+    if not target.reset_prefix_cache(reset_running_requests=True):
+        logger.warning("vLLM did not reset its prefix cache; its log says why")
     # From here on, vLLM's outputs say which update sampled them.
     target.llm_engine.set_weight_version(str(report.version))
     return cast(ReloadReport, report)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -76,8 +77,7 @@ class Serving:
                 kv_cache_memory_bytes=16 << 20,
                 max_model_len=128,
                 dtype="bfloat16",
-                enable_prefix_caching=False,
-                **self.options,
+                **{"enable_prefix_caching": False, **self.options},
             )
 
     @cached_property
@@ -192,12 +192,15 @@ def choosing(kernels: str) -> Iterator[None]:
     if kernels == "native":
         yield
         return
+    from vllm import _custom_ops  # noqa: F401  (loads the build that fits this CPU)
     from vllm.model_executor.kernels.linear.scaled_mm import cpu
     from vllm.model_executor.layers import utils
 
     def check(n: int, k: int, dtype: torch.dtype) -> bool:
         return kernels == "amx" and k % 32 == 0 and n % 16 == 0 and dtype != torch.float16
 
+    if kernels == "amx" and not hasattr(torch.ops._C, "convert_weight_packed"):
+        pytest.skip("vLLM has no AMX kernels in its build for CPUs without AVX-512")
     answer = (kernels == "amx", None if kernels == "amx" else "the test says there is no AMX")
     fp8 = (cpu.CPUFp8PerTensorScaledMMLinearKernel, cpu.CPUFp8BlockScaledMMKernel)
     with (

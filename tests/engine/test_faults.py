@@ -24,15 +24,20 @@ from flashquant.undo import UndoLog
 from flashquant.verify import fingerprint
 from flashquant.write import Stage
 from tests.engine import faults
-from tests.engine.checkpoints import SCHEMES, Policies, config_name
+from tests.engine.checkpoints import Policies
 from tests.engine.faults import INJECTED, SEED
 from tests.engine.serving import choosing, same_bits, serve
 
 pytestmark = pytest.mark.engine
 
-# The oneDNN handler of the portable int8 kernel is a road of its own, on any machine.
-CASES = [(scheme, "native") for scheme in SCHEMES] + [("int8", "portable")]
-HANDLERS = [("int8", "portable")]
+# Packed tensors and closures (amx), a oneDNN handler (portable), transposed rows (fp8).
+CASES = [
+    ("bf16", "portable"),
+    ("int8", "amx"),
+    ("int8", "portable"),
+    ("fp8_vllm", "native"),
+    ("fp8_channel", "native"),
+]
 
 CALLS_EACH = 9  # of one function in one scheme, spread over an update
 INTERRUPTS = 40  # a scheme
@@ -51,9 +56,7 @@ class Target:
 
     def __init__(self, scheme: str, kernels: str, policies: Policies) -> None:
         self.name = f"{scheme}-{kernels}"
-        self.live, self._fresh = (
-            serve(policies.served(policy, scheme), config_name(scheme), kernels) for policy in "ab"
-        )
+        self.live, self._fresh = (serve(policies.bf16(policy), scheme, kernels) for policy in "ab")
         self.pushed = {policy: list(policies.tensors(policy).items()) for policy in "ab"}
         self.violations: list[str] = []
         self.serves = "b"

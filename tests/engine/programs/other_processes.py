@@ -1,7 +1,8 @@
 """An engine whose workers live in other processes, patched by the plugin alone.
 
 Usage: python -m tests.engine.programs.other_processes STARTS_ON PUSHED
-Prints one JSON object: the digests before and after, and the greedy tokens after.
+Prints one JSON object: the digests before and after, the greedy tokens after with their
+version, what a bad update raised, and what the death of the worker did.
 """
 
 from __future__ import annotations
@@ -10,6 +11,10 @@ import json
 import sys
 from pathlib import Path
 from typing import Any
+
+import torch
+
+from tests.engine.programs.failing import fail_in_the_middle, raised_by
 
 
 def main(starts_on: str, pushed: str) -> dict[str, Any]:
@@ -30,12 +35,17 @@ def main(starts_on: str, pushed: str) -> dict[str, Any]:
     report = flashquant.reload_weights(llm, Path(pushed))
     sampling = SamplingParams(max_tokens=16, temperature=0, ignore_eos=True)
     answers = llm.generate([{"prompt_token_ids": list(range(5, 45))}], sampling, use_tqdm=False)
-    return {
+    result = {
         "before": before.digest,
         "report": report.digest,
         "after": flashquant.status(llm).digest,
         "tokens": list(answers[0].outputs[0].token_ids),
+        "version": answers[0].outputs[0].weight_versions[0].version,
+        "refused": raised_by(lambda: flashquant.reload_weights(llm, {"typo": torch.zeros(1)})),
     }
+    llm.collective_rpc(fail_in_the_middle, kwargs={"rank": 0, "dies": True})
+    lost = raised_by(lambda: flashquant.reload_weights(llm, Path(starts_on)))
+    return {**result, "lost": lost}
 
 
 if __name__ == "__main__":

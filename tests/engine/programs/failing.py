@@ -1,0 +1,40 @@
+"""Faults that a program sends to the workers of its engine, in whatever process they are."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from typing import Any
+
+_LAYER = 5  # in the middle of a tiny model
+
+
+def fail_in_the_middle(worker: Any, *, rank: int, dies: bool) -> None:
+    """Make one commit of a worker run out of memory, once, or end its process."""
+    from flashquant.patches.loading import session_of
+
+    session = session_of(worker.get_model())
+    if session.rank != rank:
+        return
+    layer = session._engine.layers[_LAYER]
+
+    def commit(undo: Any) -> int:
+        del layer.commit
+        if dies:
+            os.kill(os.getpid(), signal.SIGKILL)
+        layer.commit(undo)
+        raise MemoryError("injected")
+
+    layer.commit = commit
+
+
+def raised_by(call: Callable[[], object]) -> tuple[str, str, float]:
+    """The class and the words of what a call raises, and the seconds until it did."""
+    began = time.monotonic()
+    try:
+        call()
+    except Exception as failure:  # whatever it is, the test looks at it
+        return type(failure).__name__, str(failure), time.monotonic() - began
+    return "nothing", "", time.monotonic() - began

@@ -1,0 +1,83 @@
+"""Many workers' answers become one report, or the one error that matters."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import pytest
+
+from flashquant.errors import MisfitTensor, PeerFailed, ReloadError, WorkerLost
+from flashquant.members import Member
+from flashquant.patches import remote, worker
+from tests.test_report import a_report
+
+REFUSED = {"error": "MisfitTensor", "says": "q.weight holds NaN"}
+FOLLOWED = {"error": "PeerFailed", "says": "rank 1 did not commit"}
+CRASHED = {"error": "OSError", "says": "disk"}
+
+
+class Llm:
+    """An engine whose workers answer what they are told to."""
+
+    def __init__(self, *answers: Any, members: list[Member] | None = None) -> None:
+        self._answers = answers
+        self._members = members or [Member.here(rank) for rank in range(len(answers))]
+
+    def collective_rpc(self, method: str, *args: Any, **kwargs: Any) -> list[Any]:
+        if method == worker.MEMBER:
+            return [tuple(member) for member in self._members]
+        if isinstance(self._answers[0], Exception):
+            raise self._answers[0]
+        return list(self._answers)
+
+
+def reload(*answers: Any, **kwargs: Any) -> Any:
+    return remote.reload(Llm(*answers, **kwargs), "/path", atomic=True, strict=True)
+
+
+def test_the_error_of_the_worker_that_failed_by_itself_is_raised():
+    with pytest.raises(MisfitTensor, match=r"^rank 1: q\.weight holds NaN"):
+        reload(FOLLOWED, REFUSED, FOLLOWED)
+
+
+def test_an_error_that_is_not_ours_keeps_its_name():
+    with pytest.raises(ReloadError, match="rank 0: OSError: disk"):
+        reload(CRASHED, FOLLOWED)
+
+
+def test_workers_that_only_followed_say_whom():
+    with pytest.raises(PeerFailed, match="rank 1 did not commit"):
+        reload(FOLLOWED, FOLLOWED)
+
+
+def test_the_only_worker_needs_no_rank():
+    with pytest.raises(MisfitTensor, match=r"^q\.weight holds NaN"):
+        reload(REFUSED)
+
+
+def test_reports_become_one():
+    slow, fast = a_report(seconds=2.0, ranks=("a",)), a_report(seconds=1.0, ranks=("b",))
+
+    report = reload({"report": asdict(slow)}, {"report": asdict(fast)})
+
+    assert report.seconds == 2.0
+    assert report.ranks == ("a", "b")
+    assert report.bytes_out == 2 * slow.bytes_out
+    assert report.digest not in ("a", "b", None)
+
+
+def test_a_worker_that_died_is_named():
+    dead = Member.here(1)._replace(started=1.0)
+
+    with pytest.raises(WorkerLost, match=r"rank 1 \(process \d+\) ended.*Start a new one") as lost:
+        reload(RuntimeError("cancelled"), members=[Member.here(0), dead])
+
+    assert isinstance(lost.value.__cause__, RuntimeError)
+
+
+def test_an_error_of_the_engine_itself_passes_through(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(remote, "_GRACE", 0.1)
+
+    with pytest.raises(RuntimeError, match="cancelled"):
+        reload(RuntimeError("cancelled"))
