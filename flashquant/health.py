@@ -20,12 +20,13 @@ class Health:
     def __init__(self) -> None:
         self.stale: frozenset[str] = frozenset()
         self.moved = False
+        self.restoring = False  # stays so where putting the old weights back failed
         self.asleep = False
 
     @property
     def torn(self) -> bool:
         """Whether what is live is a mixture, which must not generate."""
-        return bool(self.stale) or self.moved
+        return bool(self.stale) or self.moved or self.restoring
 
     def tear(self, parameters: Iterable[str]) -> None:
         """These parameters no longer hold what they should."""
@@ -41,6 +42,11 @@ class Health:
             raise TornWeights(
                 "a live tensor moved in an earlier update, and captured graphs still read the old "
                 "memory. Restart the engine."
+            )
+        if self.restoring:
+            raise TornWeights(
+                "an update failed, and so did putting the old weights back. The next push tries it "
+                "again; if that fails too, restart the engine."
             )
         if self.stale:
             raise TornWeights(

@@ -6,17 +6,12 @@
 A push outside a bracket is a transaction of its own; a layer goes live when the
 last of its shards has arrived, in whichever push. Inside a bracket (`begin` to
 `finish`) nothing stands until the end.
-
-What is under way is noted before anything is touched, and crossed out when it
-stands or has been taken back. So whatever cuts in, whoever comes next finds it.
 """
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -24,21 +19,19 @@ from torch import Tensor
 from flashquant.agree import Ballot
 from flashquant.checks import Checks
 from flashquant.engine import Engine, Layer
-from flashquant.errors import IncompleteUpdate, MisfitTensor, MovedTensor, ReloadError, TornWeights
+from flashquant.errors import IncompleteUpdate, MisfitTensor, ReloadError
 from flashquant.fit import check_dtype, check_finite, check_form, check_plain
 from flashquant.health import Health
-from flashquant.interrupts import uninterrupted
 from flashquant.plan import Replay, TensorPlan, WritePlan
 from flashquant.quantize import as_stored
 from flashquant.report import ReloadReport, Status, some_of
 from flashquant.routes import Routes
 from flashquant.schemes.stored import holds_codes
+from flashquant.transaction import Transactions
 from flashquant.undo import UndoLog
 from flashquant.update import Update
 from flashquant.verify import Footprint, check_unmoved, digest, digests, footprints
 from flashquant.weights import NamedTensors, Weights, named_tensors
-
-logger = logging.getLogger(__name__)
 
 
 class Session:
@@ -54,14 +47,12 @@ class Session:
     def __init__(
         self, engine: Engine, *, checks: Checks | None = None, ballot: Ballot | None = None
     ) -> None:
+        self.rank = 0 if ballot is None else ballot.rank
         self._engine = engine
         self._checks = checks or Checks()
-        self._ballot = ballot
         self._routes = Routes(engine)
         self._homes: dict[str, Layer] = {}
-        self._update: Update | None = None  # under way; a bracket also when it was rolled back
-        self.health = Health()
-        self.version = 0
+        self._transactions = Transactions(ballot)
 
     @property
     def plan(self) -> WritePlan:
@@ -74,9 +65,14 @@ class Session:
         return bool(self._homes)
 
     @property
-    def rank(self) -> int:
-        """Of this worker in its engine."""
-        return 0 if self._ballot is None else self._ballot.rank
+    def version(self) -> int:
+        """How many updates stand; 0 is the checkpoint the engine started on."""
+        return self._transactions.version
+
+    @property
+    def health(self) -> Health:
+        """Whether what is live may be served and written."""
+        return self._transactions.health
 
     def first_load(self, weights: NamedTensors) -> object:
         """Load the checkpoint the engine starts on: the same stream, the engine's own writes."""
@@ -100,17 +96,7 @@ class Session:
                 (before `begin`, inside a bracket).
 
         """
-        self._take_back_what_was_cut_off()
-        update = self._update
-        if update is None:
-            self.health.check_writable()
-            self._update = update = Update(UndoLog())
-        elif update.over:
-            raise ReloadError(
-                "this update failed and was rolled back; the old weights are served. Finish it, or "
-                "begin a new one, before you push again."
-            )
-        with self._all_or_nothing(update, stands=not update.bracket), torch.no_grad():
+        with self._transactions.push() as update, torch.no_grad():
             return self._take(weights, update)
 
     def begin(self, *, atomic: bool = True) -> None:
@@ -134,28 +120,13 @@ class Session:
             MovedTensor: a live tensor is not where it was. The engine is torn.
 
         """
-        self._take_back_what_was_cut_off()
-        update = self._update
-        if update is None or update.over:
-            self._update = None
-            raise ReloadError(
-                "no update is under way: it failed and was rolled back, or it never began"
-            )
-        try:
-            with self._all_or_nothing(update, stands=True):
-                self._check_complete(update, strict=strict)
-                self._check_unmoved(update.before, *self._engine.layers)
-                if self._ballot is not None and update.round is not None:
-                    self._ballot.agree(update.round)
-        finally:
-            if update.over:
-                self._update = None  # closed, whichever way
+        with self._transactions.finish() as update:
+            self._check_complete(update, strict=strict)
+            self._check_unmoved(update.before, *self._engine.layers)
 
     def abandon(self) -> None:
         """Close a bracket that will not be finished: roll it back, if it is still open."""
-        if self._update is not None:
-            self._roll_back(self._update, ReloadError("the update was abandoned"))
-        self._update = None
+        self._transactions.abandon()
 
     def reload(self, weights: Weights, *, atomic: bool = True, strict: bool = True) -> ReloadReport:
         """One whole update: `begin`, push everything, `finish`, and a report of it."""
@@ -170,13 +141,7 @@ class Session:
 
     def check_servable(self) -> None:
         """Raise TornWeights rather than let a mixture of two policies generate."""
-        self.health.check_servable()
-        self._take_back_what_was_cut_off()
-        if self._update is not None and not self._update.over and self._update.committed:
-            raise TornWeights(
-                "an update is under way, and some layers serve the new weights already. Finish it "
-                "before the engine generates."
-            )
+        self._transactions.check_servable()
 
     def sleep(self, *, keeps_weights: bool) -> None:
         """The engine is about to put its weights away, for good unless `keeps_weights`."""
@@ -223,22 +188,13 @@ class Session:
         return digests(item for layer in self._engine.layers for item in layer.contents())
 
     def _begin(self, *, atomic: bool) -> Update:
-        self._take_back_what_was_cut_off()
-        if self._update is not None and not self._update.over:
-            logger.warning("an update was begun and never finished; it is rolled back")
-            self._roll_back(self._update, ReloadError("another update began"))
-        self._update = update = Update(UndoLog(keep=atomic), bracket=True, busy=True)
-        try:
-            update.round = None if self._ballot is None else self._ballot.open()
-            self.health.check_writable()
+        update = Update(UndoLog(keep=atomic), bracket=True)
+        with self._transactions.begin(update):
+            if not atomic:
+                update.at_stake = frozenset(self._routes.wanted)
             for layer in self._engine.layers:
                 layer.drop()
             update.before = self._footprints(*self._engine.layers)
-        except BaseException as failure:
-            self._roll_back(update, failure)
-            self._update = None
-            raise
-        update.busy = False
         return update
 
     def _first(self, weights: NamedTensors) -> Iterator[tuple[str, Tensor]]:
@@ -329,68 +285,6 @@ class Session:
             update.bytes_out += layer.commit(update.undo)
             if not update.bracket:
                 self._check_unmoved(before, layer)
-
-    @contextmanager
-    def _all_or_nothing(self, update: Update, *, stands: bool) -> Iterator[None]:
-        """Leave with everything done, or with everything as it was.
-
-        Args:
-            update: what to take back.
-            stands: whether the update is complete when the block is.
-
-        """
-        update.busy = True
-        try:
-            yield
-            with uninterrupted():
-                if stands:
-                    self._stand(update)
-                update.busy = False
-        except BaseException as failure:
-            self._roll_back(update, failure)
-            raise
-
-    def _take_back_what_was_cut_off(self) -> None:
-        """Roll back an update whose own call could not, as when it was interrupted twice."""
-        if self._update is not None and self._update.busy:
-            logger.warning("an update was cut off in the middle of a call; it is rolled back")
-            self._roll_back(self._update, ReloadError("it was cut off"))
-
-    def _roll_back(self, update: Update, failure: BaseException) -> None:
-        """Take an update back, unless it stands, or the workers have agreed that it does."""
-        if update.over:
-            return
-        with uninterrupted():
-            if self._all_have_agreed(update, failure):
-                self._stand(update)
-                return
-            stale = self.health.stale
-            self.health.tear(self._homes)  # until everything below has been done
-            self.health.moved |= isinstance(failure, MovedTensor)
-            for stage, views in update.staged.items():
-                for view in views:
-                    stage.forget(view)
-            update.undo.restore()
-            lost = () if update.undo.can_restore else self._routes.wanted
-            self.health.stale = stale.union(lost)
-            update.busy, update.over = False, True
-            if not update.bracket:
-                self._update = None
-
-    def _all_have_agreed(self, update: Update, failure: BaseException) -> bool:
-        """Whether it is too late to go back; if not, no other worker will commit either."""
-        if self._ballot is None or update.round is None:
-            return False
-        return not self._ballot.refuse(update.round, failure)
-
-    def _stand(self, update: Update) -> None:
-        """Nothing can take it back any more."""
-        update.undo.forget()
-        if update.committed:
-            self.version += 1
-        self.health.heal(update.live)
-        update.busy, update.over = False, True
-        self._update = None
 
     def _check_complete(self, update: Update, *, strict: bool) -> None:
         pending = {layer.name: layer.missing for layer in self._engine.layers if layer.missing}

@@ -22,6 +22,7 @@ class Update:
         round: of the workers' ballot; None where there is only one worker, and for
             a push outside a bracket.
         busy: something is being done for it right now, or was cut off.
+        at_stake: the parameters that are lost if it fails and keeps no undo log.
         over: it stands, or it has been rolled back.
 
     """
@@ -31,6 +32,7 @@ class Update:
     round: int | None = None
     busy: bool = False
     over: bool = False
+    at_stake: frozenset[str] = frozenset()
     before: dict[str, Footprint] = field(default_factory=dict)  # where the live tensors were
     names: set[str] = field(default_factory=set)  # seen, scales made here included
     staged: dict[Stage, set[View]] = field(default_factory=lambda: defaultdict(set))

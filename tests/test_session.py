@@ -621,7 +621,7 @@ def test_without_the_digest_a_report_has_none_and_a_status_has_one(engine):
 def cut_off(session: Session, monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
     """A push whose own roll-back never ran, as when a second Ctrl-C comes at once."""
     with monkeypatch.context() as patch:
-        patch.setattr(session, "_roll_back", lambda *_: None)
+        patch.setattr(session._transactions, "_roll_back", lambda *_: None)
         with pytest.raises(KeyboardInterrupt):
             session.push(breaking(*names, error=KeyboardInterrupt()))
 
@@ -772,7 +772,7 @@ def test_one_worker_that_fails_takes_all_of_them_back(bad_weights):
 def test_a_worker_that_is_interrupted_after_all_agreed_commits_all_the_same(monkeypatch):
     """It is too late to go back: the others stand already."""
     ranks = workers()
-    ballot = ranks[1][1]._ballot
+    ballot = ranks[1][1]._transactions._ballot
     agree = ballot.agree
 
     def interrupted(round):

@@ -1,0 +1,175 @@
+"""The update under way: it stands, or it is taken back, whatever cuts in.
+
+It is noted before anything is touched, busy while a call works on it, and crossed
+out when it stands or has been taken back. So no interrupt leaves it between the two
+for long: whoever comes next finds a busy update, and takes it back.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from flashquant.agree import Ballot
+from flashquant.errors import MovedTensor, ReloadError, TornWeights
+from flashquant.health import Health
+from flashquant.interrupts import uninterrupted
+from flashquant.undo import UndoLog
+from flashquant.update import Update
+
+logger = logging.getLogger(__name__)
+
+
+class Transactions:
+    """The updates of one model, one at a time.
+
+    Attributes:
+        current: the update under way; a bracket also after it was rolled back, until
+            somebody closes it.
+        health: whether what is live may be served and written.
+        version: how many updates stand.
+
+    """
+
+    def __init__(self, ballot: Ballot | None) -> None:
+        self.current: Update | None = None
+        self.health = Health()
+        self.version = 0
+        self._ballot = ballot
+
+    @contextmanager
+    def begin(self, update: Update) -> Iterator[None]:
+        """Open a bracket; whatever was left of an earlier one is taken back first.
+
+        The block prepares it; if it fails, there is no bracket.
+        """
+        self.take_back_what_was_cut_off()
+        if self.current is not None and not self.current.over:
+            logger.warning("an update was begun and never finished; it is rolled back")
+            self._roll_back(self.current, ReloadError("another update began"))
+        update.busy = True
+        self.current = update
+        try:
+            update.round = None if self._ballot is None else self._ballot.open()
+            self.health.check_writable()
+            yield
+            update.busy = False
+        except BaseException as failure:
+            self._roll_back(update, failure)
+            self.current = None
+            raise
+
+    @contextmanager
+    def push(self) -> Iterator[Update]:
+        """Work on the bracket that is open, or on an update that stands when the block is done."""
+        self.take_back_what_was_cut_off()
+        update = self.current
+        if update is None:
+            self.health.check_writable()
+            self.current = update = Update(UndoLog())
+        elif update.over:
+            raise ReloadError(
+                "this update failed and was rolled back; the old weights are served. Finish it, or "
+                "begin a new one, before you push again."
+            )
+        with self._all_or_nothing(update, stands=not update.bracket):
+            yield update
+
+    @contextmanager
+    def finish(self) -> Iterator[Update]:
+        """Close the bracket: it stands when the block is done and every worker is ready.
+
+        Raises:
+            ReloadError: there is none, or it has been rolled back.
+            PeerFailed: another worker refused, so everything is as it was.
+            WorkerLost: another worker's process has ended; likewise.
+
+        """
+        self.take_back_what_was_cut_off()
+        update = self.current
+        if update is None or update.over:
+            self.current = None
+            raise ReloadError(
+                "no update is under way: it failed and was rolled back, or it never began"
+            )
+        try:
+            with self._all_or_nothing(update, stands=True):
+                yield update
+                if self._ballot is not None and update.round is not None:
+                    self._ballot.agree(update.round)
+        finally:
+            if update.over:
+                self.current = None
+
+    def abandon(self) -> None:
+        """Close a bracket that will not be finished: roll it back, if it is still open."""
+        if self.current is not None:
+            self._roll_back(self.current, ReloadError("the update was abandoned"))
+        self.current = None
+
+    def take_back_what_was_cut_off(self) -> None:
+        """Roll back an update whose own call could not, as when it was interrupted twice."""
+        if self.current is not None and self.current.busy:
+            logger.warning("an update was cut off in the middle of a call; it is rolled back")
+            self._roll_back(self.current, ReloadError("it was cut off"))
+
+    def check_servable(self) -> None:
+        """Raise TornWeights rather than let a mixture of two policies generate."""
+        self.health.check_servable()
+        self.take_back_what_was_cut_off()
+        if self.current is not None and not self.current.over and self.current.committed:
+            raise TornWeights(
+                "an update is under way, and some layers serve the new weights already. Finish it "
+                "before the engine generates."
+            )
+
+    @contextmanager
+    def _all_or_nothing(self, update: Update, *, stands: bool) -> Iterator[None]:
+        """Leave with everything done, or with everything as it was."""
+        update.busy = True
+        try:
+            yield
+            with uninterrupted():
+                if stands:
+                    self._stand(update)
+                update.busy = False
+        except BaseException as failure:
+            self._roll_back(update, failure)
+            raise
+
+    def _roll_back(self, update: Update, failure: BaseException) -> None:
+        """Take an update back, unless it stands, or the workers have agreed that it does."""
+        if update.over:
+            return
+        with uninterrupted():
+            if self._all_have_agreed(update, failure):
+                self._stand(update)
+                return
+            self.health.restoring = True  # until everything below has been done
+            for stage, views in update.staged.items():
+                for view in views:
+                    stage.forget(view)
+            update.undo.restore()
+            if not update.undo.can_restore:
+                self.health.tear(update.at_stake)
+            self.health.moved |= isinstance(failure, MovedTensor)
+            self.health.restoring = False
+            update.busy, update.over = False, True
+            if not update.bracket:
+                self.current = None
+
+    def _all_have_agreed(self, update: Update, failure: BaseException) -> bool:
+        """Whether it is too late to go back; if not, no other worker will commit either."""
+        if self._ballot is None or update.round is None:
+            return False
+        return not self._ballot.refuse(update.round, failure)
+
+    def _stand(self, update: Update) -> None:
+        """Nothing can take it back any more."""
+        update.undo.forget()
+        if update.committed:
+            self.version += 1
+        self.health.heal(update.live)
+        update.busy, update.over = False, True
+        self.current = None
