@@ -4,14 +4,14 @@
     decision   written once, by whoever can tell first; everybody obeys it
 
 A worker that fails writes the decision itself and waits for nobody. One that is
-ready waits for the others, and looks whether they are still alive.
+ready waits for the others, and looks whether they are still alive. Decisions stay in
+the store, some 200 bytes an update: a slow worker may come for one that is rounds old.
 
 Two-phase commit, with the store as coordinator (Gray and Reuter, 1992, chapter 10).
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import time
@@ -51,7 +51,6 @@ class Ballot:
         latest = int(self._store.get("latest")) if self._store.check(["latest"]) else 0
         self._round = max(self._round + 1, latest)
         self._store.set("latest", str(self._round))
-        self._sweep(self._round - 2)
         return self._round
 
     def agree(self, round: int) -> None:
@@ -122,16 +121,6 @@ class Ballot:
         wanted = _COMMIT if verdict == (_COMMIT,) else json.dumps(verdict)
         held: bytes = self._store.compare_set(f"{round}/decision", "", wanted)
         return held.decode()
-
-    def _sweep(self, round: int) -> None:
-        """Forget a round that nobody can be in any more."""
-        keys = [f"{round}/ready/{self.rank}"]
-        if self.rank == 0:
-            keys.append(f"{round}/decision")
-        with contextlib.suppress(DistError):
-            for key in keys:
-                if self._store.check([key]):
-                    self._store.delete_key(key)
 
 
 def _refusal(decision: str) -> ReloadError:

@@ -120,14 +120,15 @@ def test_one_that_is_alive_is_waited_for_as_long_as_patience_lasts(store, monkey
         one.agree(one.open())
 
 
-def test_old_rounds_are_forgotten(store):
-    one, other = Ballot(store, 0, 2), Ballot(store, 1, 2)
-    for _ in range(10):
-        commit(one, other)
+def test_a_slow_worker_finds_the_decision_of_an_old_round(store):
+    """The others may have failed, and begun anew, several times meanwhile."""
+    one, slow = Ballot(store, 0, 2), Ballot(store, 1, 2)
+    round = slow.open()
+    for _ in range(3):
+        one.refuse(one.open(), ValueError("at once"))
 
-    assert not store.check(["1/decision"])
-    assert not store.check(["1/ready/0"])
-    assert not store.check(["1/ready/1"])
+    with pytest.raises(PeerFailed, match="at once"):
+        slow.agree(round)
 
 
 def test_this_process_is_not_gone():
