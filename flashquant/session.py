@@ -11,7 +11,7 @@ last of its shards has arrived, in whichever push. Inside a bracket (`begin` to
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -124,6 +124,24 @@ class Session:
             self._check_complete(update, strict=strict)
             self._check_unmoved(update.before, *self._engine.layers)
 
+    def check_nothing_waits(self) -> None:
+        """The trainer has sent everything it wanted to, in pushes outside a bracket.
+
+        Without effect inside one, which is checked when it is finished.
+
+        Raises:
+            IncompleteUpdate: some layers have arrived in part, and serve their old
+                weights beside the new ones of others.
+
+        """
+        waiting = self._waiting()
+        if waiting and not self._transactions.in_bracket:
+            raise IncompleteUpdate(
+                f"{len(waiting)} layers have arrived only in part and still serve their old "
+                f"weights, beside the new ones of others: {_missing_parts(waiting)}. Send what is "
+                "missing, or everything anew."
+            )
+
     def abandon(self) -> None:
         """Close a bracket that will not be finished: roll it back, if it is still open."""
         self._transactions.abandon()
@@ -170,7 +188,7 @@ class Session:
             version=self.version,
             torn=self.health.torn,
             asleep=self.health.asleep,
-            pending={layer.name: layer.missing for layer in self._engine.layers if layer.missing},
+            pending=self._waiting(),
             digest=whole,
             ranks=(whole,),
             parameters=parameters,
@@ -287,13 +305,12 @@ class Session:
                 self._check_unmoved(before, layer)
 
     def _check_complete(self, update: Update, *, strict: bool) -> None:
-        pending = {layer.name: layer.missing for layer in self._engine.layers if layer.missing}
-        if pending:
-            layer, parameters = next(iter(pending.items()))
+        waiting = self._waiting()
+        if waiting:
             raise IncompleteUpdate(
-                f"the update ended with {len(pending)} layers half arrived, first {layer}: "
-                f"{some_of(parameters)} is not complete. Send every shard of a fused layer; "
-                "the old weights are still served."
+                f"the update ended with {len(waiting)} layers half arrived, first "
+                f"{_missing_parts(waiting)}. Send every shard of a fused layer; the old weights "
+                "are still served."
             )
         missing = [target for target in self._routes.wanted if target not in update.arrived]
         if strict and missing:
@@ -301,6 +318,10 @@ class Session:
                 f"the update ended without {len(missing)} of the engine's parameters: "
                 f"{some_of(missing)}. Send all of them, or pass strict=False to keep the old ones."
             )
+
+    def _waiting(self) -> dict[str, tuple[str, ...]]:
+        """The layers that have arrived in part, and what each still waits for."""
+        return {layer.name: layer.missing for layer in self._engine.layers if layer.missing}
 
     def _footprints(self, *layers: Layer) -> dict[str, Footprint]:
         if not self._checks.ledger:
@@ -325,7 +346,13 @@ class Session:
             phases=dict(update.seconds),
             layers_committed=len(update.committed),
             ignored=tuple(update.ignored),
-            pending=tuple(target for layer in self._engine.layers for target in layer.missing),
+            pending=tuple(target for names in self._waiting().values() for target in names),
             digest=whole,
             ranks=(whole,),
         )
+
+
+def _missing_parts(waiting: Mapping[str, tuple[str, ...]]) -> str:
+    """The first layer that waits, and for what."""
+    layer, parameters = next(iter(waiting.items()))
+    return f"{layer}: {some_of(parameters)} is not complete"

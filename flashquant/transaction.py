@@ -38,6 +38,11 @@ class Transactions:
         self.version = 0
         self._ballot = ballot
 
+    @property
+    def in_bracket(self) -> bool:
+        """Whether a bracket is open."""
+        return self.current is not None and self.current.bracket and not self.current.over
+
     @contextmanager
     def begin(self, update: Update) -> Iterator[None]:
         """Open a bracket; whatever was left of an earlier one is taken back first.

@@ -11,7 +11,7 @@ from contextlib import ExitStack
 
 import vllm
 
-from flashquant.patches import cpu, engine_args, guard, loading, reload, sleep, worker
+from flashquant.patches import cpu, engine_args, executor, guard, loading, reload, sleep, worker
 from flashquant.patches.point import PatchPoint
 
 logger = logging.getLogger(__name__)
@@ -22,6 +22,7 @@ POINTS: tuple[PatchPoint, ...] = (
     *reload.POINTS,
     *sleep.POINTS,
     *worker.POINTS,
+    *executor.POINTS,
     *cpu.POINTS,
 )
 
@@ -41,6 +42,10 @@ def patch() -> None:
         return
     guard.check_version(vllm.__version__)
     cpu.allow_amx()
+    for point in POINTS:
+        # All modules are imported before the first name is replaced: one that is imported
+        # later would take a replaced name over by value, for good.
+        point.check()
     with ExitStack() as stack:
         for point in POINTS:
             stack.callback(point.apply())

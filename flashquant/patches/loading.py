@@ -3,6 +3,7 @@
 initialize_model               -> note the pristine layers, take over load_weights
 load_weights (the checkpoint)  -> the first load, by the same stream as every push
 process_weights_after_loading  -> look at what it made of each layer; pushes are reloads now
+the same, on a live model      -> the trainer says that it has sent everything
 """
 
 from __future__ import annotations
@@ -89,8 +90,13 @@ def _process_weights_after_loading(
     original: Any, model: nn.Module, model_config: Any, target_device: Any
 ) -> None:
     attached = _attached(model)
-    if attached is None or attached.session.live:
+    if attached is None:
         original(model, model_config, target_device)
+        return
+    if attached.session.live:
+        # verl, NeMo-RL and checkpoint-engine call it after their last bucket. Every layer
+        # was processed as it went live, and a second time would spoil it.
+        attached.session.check_nothing_waits()
         return
     attached.engine.note_loaded()
     original(model, model_config, target_device)
@@ -112,9 +118,13 @@ POINTS = (
         expects=("vllm_config", "prefix", "model_class", "model_config"),
         wrapper=_initialize_model,
     ),
-    PatchPoint(
-        f"{_LOADER}:process_weights_after_loading",
-        expects=("model", "model_config", "target_device"),
-        wrapper=_process_weights_after_loading,
+    # vLLM's loader has the name by value; the stacks import it when they call it.
+    *(
+        PatchPoint(
+            f"{module}:process_weights_after_loading",
+            expects=("model", "model_config", "target_device"),
+            wrapper=_process_weights_after_loading,
+        )
+        for module in (_LOADER, "vllm.model_executor.model_loader.utils")
     ),
 )

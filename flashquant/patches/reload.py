@@ -1,7 +1,11 @@
-"""vLLM's own `reload_weights`, by path or by iterator, becomes one bracket of a session.
+"""vLLM's own reload becomes one bracket of a session, whoever begins and ends it.
 
-Everything in it is vLLM's (finding the files, naming the tensors) except the two
-calls that would take the live layers apart; between them it calls
+reload_weights, by path or by iterator          one call
+start / update / finish_weight_update           through a transfer engine
+initialize / finalize_layerwise_reload          by hand, as SkyRL and prime-rl do
+
+Everything in them is vLLM's (finding the files, naming the tensors, moving them)
+except the two calls that would take the live layers apart; between those they call
 `model.load_weights`, which is ours.
 """
 
@@ -62,12 +66,25 @@ def _execute_model(original: Any, runner: Any, *args: Any, **kwargs: Any) -> Any
     return original(runner, *args, **kwargs)
 
 
-_INPLACE = "vllm.model_executor.model_loader.reload.inplace"
+_RELOAD = "vllm.model_executor.model_loader.reload"
+# Where the two names stand: vLLM's reload has them by value, its transfer engines and
+# some stacks import them from the package or from their own module.
+_BRACKETS = (_RELOAD, f"{_RELOAD}.layerwise", f"{_RELOAD}.inplace")
 
 POINTS = (
-    PatchPoint(f"{_INPLACE}:initialize_layerwise_reload", expects=("model",), wrapper=_initialize),
-    PatchPoint(
-        f"{_INPLACE}:finalize_layerwise_reload", expects=("args", "kwargs"), wrapper=_finalize
+    *(
+        point
+        for module in _BRACKETS
+        for point in (
+            PatchPoint(
+                f"{module}:initialize_layerwise_reload", expects=("model",), wrapper=_initialize
+            ),
+            PatchPoint(
+                f"{module}:finalize_layerwise_reload",
+                expects=("args", "kwargs"),
+                wrapper=_finalize,
+            ),
+        )
     ),
     *(
         PatchPoint(

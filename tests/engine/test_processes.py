@@ -97,6 +97,9 @@ def test_two_workers_commit_together_or_not_at_all(policies: Policies) -> None:
     assert answer["failed"][:2] == ["ReloadError", "rank 1: MemoryError: injected"]
     assert steps["rank 1 failed"] == steps["pushed b"]
     assert steps["pushed a"] == steps["started on a"]  # equal to a fresh start, per rank
+    assert "rank 1 did not commit this update (MemoryError" in answer["refused"][1]
+    assert steps["rank 1 failed in vLLM's reload"] == steps["started on a"]
+    assert steps["pushed b by vLLM's reload"] == steps["pushed b"]
     assert_lost(answer["lost"], rank=1)
 
 

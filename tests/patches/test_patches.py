@@ -29,6 +29,8 @@ def unpatched() -> Iterator[None]:
 def _namespaces() -> dict[str, dict[str, Any]]:
     """Everything in every module and class that a point touches."""
     found = {}
+    for point in patches.POINTS:  # a submodule is a name in its package once it is imported
+        importlib.import_module(point.target.partition(":")[0])
     for point in patches.POINTS:
         module, _, path = point.target.partition(":")
         owner: Any = importlib.import_module(module)

@@ -43,9 +43,18 @@ def main(starts_on: str, pushed: str) -> dict[str, Any]:
     flashquant.reload_weights(llm, Path(starts_on))
     steps["pushed a"] = digests()
 
+    # vLLM's own door: it raises at the first answer that is a failure, rank 0's.
+    llm.collective_rpc(fail_in_the_middle, kwargs={"rank": 1, "dies": False})
+    native = {"weights_path": pushed}
+    refused = raised_by(lambda: llm.collective_rpc("reload_weights", kwargs=native))
+    steps["rank 1 failed in vLLM's reload"] = digests()
+    llm.collective_rpc("reload_weights", kwargs=native)
+    steps["pushed b by vLLM's reload"] = digests()
+
     llm.collective_rpc(fail_in_the_middle, kwargs={"rank": 1, "dies": True})
-    lost = raised_by(lambda: flashquant.reload_weights(llm, Path(pushed)))
-    return {"reported": report.ranks, "steps": steps, "failed": failed, "lost": lost}
+    lost = raised_by(lambda: flashquant.reload_weights(llm, Path(starts_on)))
+    raised = {"failed": failed, "refused": refused, "lost": lost}
+    return {"reported": report.ranks, "steps": steps, **raised}
 
 
 if __name__ == "__main__":

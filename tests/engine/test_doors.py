@@ -1,0 +1,197 @@
+"""Every call by which a stack pushes weights leaves what a fresh start would.
+
+Each door is a sequence of calls as the stack makes them (`shared/peers.md`, section 4),
+on the model or the worker it makes them on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import flashquant
+from flashquant.errors import IncompleteUpdate, MisfitTensor, ReloadError
+from tests.engine.checkpoints import Policies
+from tests.engine.serving import Serving, serve
+
+pytestmark = pytest.mark.engine
+
+Weights = dict[str, Tensor]
+
+
+def one_tensor_a_call(live: Serving, weights: Weights) -> None:
+    """TRL colocate, OpenRLHF, AReaL."""
+    for name, tensor in weights.items():
+        runner = live.llm.llm_engine.model_executor.driver_worker.model_runner
+        runner.model.load_weights(weights=[(name, tensor)])
+
+
+def buckets_then_processing(live: Serving, weights: Weights) -> None:
+    """verl, NeMo-RL, checkpoint-engine: views of a buffer that is used again, then processing."""
+    from vllm.model_executor.model_loader.utils import process_weights_after_loading
+
+    worker = live.llm.llm_engine.model_executor.driver_worker
+    buffer = torch.empty(max(t.numel() for t in weights.values()), dtype=torch.bfloat16)
+    for name, tensor in weights.items():
+        view = buffer[: tensor.numel()].view(tensor.shape).copy_(tensor)
+        live.model.load_weights([(name, view)])
+        buffer.fill_(float("nan"))
+    process_weights_after_loading(live.model, worker.model_runner.model_config, torch.device("cpu"))
+
+
+def layerwise_bracket(live: Serving, weights: Weights) -> None:
+    """SkyRL, prime-rl: begin, chunks, end, with the functions of vLLM's package."""
+    from vllm.model_executor.model_loader.reload import (
+        finalize_layerwise_reload,
+        initialize_layerwise_reload,
+    )
+
+    initialize_layerwise_reload(live.model)
+    pairs = list(weights.items())
+    for first in range(0, len(pairs), 5):
+        live.model.load_weights(weights=iter(pairs[first : first + 5]))
+    finalize_layerwise_reload(live.model, live.llm.llm_engine.model_config)
+
+
+def reload_by_iterator(live: Serving, weights: Weights) -> None:
+    """vLLM's own."""
+    live.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights.items())})
+
+
+def from_disk_by_its_loader(live: Serving, weights: Weights) -> None:
+    """AReaL's update from disk: vLLM's model loader, on the live model."""
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.model_loader import get_model_loader
+
+    config = live.llm.llm_engine.vllm_config
+    with set_current_vllm_config(config):  # vLLM's loader asks for it
+        get_model_loader(config.load_config).load_weights(
+            live.model, model_config=config.model_config
+        )
+
+
+DOORS = [one_tensor_a_call, buckets_then_processing, layerwise_bracket, reload_by_iterator]
+
+
+@pytest.fixture(scope="module")
+def policies(tmp_path_factory: pytest.TempPathFactory) -> Policies:
+    return Policies(tmp_path_factory.mktemp("policies"), "qwen2")
+
+
+@pytest.fixture(params=["int8", "fp8_vllm"])
+def live(request: pytest.FixtureRequest, policies: Policies) -> Iterator[Serving]:
+    serving = serve(policies.bf16("a"), request.param)
+    flashquant.reload_weights(serving.llm, policies.tensors("a"))
+    yield serving
+    flashquant.reload_weights(serving.llm, policies.tensors("a"))
+
+
+@pytest.mark.parametrize("push", DOORS, ids=lambda door: door.__name__)
+def test_what_arrives_by_a_door_equals_a_fresh_start(
+    live: Serving, policies: Policies, push: Callable[[Serving, Weights], None]
+) -> None:
+    """Every tensor, every token and every log-prob, bit for bit; and back again."""
+    fresh = serve(policies.bf16("b"), live.scheme)
+
+    push(live, policies.tensors("b"))
+    live.snapshot().assert_same(fresh.start)
+    push(live, policies.tensors("a"))
+    live.snapshot().assert_same(live.start)
+
+
+def test_an_update_from_disk_by_vllms_loader_equals_a_fresh_start(
+    live: Serving, policies: Policies
+) -> None:
+    """The path is the one the engine was started on: policy A comes back."""
+    flashquant.reload_weights(live.llm, policies.tensors("b"))
+
+    from_disk_by_its_loader(live, {})
+
+    live.snapshot().assert_same(live.start)
+
+
+def test_processing_a_live_model_again_changes_nothing(live: Serving) -> None:
+    """However often it is called."""
+    from vllm.model_executor.model_loader.utils import process_weights_after_loading
+
+    for _ in range(3):
+        process_weights_after_loading(
+            live.model, live.llm.llm_engine.model_config, torch.device("cpu")
+        )
+
+    live.snapshot().assert_same(live.start)
+
+
+def test_processing_with_half_a_layer_says_what_is_missing(
+    live: Serving, policies: Policies
+) -> None:
+    """The stack says that all has been sent; the rest of the layer makes it true."""
+    from vllm.model_executor.model_loader.utils import process_weights_after_loading
+
+    weights = policies.tensors("b")
+    v = "model.layers.1.self_attn.v_proj.weight"
+    config = live.llm.llm_engine.model_config
+    for name, tensor in weights.items():
+        if name != v:
+            live.model.load_weights([(name, tensor)])
+
+    with pytest.raises(IncompleteUpdate, match=r"layers\.1\.self_attn\.qkv_proj"):
+        process_weights_after_loading(live.model, config, torch.device("cpu"))
+    live.model.load_weights([(v, weights[v])])
+    process_weights_after_loading(live.model, config, torch.device("cpu"))
+
+    live.snapshot().assert_same(serve(policies.bf16("b"), live.scheme).start)
+
+
+@pytest.mark.parametrize("push", [layerwise_bracket, reload_by_iterator], ids=lambda d: d.__name__)
+def test_a_bracket_of_vllm_that_fails_leaves_the_old_weights(
+    live: Serving, policies: Policies, push: Callable[[Serving, Weights], None]
+) -> None:
+    """And the next one goes through."""
+    weights = policies.tensors("b")
+    bad = {**weights, "model.norm.weight": torch.full((256,), torch.nan)}
+
+    with pytest.raises(MisfitTensor, match="NaN"):
+        push(live, bad)
+    live.snapshot().assert_same(live.start)
+    push(live, weights)
+
+    live.snapshot().assert_same(serve(policies.bf16("b"), live.scheme).start)
+
+
+def test_a_bracket_that_was_cut_without_an_error_can_be_begun_again(
+    live: Serving, policies: Policies
+) -> None:
+    """The trainer stops inside qkv, comes back, and sends everything (T12)."""
+    from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
+
+    initialize_layerwise_reload(live.model)
+    live.model.load_weights(list(policies.tensors("b").items())[:7])
+
+    layerwise_bracket(live, policies.tensors("b"))
+
+    live.snapshot().assert_same(serve(policies.bf16("b"), live.scheme).start)
+
+
+def test_a_load_weights_call_answers_with_the_engines_names(
+    live: Serving, policies: Policies
+) -> None:
+    """As vLLM's does: callers compare them with the parameters they expect."""
+    q, norm = "model.layers.0.self_attn.q_proj.weight", "model.norm.weight"
+    weights = policies.tensors("a")
+
+    names: Any = live.model.load_weights([(q, weights[q]), (norm, weights[norm])])
+
+    assert norm in names
+    assert "model.layers.0.self_attn.qkv_proj.weight" in names
+
+
+def test_finishing_what_never_began_is_an_error(live: Serving) -> None:
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
+
+    with pytest.raises(ReloadError, match="no update is under way"):
+        finalize_layerwise_reload(live.model, live.llm.llm_engine.model_config)
