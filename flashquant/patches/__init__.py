@@ -11,7 +11,17 @@ from contextlib import ExitStack
 
 import vllm
 
-from flashquant.patches import cpu, engine_args, executor, guard, loading, reload, sleep, worker
+from flashquant.patches import (
+    cpu,
+    engine_args,
+    executor,
+    guard,
+    loading,
+    reload,
+    sleep,
+    transfer,
+    worker,
+)
 from flashquant.patches.point import PatchPoint
 
 logger = logging.getLogger(__name__)
@@ -49,6 +59,7 @@ def patch() -> None:
     with ExitStack() as stack:
         for point in POINTS:
             stack.callback(point.apply())
+        stack.callback(transfer.register())
         _applied = stack.pop_all()
     logger.info("patched %d points in vllm %s", len(POINTS), vllm.__version__)
 

@@ -59,6 +59,18 @@ def _reload_weights(
             session.abandon()
 
 
+def _finish_weight_update(original: Any, worker: Any) -> None:
+    """An update whose end was refused is over; vLLM would wait for its end for ever."""
+    try:
+        original(worker)
+    except BaseException:
+        engine = worker.weight_transfer_engine
+        if engine is not None and find_session(worker.get_model()) is not None:
+            worker._weight_update_active = False
+            engine.reset_weight_update_target()
+        raise
+
+
 def _execute_model(original: Any, runner: Any, *args: Any, **kwargs: Any) -> Any:
     session = find_session(runner.get_model())
     if session is not None:
@@ -99,6 +111,11 @@ POINTS = (
             wrapper=_reload_weights,
         )
         for runner in ("gpu_model_runner", "gpu.model_runner")
+    ),
+    PatchPoint(
+        "vllm.v1.worker.gpu_worker:Worker.finish_weight_update",
+        expects=("self",),
+        wrapper=_finish_weight_update,
     ),
     PatchPoint(
         "vllm.v1.worker.gpu_model_runner:GPUModelRunner.execute_model",

@@ -171,7 +171,7 @@ def serve(checkpoint: Path, scheme: str, kernels: str = "native", **options: Any
         kernels: which ones the surrounding `choosing` block makes vLLM choose.
 
     """
-    key = (checkpoint, scheme, kernels, tuple(sorted(options.items())))
+    key = (checkpoint, scheme, kernels, repr(sorted(options.items())))
     if key not in _STARTED:
         serving = Serving(checkpoint, scheme, options)
         _ = serving.start

@@ -9,14 +9,16 @@ neither the new policy nor the old one.
 from __future__ import annotations
 
 import pytest
+import torch
 
 from benchmarks.beside_vllm import FLASHQUANT, NATIVE, Row, run
 
 pytestmark = pytest.mark.engine
 
 LONE_SHARD = "`q_proj` without `k_proj`, `v_proj`"
+TIED = "tied embeddings, bf16"
 COMPLETE = (
-    "tied embeddings, bf16",
+    TIED,
     "int8 tensors into an int8 engine (oneDNN kernel)",
     "bf16 tensors into an int8 engine",
     "bf16 tensors into an fp8 engine",
@@ -50,6 +52,8 @@ def test_vllms_own_reload_says_nothing_and_serves_something_else(
     native: dict[str, Row], situation: str
 ) -> None:
     """Neither the new weights nor the old ones, and no exception."""
+    if situation == TIED and not torch.cpu._is_avx512_supported():
+        pytest.skip("without AVX-512, vLLM packs no copy of the head that could go stale")
     assert native[situation].verdict.startswith("silently wrong")
     assert not native[situation].equals_old
 

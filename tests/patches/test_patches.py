@@ -53,6 +53,24 @@ def test_unpatch_leaves_every_touched_namespace_exactly_as_found() -> None:
     assert _namespaces() == before
 
 
+def test_transfer_engines_are_in_vllms_registries_while_patched() -> None:
+    """By name, so that the server's --weight-transfer-config can choose one."""
+    from vllm.distributed.weight_transfer import factory
+
+    registries = (
+        factory.WeightTransferEngineFactory._registry,
+        factory.WeightTransferTrainerFactory._registry,
+    )
+    before = [dict(registry) for registry in registries]
+
+    flashquant.patch()
+    added = [r.keys() - kept.keys() for r, kept in zip(registries, before, strict=True)]
+    flashquant.unpatch()
+
+    assert added == [{"flashquant_file", "flashquant_gloo"}, {"flashquant_gloo"}]
+    assert [dict(registry) for registry in registries] == before
+
+
 def test_patching_twice_is_patching_once() -> None:
     """The second call finds everything in place, and one unpatch takes all of it out."""
     before = _namespaces()

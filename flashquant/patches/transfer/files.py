@@ -1,0 +1,67 @@
+"""Weights by way of a folder that the trainer writes and the workers read.
+
+init     {"folder": "/shared/run-7"}
+update   {"path": "step-12.safetensors"}      a file or a folder of them, inside that folder
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from vllm.distributed.weight_transfer.base import WeightTransferInitInfo, WeightTransferUpdateInfo
+
+from flashquant.errors import ReloadError
+from flashquant.patches.transfer.bracketed import Bracketed
+from flashquant.weights import named_tensors
+
+
+@dataclass
+class Folder(WeightTransferInitInfo):  # type: ignore[misc]
+    """Where the trainer puts its files; nothing outside is ever read."""
+
+    folder: str
+
+
+@dataclass
+class File(WeightTransferUpdateInfo):  # type: ignore[misc]
+    """One .safetensors file, or a folder of them, relative to the folder of the start."""
+
+    path: str
+
+
+class FileEngine(Bracketed):
+    """Reads each chunk from safetensors."""
+
+    init_info_cls = Folder
+    update_info_cls = File
+
+    _folder: Path | None = None
+
+    def init_transfer_engine(self, init_info: Folder) -> None:
+        """Agree on a folder.
+
+        Raises:
+            ReloadError: there is none, seen from this worker.
+
+        """
+        folder = Path(init_info.folder).resolve()
+        if not folder.is_dir():
+            raise ReloadError(
+                f"{folder} is no folder on this worker's machine; share it, or mount it"
+            )
+        self._folder = folder
+
+    def receive_weights(self, update_info: File) -> None:
+        """Load one file, or a folder of them.
+
+        Raises:
+            ReloadError: the path leads out of the agreed folder, or holds no safetensors.
+
+        """
+        if self._folder is None:
+            raise ReloadError("init_weight_transfer_engine has not named a folder yet")
+        path = (self._folder / update_info.path).resolve()
+        if not path.is_relative_to(self._folder):
+            raise ReloadError(f"{update_info.path} leads out of {self._folder}; it is not read")
+        self.model.load_weights(named_tensors(path))

@@ -1,0 +1,185 @@
+"""vLLM's start / update / finish_weight_update, with engines that need neither NCCL nor a GPU."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+import flashquant
+from flashquant.errors import IncompleteUpdate, MisfitTensor, ReloadError
+from tests.engine.checkpoints import Policies
+from tests.engine.serving import Serving, serve
+
+pytestmark = pytest.mark.engine
+
+
+@pytest.fixture(scope="module")
+def policies(tmp_path_factory: pytest.TempPathFactory) -> Policies:
+    return Policies(tmp_path_factory.mktemp("policies"), "qwen2")
+
+
+def receiving(policies: Policies, policy: str, scheme: str, backend: str) -> Serving:
+    """An engine that was started with a transfer backend."""
+    from vllm.config import WeightTransferConfig
+
+    config = WeightTransferConfig(backend=backend)
+    return serve(policies.bf16(policy), scheme, weight_transfer_config=config)
+
+
+@pytest.fixture(params=["int8", "fp8_vllm"], scope="module")
+def by_file(request: pytest.FixtureRequest, policies: Policies, tmp_path_factory: Any) -> Any:
+    """An engine that receives from a folder, and the folder."""
+    live = receiving(policies, "a", request.param, "flashquant_file")
+    folder = tmp_path_factory.mktemp("transfer")
+    live.llm.init_weight_transfer_engine({"init_info": {"folder": str(folder)}})
+    return live, folder
+
+
+@pytest.fixture(autouse=True)
+def back_on_a(request: pytest.FixtureRequest, policies: Policies) -> Iterator[None]:
+    yield
+    if "by_file" in request.fixturenames:
+        live, _ = request.getfixturevalue("by_file")
+        flashquant.reload_weights(live.llm, policies.tensors("a"))
+
+
+def write(folder: Path, weights: dict[str, Tensor], name: str) -> str:
+    save_file(weights, folder / name)
+    return name
+
+
+def update(live: Serving, *paths: str) -> None:
+    live.llm.start_weight_update()
+    for path in paths:
+        live.llm.update_weights({"update_info": {"path": path}})
+    live.llm.finish_weight_update(weight_version="from a file")
+
+
+def test_two_chunks_by_file_equal_a_fresh_start(by_file: Any, policies: Policies) -> None:
+    """Cut inside a fused layer; the version is the trainer's."""
+    live, folder = by_file
+    pairs = list(policies.tensors("b").items())
+    chunks = dict(pairs[:9]), dict(pairs[9:])
+
+    update(live, *(write(folder, chunk, f"{n}.safetensors") for n, chunk in enumerate(chunks)))
+
+    live.snapshot().assert_same(serve(policies.bf16("b"), live.scheme).start)
+    assert live.llm.get_weight_version() == "from a file"
+
+
+def test_an_update_that_ends_early_is_refused(by_file: Any, policies: Policies) -> None:
+    """Half of a fused layer: the old weights serve on, and the next update goes through."""
+    live, folder = by_file
+    weights = policies.tensors("b")
+    q = "model.layers.0.self_attn.q_proj.weight"
+
+    with pytest.raises(IncompleteUpdate, match="qkv_proj"):
+        update(live, write(folder, {q: weights[q]}, "half.safetensors"))
+    live.snapshot().assert_same(live.start)
+    update(live, write(folder, weights, "whole.safetensors"))
+
+    live.snapshot().assert_same(serve(policies.bf16("b"), live.scheme).start)
+
+
+def test_a_bad_chunk_takes_the_whole_update_back(by_file: Any, policies: Policies) -> None:
+    """The chunk before it, too; vLLM lets the trainer start anew."""
+    live, folder = by_file
+    weights = policies.tensors("b")
+    good = write(folder, weights, "good.safetensors")
+    bad = write(folder, {"model.norm.weight": torch.zeros(3).bfloat16()}, "bad.safetensors")
+
+    with pytest.raises(MisfitTensor):
+        update(live, good, bad)
+    live.snapshot().assert_same(live.start)
+    update(live, good)
+
+    live.snapshot().assert_same(serve(policies.bf16("b"), live.scheme).start)
+
+
+@pytest.mark.parametrize("path", ["../secret.safetensors", "/etc", "link"])
+def test_nothing_outside_the_agreed_folder_is_read(by_file: Any, path: str) -> None:
+    """Neither upwards, nor absolute, nor through a link."""
+    live, folder = by_file
+    link = folder / "link"
+    if not link.is_symlink():
+        link.symlink_to("/etc")
+
+    with pytest.raises(ReloadError, match="leads out of"):
+        update(live, path)
+
+
+def test_by_gloo_the_trainer_broadcasts_and_a_refusal_leaves_both_in_step(
+    policies: Policies,
+) -> None:
+    """vLLM's own trainer factory, three updates of which the second is refused."""
+    from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
+
+    live = receiving(policies, "a", "int8", "flashquant_gloo")
+    from flashquant.patches.transfer.gloo import GlooRendezvous
+
+    weights = policies.tensors("b")
+    source = Source(weights)
+    trainer = WeightTransferTrainerFactory.trainer_init(
+        GlooRendezvous("127.0.0.1", free_port(), 1, rank=0),
+        client=Client(live.llm),
+        source=source,
+    )
+
+    trainer.send_weights()
+    live.snapshot().assert_same(serve(policies.bf16("b"), "int8").start)
+
+    source.weights = {**weights, "model.embed_tokens.weight": torch.full((1000, 256), torch.nan)}
+    with pytest.raises(MisfitTensor, match="NaN"):
+        trainer.send_weights()
+    live.snapshot().assert_same(serve(policies.bf16("b"), "int8").start)
+
+    source.weights = policies.tensors("a")
+    trainer.send_weights()
+    live.snapshot().assert_same(live.start)
+
+
+class Source:
+    """A trainer's weights, as vLLM's `WeightSource` has them."""
+
+    def __init__(self, weights: dict[str, Tensor]) -> None:
+        self.weights = weights
+
+    def metadata(self) -> list[Any]:
+        from vllm.distributed.weight_transfer.base import ParamMeta
+
+        return [ParamMeta(name, t.dtype, tuple(t.shape)) for name, t in self.weights.items()]
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        return iter(self.weights.items())
+
+
+class Client:
+    """The four calls of vLLM's `VLLMWeightSyncClient`, on an engine in this process."""
+
+    def __init__(self, llm: Any) -> None:
+        self._llm = llm
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        self._llm.init_weight_transfer_engine({"init_info": init_info})
+
+    def start_weight_update(self) -> None:
+        self._llm.start_weight_update()
+
+    def update_weights(self, update_info: Any) -> None:
+        self._llm.update_weights({"update_info": update_info})
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        self._llm.finish_weight_update(weight_version)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
