@@ -10,7 +10,8 @@ Importing this imports neither torch nor vLLM; both wait until something is aske
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from collections.abc import Awaitable
+from typing import TYPE_CHECKING, Any, Protocol, overload
 
 if TYPE_CHECKING:
     from flashquant.report import ReloadReport, Status
@@ -25,6 +26,12 @@ __all__ = [
     "status",
     "unpatch",
 ]
+
+
+class _AsyncEngine(Protocol):
+    """vLLM's `AsyncLLM`, as far as it is told apart from an `LLM`."""
+
+    async def collective_rpc(self, method: str) -> list[Any]: ...
 
 
 def patch() -> None:
@@ -70,23 +77,41 @@ def patch_from_env() -> None:
     patch()
 
 
+# An AsyncLLM is an object too; the first signature that fits is the one that holds.
+@overload
+def reload_weights(  # type: ignore[overload-overlap]
+    target: _AsyncEngine, weights: Weights, *, atomic: bool = True, strict: bool = True
+) -> Awaitable[ReloadReport]: ...
+@overload
+def reload_weights(
+    target: object, weights: Weights, *, atomic: bool = True, strict: bool = True
+) -> ReloadReport: ...
 def reload_weights(
     target: Any, weights: Weights, *, atomic: bool = True, strict: bool = True
-) -> ReloadReport:
+) -> ReloadReport | Awaitable[ReloadReport]:
     """Bring one complete set of bf16 weights into a serving engine, in place.
 
-    See `flashquant.patches.target.reload_weights`.
+    An `AsyncLLM` is awaited. See `flashquant.patches.target.reload_weights`.
     """
     from flashquant.patches import target as targets
 
-    return targets.reload_weights(target, weights, atomic=atomic, strict=strict)
+    report: ReloadReport = targets.reload_weights(target, weights, atomic=atomic, strict=strict)
+    return report
 
 
-def status(target: Any) -> Status:
-    """How an `LLM`, a worker or a model stands. See `flashquant.patches.target.status`."""
+@overload
+def status(target: _AsyncEngine) -> Awaitable[Status]: ...  # type: ignore[overload-overlap]
+@overload
+def status(target: object) -> Status: ...
+def status(target: Any) -> Status | Awaitable[Status]:
+    """How an engine, a worker or a model stands; an `AsyncLLM` is awaited.
+
+    See `flashquant.patches.target.status`.
+    """
     from flashquant.patches import target as targets
 
-    return targets.status(target)
+    found: Status = targets.status(target)
+    return found
 
 
 def __getattr__(name: str) -> str:

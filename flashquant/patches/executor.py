@@ -26,6 +26,10 @@ class _Answers:
         self.read = True
         return self._queue.dequeue(timeout=timeout)
 
+    def __getattr__(self, name: str) -> Any:
+        # vLLM's watching thread may shut the queues down in the middle of a call.
+        return getattr(self._queue, name)
+
 
 def _collective_rpc(original: Any, executor: Any, *args: Any, **kwargs: Any) -> Any:
     queues = executor.response_mqs

@@ -1,17 +1,20 @@
-"""Who can be reloaded: an `LLM`, a worker, or a model, told apart by what they can do."""
+"""Who can be reloaded: an engine, a worker, or a model, told apart by what they can do."""
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 import logging
 import os
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from safetensors.torch import save_file
 from torch import nn
+from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 from flashquant.errors import ReloadError
 from flashquant.patches import loading, remote, worker
@@ -24,15 +27,15 @@ logger = logging.getLogger(__name__)
 
 def reload_weights(
     target: Any, weights: Weights, *, atomic: bool = True, strict: bool = True
-) -> ReloadReport:
+) -> Any:
     """Bring one complete set of bf16 weights into a serving engine, in place.
 
-    Requests in flight go on under the new weights: what an `LLM` has cached of the
+    Requests in flight go on under the new weights: what an engine has cached of the
     old ones, their keys and values included, is computed anew. vLLM's outputs tell
     which tokens were sampled by which version (`CompletionOutput.weight_versions`).
 
     Args:
-        target: a vLLM `LLM`, a worker, or the model inside one.
+        target: a vLLM `LLM` or `AsyncLLM`, a worker, or the model inside one.
         weights: `(name, tensor)` pairs, a dict, or a path to safetensors; full,
             unsharded tensors under the names of the checkpoint, bf16, fp16 or fp32.
         atomic: keep an undo log in host memory (one byte a weight in 8 bit), so
@@ -41,6 +44,10 @@ def reload_weights(
         strict: every parameter must arrive. Without it, whole layers may keep
             their old weights; half a layer never goes live.
 
+    Returns:
+        A `ReloadReport`; for an `AsyncLLM`, an awaitable of one. Data-parallel
+        replicas commit each for itself.
+
     Raises:
         ReloadError: and, with `atomic`, every live tensor is what it was.
 
@@ -48,8 +55,10 @@ def reload_weights(
     if (model := _model_of(target)) is not None:
         loading.warn_of_cached_prefixes(model)
         return session_of(model).reload(weights, atomic=atomic, strict=strict)
+    if _is_async(target):
+        return _reload_async(target, weights, atomic=atomic, strict=strict)
     _check_llm(target)
-    if _is_in_process(target):
+    if isinstance(_executor(target), UniProcExecutor):  # this process holds the (or a) worker
         (report,) = target.collective_rpc(
             worker.RELOAD, args=(weights,), kwargs={"atomic": atomic, "strict": strict}
         )
@@ -62,11 +71,14 @@ def reload_weights(
         logger.warning("vLLM did not reset its prefix cache; its log says why")
     # From here on, vLLM's outputs say which update sampled them.
     target.llm_engine.set_weight_version(str(report.version))
-    return cast(ReloadReport, report)
+    return report
 
 
-def status(target: Any) -> Status:
-    """How an `LLM`, a worker or a model stands: version, pending shards, digest, roads.
+def status(target: Any) -> Any:
+    """How an engine, a worker or a model stands: version, pending shards, digest, roads.
+
+    Returns:
+        A `Status`; for an `AsyncLLM`, an awaitable of one.
 
     Raises:
         ReloadError: flashquant does not look after this model.
@@ -74,8 +86,26 @@ def status(target: Any) -> Status:
     """
     if (model := _model_of(target)) is not None:
         return session_of(model).status()
+    if _is_async(target):
+        return _status_async(target)
     _check_llm(target)
-    answers = target.collective_rpc(worker.STATUS)
+    return _one_status(target.collective_rpc(worker.STATUS))
+
+
+async def _reload_async(
+    engine: Any, weights: Weights, *, atomic: bool, strict: bool
+) -> ReloadReport:
+    with ExitStack() as stack:
+        # Writing a model's tensors takes a while, in which the event loop serves others.
+        path = await asyncio.to_thread(stack.enter_context, _stored(weights))
+        return await remote.reload_async(engine, path, atomic=atomic, strict=strict)
+
+
+async def _status_async(engine: Any) -> Status:
+    return _one_status(await remote.call(engine, worker.STATUS))
+
+
+def _one_status(answers: Sequence[Mapping[str, Any]]) -> Status:
     return Status.of_workers([Status(**answer) for answer in answers])
 
 
@@ -86,20 +116,21 @@ def _model_of(target: Any) -> nn.Module | None:
     return target.get_model() if hasattr(target, "get_model") else None
 
 
+def _is_async(target: Any) -> bool:
+    """Whether this is an `AsyncLLM`."""
+    return inspect.iscoroutinefunction(getattr(target, "collective_rpc", None))
+
+
 def _check_llm(target: Any) -> None:
     if not hasattr(target, "collective_rpc") or not hasattr(target, "llm_engine"):
         raise ReloadError(
-            f"a {type(target).__name__} cannot be reloaded; pass a vllm.LLM, a worker or a model"
+            f"a {type(target).__name__} cannot be reloaded; pass a vllm.LLM, an AsyncLLM, a worker "
+            "or a model"
         )
 
 
-def _is_in_process(llm: Any) -> bool:
-    """Whether the one worker lives in this process, where tensors need no transport."""
-    executor = getattr(llm.llm_engine, "model_executor", None)
-    return (
-        hasattr(executor, "driver_worker")
-        and llm.llm_engine.vllm_config.parallel_config.world_size == 1
-    )
+def _executor(llm: Any) -> object:
+    return getattr(llm.llm_engine, "model_executor", None)
 
 
 @contextmanager

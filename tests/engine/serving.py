@@ -104,6 +104,16 @@ class Serving:
             logprobs=[[next(iter(p.values())).logprob for p in positions] for positions in said],
         )
 
+    def continued(self, prompt: list[int], count: int) -> list[list[float]]:
+        """The next greedy tokens after a prompt, each with its log-prob."""
+        from vllm import SamplingParams
+
+        sampling = SamplingParams(max_tokens=count, temperature=0, ignore_eos=True, logprobs=0)
+        (answer,) = self.llm.generate([{"prompt_token_ids": prompt}], sampling, use_tqdm=False)
+        output = answer.outputs[0]
+        steps = zip(output.token_ids, output.logprobs, strict=True)
+        return [[token, step[token].logprob] for token, step in steps]
+
     @cached_property
     def start(self) -> Snapshot:
         """How the engine stood right after its first load."""

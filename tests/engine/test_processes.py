@@ -70,6 +70,30 @@ def test_workers_in_other_processes_hold_what_an_engine_in_this_one_holds(
     assert_lost(answer["lost"], rank=0)
 
 
+def test_an_async_engine_is_updated_while_clients_generate(policies: Policies) -> None:
+    """Eleven updates, four clients: none fails, and each token is some version's own."""
+    answer = _run(
+        "asynchronous",
+        policies,
+        FLASHRL_CONFIG="fp8_channel",
+        VLLM_ALLOW_INSECURE_SERIALIZATION="1",
+    )
+
+    a, b = (serve(policies.bf16(policy), "fp8_channel") for policy in ("a", "b"))
+    assert answer["failed"] == []
+    assert answer["before"] == a.start.digest
+    assert answer["after"] == answer["reported"] == b.start.digest
+    assert answer["version"] == 11
+    assert max(len(spans) for spans in answer["spans"]) > 1  # answers saw updates come
+    (_, _, cut), (version, start, _) = answer["in flight"]
+    assert (version, cut) == ("11", start)
+    # What came after the update is what a fresh engine says after the same tokens.
+    tokens = [token for token, _ in answer["said"]]
+    assert answer["said"][start:] == b.continued(list(range(5, 45)) + tokens[:start], 64 - start)
+    assert answer["refused"][0] == "UnknownWeight"
+    assert_lost(answer["lost"], rank=0)
+
+
 @pytest.mark.parametrize("scheme", ["int8", "fp8_channel"])
 def test_a_compiled_engine_sees_the_new_weights(policies: Policies, scheme: str) -> None:
     """Compiled code has addresses by heart; a reload in place is one that it sees."""

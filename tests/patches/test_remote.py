@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import asdict
 from typing import Any
 
@@ -74,6 +75,21 @@ def test_a_worker_that_died_is_named():
         reload(RuntimeError("cancelled"), members=[Member.here(0), dead])
 
     assert isinstance(lost.value.__cause__, RuntimeError)
+
+
+def test_a_call_that_never_returns_is_given_up_when_a_worker_has_died(monkeypatch):
+    monkeypatch.setattr(remote, "_GRACE", 0.2)
+    dead = Member.here(0)._replace(started=1.0)
+    llm = Llm({}, members=[dead])
+    answer = llm.collective_rpc
+    forever = threading.Event()
+    llm.collective_rpc = lambda method, *args, **kwargs: (
+        answer(method) if method == worker.MEMBER else forever.wait()
+    )
+
+    with pytest.raises(WorkerLost, match="rank 0"):
+        remote.reload(llm, "/path", atomic=True, strict=True)
+    forever.set()
 
 
 def test_an_error_of_the_engine_itself_passes_through(monkeypatch: pytest.MonkeyPatch):

@@ -1,0 +1,93 @@
+"""An `AsyncLLM` that is updated again and again while clients generate.
+
+Usage: python -m tests.engine.programs.asynchronous STARTS_ON PUSHED
+Prints one JSON object: digests, versions, what failed, and one answer in flight.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.engine.programs.failing import fail_in_the_middle
+
+UPDATES, CLIENTS = 10, 4
+
+
+async def main(starts_on: str, pushed: str) -> dict[str, Any]:
+    from vllm import AsyncEngineArgs, SamplingParams
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    engine = AsyncLLM.from_engine_args(
+        AsyncEngineArgs(
+            starts_on,
+            skip_tokenizer_init=True,
+            enforce_eager=True,
+            kv_cache_memory_bytes=16 << 20,
+            max_model_len=128,
+            dtype="bfloat16",
+        )
+    )
+    import flashquant
+
+    async def answer(name: str, tokens: int) -> Any:
+        sampling = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True, logprobs=0)
+        prompt = {"prompt_token_ids": list(range(5, 45))}
+        async for output in engine.generate(prompt, sampling, name):
+            final = output
+        return final.outputs[0]
+
+    result: dict[str, Any] = {"before": (await flashquant.status(engine)).digest}
+    busy, spans, failed = True, [], []
+
+    async def client(number: int) -> None:
+        turn = 0
+        while busy:
+            turn += 1
+            try:
+                output = await answer(f"{number}-{turn}", 32)
+            except Exception as failure:  # whatever it is, the test looks at it
+                failed.append(repr(failure))
+                return
+            spans.append([[span.version, span.start, span.end] for span in output.weight_versions])
+
+    clients = [asyncio.create_task(client(number)) for number in range(CLIENTS)]
+    for update in range(UPDATES):
+        await asyncio.sleep(0.2)
+        report = await flashquant.reload_weights(engine, Path((pushed, starts_on)[update % 2]))
+    in_flight = asyncio.create_task(answer("in flight", 64))
+    await asyncio.sleep(0.1)
+    report = await flashquant.reload_weights(engine, Path(pushed))
+    busy = False
+    await asyncio.gather(*clients)
+    output = await in_flight
+    try:
+        await flashquant.reload_weights(engine, {"typo": torch.zeros(1)})
+    except flashquant.errors.ReloadError as refusal:
+        result["refused"] = [type(refusal).__name__, str(refusal)]
+    result |= {
+        "after": (await flashquant.status(engine)).digest,
+        "reported": report.digest,
+        "version": report.version,
+        "spans": spans,
+        "failed": failed,
+        "in flight": [[s.version, s.start, s.end] for s in output.weight_versions],
+        "said": [
+            [t, step[t].logprob] for t, step in zip(output.token_ids, output.logprobs, strict=True)
+        ],
+    }
+    await engine.collective_rpc(fail_in_the_middle, kwargs={"rank": 0, "dies": True})
+    try:
+        await flashquant.reload_weights(engine, Path(starts_on))
+    except Exception as lost:  # whatever it is, the test looks at it
+        result["lost"] = [type(lost).__name__, str(lost), 0]
+    return result
+
+
+if __name__ == "__main__":
+    print("RESULT", json.dumps(asyncio.run(main(*sys.argv[1:]))), flush=True)
