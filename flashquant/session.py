@@ -124,6 +124,11 @@ class Session:
             self._check_complete(update, strict=strict)
             self._check_unmoved(update.before, *self._engine.layers)
 
+    @property
+    def in_bracket(self) -> bool:
+        """Whether an update was begun and not finished yet."""
+        return self._transactions.in_bracket
+
     def check_nothing_waits(self) -> None:
         """The trainer has sent everything it wanted to, in pushes outside a bracket.
 
@@ -135,7 +140,7 @@ class Session:
 
         """
         waiting = self._waiting()
-        if waiting and not self._transactions.in_bracket:
+        if waiting and not self.in_bracket:
             raise IncompleteUpdate(
                 f"{len(waiting)} layers have arrived only in part and still serve their old "
                 f"weights, beside the new ones of others: {_missing_parts(waiting)}. Send what is "

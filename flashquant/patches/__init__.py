@@ -14,6 +14,7 @@ import vllm
 from flashquant.patches import (
     cpu,
     engine_args,
+    engine_core,
     executor,
     guard,
     loading,
@@ -33,6 +34,7 @@ POINTS: tuple[PatchPoint, ...] = (
     *sleep.POINTS,
     *worker.POINTS,
     *executor.POINTS,
+    *engine_core.POINTS,
     *cpu.POINTS,
 )
 

@@ -31,23 +31,29 @@ class _Attached:
         self.session = Session(
             self.engine, checks=self.engine.checks, ballot=ballot_for(vllm_config)
         )
-        self.caches_prefixes = bool(vllm_config.cache_config.enable_prefix_caching)
+        self._caches_prefixes = bool(vllm_config.cache_config.enable_prefix_caching)
+        self._noted = 0
 
     def __call__(self, weights: Iterable[tuple[str, Tensor]]) -> object:
         if self.session.live:
-            self.warn_of_cached_prefixes()
             return self.session.push(weights)
         return self.session.first_load(weights)
 
-    def warn_of_cached_prefixes(self) -> None:
-        """Say once that a push inside a worker leaves the scheduler's prefix cache behind."""
-        if self.caches_prefixes:
-            self.caches_prefixes = False
+    def note_version(self) -> int:
+        """The scheduler asks, and will drop what it has cached of older weights."""
+        self._noted = self.session.version
+        return self._noted
+
+    def check_servable(self) -> None:
+        """Refuse to generate from a mixture; say once where old keys and values may be used."""
+        self.session.check_servable()
+        if self._caches_prefixes and self.session.version != self._noted:
+            self._caches_prefixes = False
             logger.warning(
-                "prefix caching is on, and a push inside the worker cannot reset it: prompts that "
-                "share a prefix would reuse keys and values of the old weights. Call "
-                "llm.reset_prefix_cache() after each update, or push by "
-                "flashquant.reload_weights(llm, ...), which does."
+                "weights were pushed straight into the model of a running engine, whose prefix "
+                "cache is out of reach from there: prompts that share a prefix may reuse keys and "
+                "values of the old weights. Call llm.reset_prefix_cache() after each update, or "
+                "push by llm.collective_rpc or flashquant.reload_weights(llm, ...), which do."
             )
 
 
@@ -73,10 +79,18 @@ def session_of(model: nn.Module) -> Session:
     return session
 
 
-def warn_of_cached_prefixes(model: nn.Module) -> None:
-    """Say once that the prefix cache of this model's engine is out of reach from here."""
-    if (attached := _attached(model)) is not None:
-        attached.warn_of_cached_prefixes()
+def note_version(model: nn.Module) -> tuple[int, bool]:
+    """The version of a model's weights, and whether an update is under way."""
+    attached = _attached(model)
+    return (
+        (0, False) if attached is None else (attached.note_version(), attached.session.in_bracket)
+    )
+
+
+def check_servable(model: nn.Module) -> None:
+    """Raise TornWeights where a forward pass would meet a mixture of two policies."""
+    if (attached := _attached(model)) is not None and attached.session.live:
+        attached.check_servable()
 
 
 def _initialize_model(original: Any, vllm_config: Any, **kwargs: Any) -> nn.Module:

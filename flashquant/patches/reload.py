@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from flashquant.errors import ReloadError
-from flashquant.patches.loading import find_session, warn_of_cached_prefixes
+from flashquant.patches.loading import check_servable, find_session
 from flashquant.patches.point import PatchPoint
 
 
@@ -51,7 +51,6 @@ def _reload_weights(
             "nothing can be checked or undone. Push the tensors under their checkpoint names, in "
             "bf16 or as the checkpoint stores them."
         )
-    warn_of_cached_prefixes(model)
     try:
         original(vllm_config, model, weights_iterator, weights_path, is_checkpoint_format)
     finally:
@@ -72,9 +71,7 @@ def _finish_weight_update(original: Any, worker: Any) -> None:
 
 
 def _execute_model(original: Any, runner: Any, *args: Any, **kwargs: Any) -> Any:
-    session = find_session(runner.get_model())
-    if session is not None:
-        session.check_servable()
+    check_servable(runner.get_model())
     return original(runner, *args, **kwargs)
 
 

@@ -52,31 +52,17 @@ def reload(llm: Any, path: str, *, atomic: bool, strict: bool) -> ReloadReport:
 
 
 async def reload_async(engine: Any, path: str, *, atomic: bool, strict: bool) -> ReloadReport:
-    """The same for an `AsyncLLM`, between two steps of the engine, with all it has cached.
-
-    Requests in flight are kept, and go on from where they were.
-    """
-    members = await call(engine, worker.MEMBER)
-    paused = await engine.is_paused()
-    if not paused:
-        await engine.pause_generation(mode="keep", clear_cache=False)
-    try:
-        with _Watch(members) as watch:
-            answering = asyncio.ensure_future(
-                call(engine, worker.TRY_RELOAD, path, atomic=atomic, strict=strict)
-            )
-            while not answering.done():
-                await asyncio.wait([answering], timeout=_LOOK_EVERY)
-                watch.raise_if_lost_for(_GRACE)
-            with watch.explaining():
-                answers = answering.result()
-        report = _merged(answers)
-        await engine.reset_prefix_cache(reset_running_requests=True)
-        await engine.update_weight_version(str(report.version))
-    finally:
-        if not paused and not engine.errored:
-            await engine.resume_generation()
-    return report
+    """The same for an `AsyncLLM`, between two steps of the engine."""
+    with _Watch(await call(engine, worker.MEMBER)) as watch:
+        answering = asyncio.ensure_future(
+            call(engine, worker.TRY_RELOAD, path, atomic=atomic, strict=strict)
+        )
+        while not answering.done():
+            await asyncio.wait([answering], timeout=_LOOK_EVERY)
+            watch.raise_if_lost_for(_GRACE)
+        with watch.explaining():
+            answers = answering.result()
+    return _merged(answers)
 
 
 async def call(engine: Any, method: str, *args: Any, **kwargs: Any) -> list[Any]:

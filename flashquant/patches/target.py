@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import logging
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,12 +16,10 @@ from torch import nn
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 from flashquant.errors import ReloadError
-from flashquant.patches import loading, remote, worker
+from flashquant.patches import remote, worker
 from flashquant.patches.loading import session_of
 from flashquant.report import ReloadReport, Status
 from flashquant.weights import Weights, named_tensors
-
-logger = logging.getLogger(__name__)
 
 
 def reload_weights(
@@ -53,7 +50,6 @@ def reload_weights(
 
     """
     if (model := _model_of(target)) is not None:
-        loading.warn_of_cached_prefixes(model)
         return session_of(model).reload(weights, atomic=atomic, strict=strict)
     if _is_async(target):
         return _reload_async(target, weights, atomic=atomic, strict=strict)
@@ -65,12 +61,6 @@ def reload_weights(
     else:
         with _stored(weights) as path:
             report = remote.reload(target, path, atomic=atomic, strict=strict)
-    # Cached keys and values belong to the old policy, those of requests in flight too:
-    # vLLM computes them anew before the next token.
-    if not target.reset_prefix_cache(reset_running_requests=True):
-        logger.warning("vLLM did not reset its prefix cache; its log says why")
-    # From here on, vLLM's outputs say which update sampled them.
-    target.llm_engine.set_weight_version(str(report.version))
     return report
 
 

@@ -15,7 +15,7 @@ from dataclasses import asdict
 from typing import Any
 
 from flashquant.members import Member
-from flashquant.patches.loading import session_of
+from flashquant.patches.loading import note_version, session_of
 from flashquant.patches.point import PatchPoint
 from flashquant.report import ReloadReport
 from flashquant.weights import Weights
@@ -50,16 +50,23 @@ def _member(worker: Any) -> tuple[Any, ...]:
     return tuple(Member.here(session_of(worker.get_model()).rank))
 
 
+def _standing(worker: Any) -> tuple[int, bool]:
+    """The version of this worker's weights, and whether an update is under way."""
+    return note_version(worker.get_model())
+
+
 RELOAD = "flashquant_reload"
 TRY_RELOAD = "flashquant_try_reload"
 STATUS = "flashquant_status"
 MEMBER = "flashquant_member"
+STANDING = "flashquant_standing"
 
 _METHODS: dict[str, Callable[..., Any]] = {
     RELOAD: _reload,
     TRY_RELOAD: _try_reload,
     STATUS: _status,
     MEMBER: _member,
+    STANDING: _standing,
 }
 
 POINTS = tuple(

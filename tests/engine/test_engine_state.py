@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -86,8 +86,31 @@ def test_a_request_in_flight_goes_on_as_if_it_had_begun_on_the_new_weights(
     assert said(output)[6:] == said(expected)
 
 
-def test_a_prefix_of_the_old_weights_is_not_used_again(policies: Policies) -> None:
-    """The second answer is computed, not remembered."""
+def by_flashquant(live: Serving, weights: dict[str, torch.Tensor]) -> None:
+    flashquant.reload_weights(live.llm, weights)
+
+
+def by_vllms_reload(live: Serving, weights: dict[str, torch.Tensor]) -> None:
+    live.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights.items())})
+
+
+def by_a_workers_own_method(live: Serving, weights: dict[str, torch.Tensor]) -> None:
+    """As the worker extensions of OpenRLHF, verl and others: a tensor a call."""
+    for name, tensor in weights.items():
+        live.llm.collective_rpc(
+            lambda worker, pair: worker.get_model().load_weights([pair]), args=((name, tensor),)
+        )
+
+
+@pytest.mark.parametrize(
+    "push",
+    [by_flashquant, by_vllms_reload, by_a_workers_own_method],
+    ids=lambda push: push.__name__,
+)
+def test_a_prefix_of_the_old_weights_is_not_used_again(
+    policies: Policies, push: Callable[[Serving, dict[str, torch.Tensor]], None]
+) -> None:
+    """Whatever call brought the new ones; and the outputs carry their version."""
     live, fresh = (
         serve(policies.bf16(policy), "fp8_channel", enable_prefix_caching=True)
         for policy in ("a", "b")
@@ -95,26 +118,31 @@ def test_a_prefix_of_the_old_weights_is_not_used_again(policies: Policies) -> No
     flashquant.reload_weights(live.llm, policies.tensors("a"))
     before = said(answer(live.llm, PROMPT, 4))
 
-    flashquant.reload_weights(live.llm, policies.tensors("b"))
+    push(live, policies.tensors("b"))
 
-    after = said(answer(live.llm, PROMPT, 4))
-    assert after != before
-    assert after == said(answer(fresh.llm, PROMPT, 4))
+    output = answer(live.llm, PROMPT, 4)
+    assert said(output) != before
+    assert said(output) == said(answer(fresh.llm, PROMPT, 4))
+    assert output.weight_versions[0].version == str(flashquant.status(live.llm).version)
 
 
-def test_a_push_that_cannot_reach_the_prefix_cache_says_so_once(
-    policies: Policies, tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_a_push_that_no_scheduler_can_hear_of_is_warned_of_once(
+    policies: Policies, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Inside a worker there is no scheduler to tell."""
+    """Straight into the model, as TRL does in its own process; at the next forward pass."""
     live = serve(policies.bf16("a"), "bf16", enable_prefix_caching=True)
 
     with caplog.at_level(logging.WARNING, "flashquant"):
-        for name, tensor in policies.tensors("a").items():
-            live.model.load_weights([(name, tensor)])
+        flashquant.reload_weights(live.llm, policies.tensors("a"))
+        answer(live.llm, PROMPT, 2)
+        assert caplog.records == []
+        for _ in range(2):
+            for name, tensor in policies.tensors("a").items():
+                live.model.load_weights([(name, tensor)])
+            answer(live.llm, PROMPT, 2)
 
-    warnings = [r.message for r in caplog.records if "prefix caching is on" in r.message]
-    assert len(warnings) == 1
-    assert "llm.reset_prefix_cache()" in warnings[0]
+    (warning,) = [r.message for r in caplog.records if "prefix" in r.message]
+    assert "llm.reset_prefix_cache()" in warning
 
 
 def adapter(folder: Path) -> LoRARequest:

@@ -1,0 +1,88 @@
+"""The scheduler hears of new weights, by whatever call they came.
+
+What a stack pushes by RPC (its own worker methods included) passes
+`EngineCore.collective_rpc`, in the process that holds the scheduler. So there, in
+the same call and before the next step:
+
+    new weights             keys and values of the old ones are dropped, those of requests in
+                            flight are computed anew, and outputs carry the new version
+    a bracket stays open    no step runs until it is closed: a forward pass would meet
+                            layers of two policies, and refuse
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from typing import Any
+
+from vllm.v1.core.sched.interface import PauseState
+from vllm.v1.engine.core import DPEngineCoreProc, EngineCoreProc
+
+from flashquant.patches import worker
+from flashquant.patches.engine import asks_for_session
+from flashquant.patches.point import PatchPoint
+
+logger = logging.getLogger(__name__)
+
+
+class _Noted:
+    """What one engine core knows of its workers' weights."""
+
+    def __init__(self) -> None:
+        self.version = 0
+        self.paused = False  # by us, for an open bracket
+
+
+def _collective_rpc(
+    original: Any,
+    core: Any,
+    method: Any,
+    timeout: float | None = None,
+    args: tuple[Any, ...] = (),
+    kwargs: dict[str, Any] | None = None,
+) -> Any:
+    if not asks_for_session(core.vllm_config):
+        return original(core, method, timeout, args, kwargs)
+    try:
+        result = original(core, method, timeout, args, kwargs)
+    except BaseException:
+        # A call may push much before it fails. Where the workers are gone, nothing is to be noted.
+        with contextlib.suppress(RuntimeError):
+            _take_note(core)
+        raise
+    _take_note(core)
+    return result
+
+
+def _take_note(core: Any) -> None:
+    noted: _Noted = vars(core).setdefault("_flashquant", _Noted())
+    standings = core.model_executor.collective_rpc(worker.STANDING)
+    version = max(version for version, _ in standings)
+    if version != noted.version:
+        noted.version = version
+        if not core.reset_prefix_cache(reset_running_requests=True):
+            logger.warning("vLLM did not reset its prefix cache; its log says why")
+        core.set_weight_version(str(version))
+    # In the caller's own process, waiting would be for ever: there a step refuses instead.
+    if isinstance(core, EngineCoreProc) and not isinstance(core, DPEngineCoreProc):
+        _hold_steps(core, noted, any(open_bracket for _, open_bracket in standings))
+
+
+def _hold_steps(core: Any, noted: _Noted, under_way: bool) -> None:
+    """Pause the scheduler while an update is under way, unless somebody else has."""
+    if under_way and not noted.paused and not core.is_scheduler_paused():
+        core.scheduler.set_pause_state(PauseState.PAUSED_ALL)
+        noted.paused = True
+    elif noted.paused and not under_way:
+        core.scheduler.set_pause_state(PauseState.UNPAUSED)
+        noted.paused = False
+
+
+POINTS = (
+    PatchPoint(
+        "vllm.v1.engine.core:EngineCore.collective_rpc",
+        expects=("self", "method", "timeout", "args", "kwargs"),
+        wrapper=_collective_rpc,
+    ),
+)
