@@ -66,14 +66,16 @@ def patch_from_env() -> None:
     """vLLM's plugin hook: patch when FLASHRL_CONFIG is set, else do nothing at all.
 
     Raises:
-        ConfigError: FLASHRL_CONFIG says something impossible.
+        ConfigError: FLASHRL_CONFIG or a logging variable says something impossible.
 
     """
     if not os.environ.get("FLASHRL_CONFIG"):
         return
     from flashquant.config import config_from_env
+    from flashquant.logs import set_up_logging
 
     config_from_env(os.environ)
+    set_up_logging(os.environ)
     patch()
 
 

@@ -15,12 +15,15 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import Tensor
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -148,3 +151,11 @@ def _write(path: Path, config: dict[str, Any], weights: dict[str, Tensor]) -> No
     path.mkdir(parents=True, exist_ok=True)
     (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+
+
+def add_tokenizer(path: Path) -> Path:
+    """Give a checkpoint a tokenizer, which a server asks for: one word a token."""
+    words = {f"w{number}": number for number in range(1000)}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="w0"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0").save_pretrained(path)
+    return path

@@ -58,6 +58,16 @@ def _reload_weights(
             session.abandon()
 
 
+def _update_weights(original: Any, worker: Any, update_info: Any) -> None:
+    """A chunk that fails, even before it reached the model, ends the update: vLLM says so too."""
+    try:
+        original(worker, update_info)
+    except BaseException:
+        if (session := find_session(worker.get_model())) is not None:
+            session.abandon()
+        raise
+
+
 def _finish_weight_update(original: Any, worker: Any) -> None:
     """An update whose end was refused is over; vLLM would wait for its end for ever."""
     try:
@@ -108,6 +118,11 @@ POINTS = (
             wrapper=_reload_weights,
         )
         for runner in ("gpu_model_runner", "gpu.model_runner")
+    ),
+    PatchPoint(
+        "vllm.v1.worker.gpu_worker:Worker.update_weights",
+        expects=("self", "update_info"),
+        wrapper=_update_weights,
     ),
     PatchPoint(
         "vllm.v1.worker.gpu_worker:Worker.finish_weight_update",

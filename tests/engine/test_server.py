@@ -1,0 +1,181 @@
+"""vLLM's OpenAI server, two replicas, updated over HTTP again and again while clients generate."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Event
+from typing import Any, NamedTuple
+
+import pytest
+import requests
+
+from tests import tiny_models
+from tests.engine.checkpoints import Policies
+from tests.engine.serving import serve
+
+pytestmark = pytest.mark.engine
+
+UPDATES, CLIENTS = 50, 8
+PROMPT = list(range(5, 45))
+
+
+class Server(NamedTuple):
+    """A running server, and where it takes files from."""
+
+    url: str
+    folder: Path
+    log: Path
+
+    def post(self, route: str, **body: Any) -> Any:
+        answer = requests.post(f"{self.url}/{route}", json=body, timeout=120)
+        assert answer.ok, f"{route}: {answer.text}\n{self.log.read_text()[-3000:]}"
+        return answer.json()
+
+    def complete(self, tokens: int) -> list[int]:
+        """Greedy tokens."""
+        answer = self.post(
+            "v1/completions",
+            model="tiny",
+            prompt=PROMPT,
+            max_tokens=tokens,
+            temperature=0,
+            ignore_eos=True,
+            return_token_ids=True,
+        )
+        return list(answer["choices"][0]["token_ids"])
+
+    def update(self, file: str) -> None:
+        """One whole update, as a trainer drives it."""
+        self.post("start_weight_update")
+        self.post("update_weights", update_info={"path": file})
+        self.post("finish_weight_update")
+
+
+@pytest.fixture(scope="module")
+def policies(tmp_path_factory: pytest.TempPathFactory) -> Policies:
+    return Policies(tmp_path_factory.mktemp("policies"), "qwen2")
+
+
+@pytest.fixture(scope="module")
+def server(policies: Policies, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Nothing in it imports flashquant but vLLM's own plugin loader."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    cores = sorted(os.sched_getaffinity(0))
+    command = {
+        "--model": tiny_models.add_tokenizer(policies.bf16("a")),
+        "--served-model-name": "tiny",
+        "--host": "127.0.0.1",
+        "--port": port,
+        "--dtype": "bfloat16",
+        "--max-model-len": 128,
+        "--kv-cache-memory-bytes": 16 << 20,
+        "--data-parallel-size": 2,
+        "--weight-transfer-config": '{"backend": "flashquant_file"}',
+    }
+    environment = {
+        **os.environ,
+        "FLASHRL_CONFIG": "int8",
+        "VLLM_SERVER_DEV_MODE": "1",  # its weight-update routes
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": f"{cores[0]}|{cores[-1]}",
+    }
+    folder = tmp_path_factory.mktemp("transfer")
+    log = folder / "server.log"
+    arguments = [*(str(part) for pair in command.items() for part in pair), "--enforce-eager"]
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *arguments],
+            env=environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+    found = Server(f"http://127.0.0.1:{port}", folder, log)
+    try:
+        _wait_for(found, process)
+        yield found
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def _wait_for(server: Server, process: subprocess.Popen[bytes]) -> None:
+    for _ in range(600):
+        try:
+            if requests.get(f"{server.url}/health", timeout=5).ok:
+                return
+        except requests.ConnectionError:
+            time.sleep(0.5)
+        assert process.poll() is None, server.log.read_text()[-3000:]
+    raise TimeoutError(server.log.read_text()[-3000:])
+
+
+def test_fifty_updates_over_http_while_eight_clients_generate(
+    server: Server, policies: Policies
+) -> None:
+    """No request fails, and both replicas end on what a fresh engine serves."""
+    for policy in "ab":
+        weights = policies.bf16(policy) / "model.safetensors"
+        shutil.copy(weights, server.folder / f"{policy}.safetensors")
+    server.post("init_weight_transfer_engine", init_info={"folder": str(server.folder)})
+    enough = Event()
+
+    def client() -> int:
+        answered = 0
+        while not enough.is_set():
+            server.complete(16)
+            answered += 1
+        return answered
+
+    with ThreadPoolExecutor(CLIENTS) as pool:
+        clients = [pool.submit(client) for _ in range(CLIENTS)]
+        for update in range(UPDATES):
+            server.update(f"{'ba'[update % 2]}.safetensors")
+        server.update("b.safetensors")
+        enough.set()
+        answered = [future.result() for future in clients]
+
+    fresh = serve(policies.bf16("b"), "int8")
+    expected = [token for token, _ in fresh.continued(PROMPT, 16)]
+    assert min(answered) > 0
+    assert server.post("collective_rpc", method="flashquant_status")["results"][0]["digest"] == (
+        fresh.start.digest
+    )
+    # The replicas take turns.
+    assert [server.complete(16) for _ in range(8)] == [expected] * 8
+    version = requests.get(f"{server.url}/weight_info", timeout=10).json()["weight_version"]
+    assert version == str(UPDATES + 1)
+
+
+def test_a_refused_update_over_http_leaves_the_server_as_it_was(server: Server) -> None:
+    """The client sees an error; both replicas serve on, and the next update goes through."""
+    before = server.complete(16)
+    server.post("start_weight_update")
+    refusal = requests.post(
+        f"{server.url}/update_weights",
+        json={"update_info": {"path": "../../etc/passwd"}},
+        timeout=60,
+    )
+
+    assert refusal.status_code == 500
+    assert [server.complete(16) for _ in range(4)] == [before] * 4
+    server.update("a.safetensors")
+    assert server.complete(16) != before
+
+
+def test_every_process_of_the_server_says_that_it_is_patched(server: Server) -> None:
+    """The plugin is all it takes."""
+    said = re.findall(r"flashquant (\w+).*: patched \d+ points", server.log.read_text())
+
+    assert said.count("APIServer") + said.count("MainProcess") >= 1
+    assert sum(name.startswith("EngineCore") for name in said) == 2
