@@ -24,11 +24,18 @@ def policies(tmp_path_factory: pytest.TempPathFactory) -> Policies:
     return Policies(tmp_path_factory.mktemp("policies"), "qwen2")
 
 
-def _run(program: str, policies: Policies, **environment: str) -> dict[str, Any]:
+CORES = "|".join(map(str, sorted(os.sched_getaffinity(0))[:2]))
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+
+
+def _run(
+    program: str, policies: Policies, launcher: tuple[str, ...] = (), **environment: str
+) -> dict[str, Any]:
     """What a program of `tests/engine/programs` answers in a process of its own."""
     answer = subprocess.run(
         [
             sys.executable,
+            *launcher,
             "-m",
             f"tests.engine.programs.{program}",
             str(policies.bf16("a")),
@@ -112,7 +119,7 @@ def test_two_workers_commit_together_or_not_at_all(policies: Policies) -> None:
         FLASHRL_CONFIG="int8",
         VLLM_ENABLE_V1_MULTIPROCESSING="1",
         VLLM_ALLOW_INSECURE_SERIALIZATION="1",  # to send the workers a fault
-        VLLM_CPU_OMP_THREADS_BIND="|".join(map(str, sorted(os.sched_getaffinity(0))[:2])),
+        VLLM_CPU_OMP_THREADS_BIND=CORES,
     )
 
     steps = answer["steps"]
@@ -125,6 +132,26 @@ def test_two_workers_commit_together_or_not_at_all(policies: Policies) -> None:
     assert steps["rank 1 failed in vLLM's reload"] == steps["started on a"]
     assert steps["pushed b by vLLM's reload"] == steps["pushed b"]
     assert_lost(answer["lost"], rank=1)
+
+
+def test_ranks_of_their_own_commit_together_or_not_at_all(policies: Policies) -> None:
+    """external_launcher: no front end in common, each program pushes to its own worker."""
+    answer = _run(
+        "external_launcher",
+        policies,
+        TORCHRUN,
+        FLASHRL_CONFIG="int8",
+        VLLM_CPU_OMP_THREADS_BIND=CORES,
+        GLOO_SOCKET_IFNAME="lo",
+    )
+
+    assert len(set(answer["pushed b"])) == 2  # each rank holds a shard of its own
+    assert answer["pushed b"] != answer["started on a"]
+    (followed, why), (failed, _) = answer["raised"]
+    assert (followed, failed) == ("PeerFailed", "MemoryError")
+    assert "rank 1 did not commit this update (MemoryError: injected)" in why
+    assert answer["rank 1 failed"] == answer["pushed b"]
+    assert answer["pushed a"] == answer["started on a"]  # equal to a fresh start, per rank
 
 
 def assert_lost(raised: list[Any], *, rank: int) -> None:

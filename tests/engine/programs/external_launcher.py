@@ -1,0 +1,58 @@
+"""One program a rank, as torchrun starts it: every rank pushes to its own worker.
+
+Usage: python -m torch.distributed.run --nproc-per-node 2 -m \
+           tests.engine.programs.external_launcher STARTS_ON PUSHED
+Rank 0 prints one JSON object: what each rank held and what it raised, step by step.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from tests import tiny_models
+from tests.engine.programs.failing import fail_in_the_middle, raised_by
+
+
+def main(starts_on: str, pushed: str) -> dict[str, Any] | None:
+    import torch.distributed
+    from vllm import LLM
+
+    llm = LLM(
+        starts_on,
+        skip_tokenizer_init=True,
+        enforce_eager=True,
+        kv_cache_memory_bytes=16 << 20,
+        max_model_len=128,
+        dtype="bfloat16",
+        tensor_parallel_size=2,
+        distributed_executor_backend="external_launcher",
+        seed=0,
+    )
+    import flashquant
+
+    def push(checkpoint: str) -> Any:
+        return flashquant.reload_weights(llm, tiny_models.tensors(Path(checkpoint)))
+
+    mine: dict[str, Any] = {"started on a": flashquant.status(llm).digest}
+    push(pushed)
+    mine["pushed b"] = flashquant.status(llm).digest
+    llm.collective_rpc(fail_in_the_middle, kwargs={"rank": 1, "dies": False})
+    mine["raised"] = raised_by(lambda: push(starts_on))[:2]
+    mine["rank 1 failed"] = flashquant.status(llm).digest
+    push(starts_on)
+    mine["pushed a"] = flashquant.status(llm).digest
+
+    ranks: list[Any] = [None, None]
+    torch.distributed.all_gather_object(ranks, mine)
+    return {key: [rank[key] for rank in ranks] for key in mine}
+
+
+if __name__ == "__main__":
+    result = main(*sys.argv[1:])
+    import torch.distributed
+
+    if torch.distributed.get_rank() == 0:
+        print("RESULT", json.dumps(result), flush=True)
