@@ -27,19 +27,13 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from benchmarks import environment
 from examples.demo import smollm2
 from tests import tiny_models
 
 SCHEMES = ("bf16", "int8", "fp8_vllm", "fp8_channel")
 COPY_LIMIT = "copy limit"
 NATIVE = "vLLM's own reload, bf16"
-
-_ENVIRONMENT = {
-    "HF_HUB_OFFLINE": "1",
-    "TORCHDYNAMO_DISABLE": "1",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-}
-_QUIET = {"VLLM_LOGGING_LEVEL": "ERROR"}
 
 Weights = dict[str, Tensor]
 Sync = Callable[[Weights], object]
@@ -306,11 +300,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/out"))
     arguments = parser.parse_args(argv)
-    for name in ("FLASHRL_CONFIG", "VLLM_CPU_KVCACHE_SPACE"):
-        os.environ.pop(name, None)
-    os.environ.update(_ENVIRONMENT)
-    for name, value in _QUIET.items():
-        os.environ.setdefault(name, value)
+    environment.prepare()
     print(", ".join(f"{fact}: {value}" for fact, value in machine().items()), flush=True)
     result = measure(arguments.model, arguments.rounds)
     print(f"\n{result.model}: {result.tensors} tensors, {result.bytes / 1e6:.1f} MB of bf16")

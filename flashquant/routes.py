@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from flashquant.engine import Engine
-from flashquant.errors import UnknownWeight
+from flashquant.errors import ReloadError, UnknownWeight
 from flashquant.plan import Replay, TensorPlan, WritePlan
 from flashquant.trace import trace, trace_one
 
@@ -44,10 +44,16 @@ class Routes:
             with self._engine.laid_out():
                 meta = _meta(tensor.shape, tensor.dtype)
                 self.plan.add(trace_one(self._engine.load, name, meta, self._engine.targets))
-        except UnknownWeight as unknown:
+        except ReloadError as refusal:
+            # What a loader says of a name it does not know depends on where it stumbles; that
+            # the checkpoint had no such name is what the trainer can act on.
+            if name in self._checkpoint or not (
+                self._checkpoint or isinstance(refusal, UnknownWeight)
+            ):
+                raise
             near = difflib.get_close_matches(name, self._checkpoint, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise UnknownWeight(f"{unknown}.{hint}") from unknown
+            raise UnknownWeight(f"{refusal}.{hint}") from refusal
 
     def of(self, name: str, tensor: Tensor) -> TensorPlan:
         """Where a tensor lands; the first time it comes by, the engine's loader is watched.

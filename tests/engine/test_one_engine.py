@@ -107,12 +107,13 @@ def _failing(weights: dict[str, Tensor], after: int) -> Iterator[tuple[str, Tens
             UnknownWeight,
             "q_proj",
         ),
+        ({f"{Q}_": torch.zeros(256, 256)}, UnknownWeight, r"Did you mean .*q_proj\.weight'"),
         ({Q: torch.zeros(256, 255)}, MisfitTensor, r"\(256, 255\), but should have \(256, 256\)"),
         ({O: torch.zeros(256, 256, dtype=torch.int32)}, MisfitTensor, "Send bfloat16"),
         ({O: torch.full((256, 256), torch.nan)}, MisfitTensor, "NaN or infinite"),
         ({O: torch.zeros(256, 256, device="meta")}, MisfitTensor, "meta device"),
     ],
-    ids=["unknown name", "wrong shape", "wrong dtype", "NaN", "meta"],
+    ids=["unknown module", "unknown parameter", "wrong shape", "wrong dtype", "NaN", "meta"],
 )
 def test_bad_input_is_one_error_and_the_old_weights_serve_on(
     live: Serving, policies: Policies, change: dict[str, Tensor], error: type, says: str
