@@ -38,6 +38,7 @@ LOG_TAIL = 25
 ENGINE_ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_LOGGING_LEVEL": "WARNING",
+    "FLASHRL_LOGGING_LEVEL": "WARNING",
     "TORCHDYNAMO_DISABLE": "1",
     # Threads that spin while they wait make a shared machine up to 20 times slower.
     "OMP_WAIT_POLICY": "passive",
