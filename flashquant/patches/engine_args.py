@@ -24,14 +24,14 @@ logger = logging.getLogger(__name__)
 ADDITIONAL_CONFIG_KEY = "flashquant"
 
 # Where vLLM has an online load of a scheme, its name there.
-_ONLINE = {
+ONLINE = {
     "fp8_vllm": "fp8_per_tensor",
     "fp8_channel": "fp8_per_channel",
     "fp8_block": "fp8_per_block",
 }
 # What the weights of a compressed-tensors checkpoint in a scheme look like.
 _STORED = {"int8": ("int", 8, "channel"), "fp8_channel": ("float", 8, "channel")}
-_NOT_BUILT = {
+NOT_BUILT = {
     "fp8_tensor": "fp8_vllm stores one scale a layer, fp8_channel one an output channel",
     "int8_prune": "int8 without a profile quantizes each channel by its own maximum",
 }
@@ -100,8 +100,8 @@ def configure(args: Any, config: RolloutConfig, checks: Checks) -> None:
         _check_same_scheme(own, config.scheme, args.model)
     elif config.scheme == "int8":
         _serve_as_w8a8(args)
-    elif config.scheme in _ONLINE:
-        _set_quantization(args, _ONLINE[config.scheme], config.scheme)
+    elif config.scheme in ONLINE:
+        _set_quantization(args, ONLINE[config.scheme], config.scheme)
     args.additional_config = {
         **(args.additional_config or {}),
         ADDITIONAL_CONFIG_KEY: {"scheme": config.scheme, "checks": checks.model_dump()},
@@ -110,10 +110,10 @@ def configure(args: Any, config: RolloutConfig, checks: Checks) -> None:
 
 
 def _refuse_what_is_not_built(config: RolloutConfig) -> None:
-    if config.scheme in _NOT_BUILT:
+    if config.scheme in NOT_BUILT:
         raise ConfigError(
             f"{config.fn} is a valid name, but its scheme is not built yet: "
-            f"{_NOT_BUILT[config.scheme]}. Use one of these."
+            f"{NOT_BUILT[config.scheme]}. Use one of these."
         )
     if config.profile is not None:
         raise ConfigError(

@@ -1,0 +1,155 @@
+"""Is this machine one on which flashquant does what it promises? Looked at, not believed.
+
+versions    what is installed, and whether it is what was tested
+seams       every point that would be patched: there, in shape, and free
+hardware    what the CPU and the GPUs can do
+schemes     what each one asks vLLM for
+kernels     each quantization against its definition, bit for bit, on every device
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import vllm
+from torch import Tensor
+from vllm import _custom_ops as ops
+
+from flashquant import patches
+from flashquant.errors import PatchError
+from flashquant.patches import engine_args, guard
+from flashquant.schemes import fp8_channel, fp8_tensor, int8_channel
+
+Verdict = Literal["ok", "skipped", "fails"]
+Quantize = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at."""
+
+    topic: str
+    name: str
+    verdict: Verdict
+    detail: str
+
+
+def examine() -> list[Finding]:
+    """Look at everything; nothing is patched, and nothing is left behind."""
+    return [*_versions(), *_seams(), *_hardware(), *_schemes(), *_kernels()]
+
+
+def _versions() -> Iterator[Finding]:
+    yield Finding("versions", "python", "ok", platform.python_version())
+    yield Finding("versions", "torch", "ok", torch.__version__)
+    try:
+        guard.check_version(vllm.__version__)
+    except PatchError as refusal:
+        yield Finding("versions", "vllm", "fails", str(refusal))
+    else:
+        yield Finding("versions", "vllm", "ok", f"{vllm.__version__} ({guard.tested_range()})")
+
+
+def _seams() -> Iterator[Finding]:
+    for point in patches.POINTS:
+        if patches.is_patched():
+            yield Finding("seams", point.target, "skipped", "is patched at the moment")
+            continue
+        try:
+            point.check()
+        except PatchError as refusal:
+            yield Finding("seams", point.target, "fails", str(refusal))
+        else:
+            yield Finding("seams", point.target, "ok", "fits")
+
+
+def _hardware() -> Iterator[Finding]:
+    features = {
+        "AVX2": torch.cpu._is_avx2_supported(),
+        "AVX-512": torch.cpu._is_avx512_supported(),
+        "AMX": torch.cpu._is_amx_tile_supported(),
+    }
+    found = ", ".join(name for name, there in features.items() if there) or "none of AVX2 and later"
+    yield Finding("hardware", "cpu", "ok", f"{platform.machine()}: {found}")
+    for index in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(index)
+        detail = f"{gpu.name}, compute capability {gpu.major}.{gpu.minor}"
+        yield Finding("hardware", f"cuda:{index}", "ok", detail)
+    if not torch.cuda.is_available():
+        yield Finding("hardware", "cuda", "skipped", "no GPU that torch can see")
+
+
+def _schemes() -> Iterator[Finding]:
+    yield Finding("schemes", "bf16", "ok", "no quantization")
+    yield Finding("schemes", "int8", "ok", "compressed-tensors W8A8, a scale a channel")
+    for scheme, online in engine_args.ONLINE.items():
+        yield Finding("schemes", scheme, "ok", f"vLLM's online {online}")
+    for scheme, instead in engine_args.NOT_BUILT.items():
+        yield Finding("schemes", scheme, "skipped", f"not built yet; {instead}")
+
+
+def _kernels() -> Iterator[Finding]:
+    weight = _weight()
+    devices = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    for device in devices:
+        for name, quantize in _DEFINITIONS.items():
+            yield _as_on_the_cpu(name, quantize, weight, device)
+            yield _as_vllms(name, quantize, weight, device)
+
+
+def _as_on_the_cpu(name: str, quantize: Quantize, weight: Tensor, device: str) -> Finding:
+    """The definition computes the same bits wherever it runs, and they mean the weight."""
+    topic = f"{name} on {device}"
+    here, there = quantize(weight), quantize(weight.to(device))
+    if not all(_same(one, other.cpu()) for one, other in zip(here, there, strict=True)):
+        return Finding("kernels", topic, "fails", "other bits than on the CPU")
+    codes, scales = here
+    error = (codes.float() * scales - weight.float()).abs() / scales
+    coarse = error.max().item()
+    if not coarse <= _COARSEST[name]:
+        return Finding("kernels", topic, "fails", f"off by {coarse:.2f} steps of its scale")
+    return Finding("kernels", topic, "ok", f"as defined; off by {coarse:.2f} of a scale at most")
+
+
+def _as_vllms(name: str, quantize: Quantize, weight: Tensor, device: str) -> Finding:
+    """What vLLM's own kernel stores on a fresh start is what we store on a reload."""
+    topic = f"{name} against vLLM's kernel on {device}"
+    if device == "cpu":
+        reason = "vLLM has no fp8 kernel for the CPU, and its int8 kernel rounds differently"
+        return Finding("kernels", topic, "skipped", f"{reason}; ours are used for both")
+    there = weight.to(device)
+    ours, theirs = quantize(there), _VLLMS[name](there)
+    different = (ours[0].view(torch.uint8) != theirs[0].view(torch.uint8)).sum().item()
+    if different or not _same(ours[1].flatten(), theirs[1].flatten()):
+        return Finding("kernels", topic, "fails", f"{different} of {weight.numel()} codes differ")
+    return Finding("kernels", topic, "ok", "every code and every scale")
+
+
+def _weight() -> Tensor:
+    """Rows of very different sizes, zeros among them; an odd shape, so that no tile fits."""
+    dice = torch.Generator().manual_seed(0)
+    weight = torch.randn(131, 272, generator=dice) * torch.logspace(-6, 2, 131)[:, None]
+    weight[7] = 0
+    return weight.bfloat16()
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and torch.equal(one.view(torch.uint8), other.view(torch.uint8))
+
+
+_DEFINITIONS: dict[str, Quantize] = {
+    "int8": int8_channel,
+    "fp8_channel": fp8_channel,
+    "fp8_vllm": fp8_tensor,
+}
+# Half a step of an integer; half of the widest step of e4m3, which is 32 at 448.
+_COARSEST = {"int8": 0.51, "fp8_channel": 16.01, "fp8_vllm": 16.01}
+_VLLMS: dict[str, Quantize] = {
+    "int8": lambda weight: ops.scaled_int8_quant(weight)[:2],
+    "fp8_channel": lambda weight: ops.scaled_fp8_quant(weight, use_per_token_if_dynamic=True),
+    "fp8_vllm": lambda weight: ops.scaled_fp8_quant(weight),
+}
