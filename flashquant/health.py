@@ -26,7 +26,28 @@ class Health:
     @property
     def torn(self) -> bool:
         """Whether what is live is a mixture, which must not generate."""
-        return bool(self.stale) or self.moved or self.restoring
+        return bool(self.complaint)
+
+    @property
+    def complaint(self) -> str:
+        """Why nothing may be generated, and what to do about it; nothing where all is well."""
+        if self.moved:
+            return (
+                "a live tensor moved in an earlier update, and captured graphs still read the old "
+                "memory. Restart the engine."
+            )
+        if self.restoring:
+            return (
+                "an update failed, and so did putting the old weights back. The next push tries it "
+                "again; if that fails too, restart the engine."
+            )
+        if self.stale:
+            return (
+                "the live weights are a mixture of two policies, or were discarded: an update "
+                "without undo failed, or the engine slept at level 2. Push one complete update; "
+                f"generation resumes when {some_of(sorted(self.stale))} have arrived again."
+            )
+        return ""
 
     def tear(self, parameters: Iterable[str]) -> None:
         """These parameters no longer hold what they should."""
@@ -38,22 +59,8 @@ class Health:
 
     def check_servable(self) -> None:
         """Raise TornWeights rather than let a mixture of two policies generate."""
-        if self.moved:
-            raise TornWeights(
-                "a live tensor moved in an earlier update, and captured graphs still read the old "
-                "memory. Restart the engine."
-            )
-        if self.restoring:
-            raise TornWeights(
-                "an update failed, and so did putting the old weights back. The next push tries it "
-                "again; if that fails too, restart the engine."
-            )
-        if self.stale:
-            raise TornWeights(
-                "the live weights are a mixture of two policies, or were discarded: an update "
-                "without undo failed, or the engine slept at level 2. Push one complete update; "
-                f"generation resumes when {some_of(sorted(self.stale))} have arrived again."
-            )
+        if complaint := self.complaint:
+            raise TornWeights(complaint)
 
     def check_writable(self) -> None:
         """Raise SleepingWeights while there is no memory to write into."""

@@ -8,6 +8,8 @@ the same call and before the next step:
                             flight are computed anew, and outputs carry the new version
     a bracket stays open    no step runs until it is closed: a forward pass would meet
                             layers of two policies, and refuse
+    the weights are torn    requests are refused until a complete update has healed them; a
+                            forward pass would refuse too, but end the engine with it
 """
 
 from __future__ import annotations
@@ -18,9 +20,12 @@ from typing import Any
 
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.engine.core import DPEngineCoreProc, EngineCoreProc
+from vllm.v1.request import RequestStatus
 
+from flashquant.errors import TornWeights
 from flashquant.patches import worker
 from flashquant.patches.engine import asks_for_session
+from flashquant.patches.loading import Standing
 from flashquant.patches.point import PatchPoint
 
 logger = logging.getLogger(__name__)
@@ -32,6 +37,7 @@ class _Noted:
     def __init__(self) -> None:
         self.version = 0
         self.paused = False  # by us, for an open bracket
+        self.torn = ""  # why nothing may be generated
 
 
 def _collective_rpc(
@@ -55,10 +61,33 @@ def _collective_rpc(
     return result
 
 
-def _take_note(core: Any) -> None:
+def _add_request(original: Any, core: Any, request: Any, request_wave: int = 0) -> None:
+    torn = _noted(core).torn
+    if not torn or not isinstance(core, EngineCoreProc):
+        original(core, request, request_wave)
+        return
+    logger.error("request %s is refused: %s", request.request_id, torn)
+    core._send_error_outputs_to_client([request.request_id], request.client_index)
+
+
+def _add_request_here(original: Any, engine: Any, *args: Any, **kwargs: Any) -> Any:
+    """In the caller's own process the refusal is an error, before vLLM has noted the request."""
+    core = getattr(engine.engine_core, "engine_core", None)
+    if core is not None and (torn := _noted(core).torn):
+        raise TornWeights(torn)
+    return original(engine, *args, **kwargs)
+
+
+def _noted(core: Any) -> _Noted:
     noted: _Noted = vars(core).setdefault("_flashquant", _Noted())
-    standings = core.model_executor.collective_rpc(worker.STANDING)
-    version = max(version for version, _ in standings)
+    return noted
+
+
+def _take_note(core: Any) -> None:
+    noted = _noted(core)
+    answers = core.model_executor.collective_rpc(worker.STANDING)
+    standings = [Standing(*answer) for answer in answers]
+    version = max(standing.version for standing in standings)
     if version != noted.version:
         noted.version = version
         if not core.reset_prefix_cache(reset_running_requests=True):
@@ -66,7 +95,10 @@ def _take_note(core: Any) -> None:
         core.set_weight_version(str(version))
     # In the caller's own process, waiting would be for ever: there a step refuses instead.
     if isinstance(core, EngineCoreProc) and not isinstance(core, DPEngineCoreProc):
-        _hold_steps(core, noted, any(open_bracket for _, open_bracket in standings))
+        _hold_steps(core, noted, any(standing.in_bracket for standing in standings))
+    was_torn, noted.torn = noted.torn, next((s.torn for s in standings if s.torn), "")
+    if noted.torn and not was_torn and isinstance(core, EngineCoreProc):
+        _end_requests(core)
 
 
 def _hold_steps(core: Any, noted: _Noted, under_way: bool) -> None:
@@ -79,10 +111,39 @@ def _hold_steps(core: Any, noted: _Noted, under_way: bool) -> None:
         noted.paused = False
 
 
+def _end_requests(core: Any) -> None:
+    """What was in flight when the weights tore cannot go on."""
+    for request in core.scheduler.finish_requests(None, RequestStatus.FINISHED_ERROR):
+        core._send_error_outputs_to_client([request.request_id], request.client_index)
+
+
 POINTS = (
     PatchPoint(
         "vllm.v1.engine.core:EngineCore.collective_rpc",
         expects=("self", "method", "timeout", "args", "kwargs"),
         wrapper=_collective_rpc,
+    ),
+    PatchPoint(
+        "vllm.v1.engine.core:EngineCore.add_request",
+        expects=("self", "request", "request_wave"),
+        wrapper=_add_request,
+    ),
+    PatchPoint(
+        "vllm.v1.engine.llm_engine:LLMEngine.add_request",
+        expects=(
+            "self",
+            "request_id",
+            "prompt",
+            "params",
+            "arrival_time",
+            "lora_request",
+            "tokenization_kwargs",
+            "trace_headers",
+            "priority",
+            "session_id",
+            "prompt_text",
+            "kv_hints",
+        ),
+        wrapper=_add_request_here,
     ),
 )

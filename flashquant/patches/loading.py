@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -79,11 +79,21 @@ def session_of(model: nn.Module) -> Session:
     return session
 
 
-def note_version(model: nn.Module) -> tuple[int, bool]:
-    """The version of a model's weights, and whether an update is under way."""
+class Standing(NamedTuple):
+    """What the engine core wants to know of one worker's weights after every call."""
+
+    version: int
+    in_bracket: bool  # an update was begun, and not finished yet
+    torn: str  # why nothing may be generated, or nothing
+
+
+def standing_of(model: nn.Module) -> Standing:
+    """How a model's weights stand; the engine core will act on it."""
     attached = _attached(model)
-    return (
-        (0, False) if attached is None else (attached.note_version(), attached.session.in_bracket)
+    if attached is None:
+        return Standing(0, False, "")
+    return Standing(
+        attached.note_version(), attached.session.in_bracket, attached.session.health.complaint
     )
 
 

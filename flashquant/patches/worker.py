@@ -15,7 +15,7 @@ from dataclasses import asdict
 from typing import Any
 
 from flashquant.members import Member
-from flashquant.patches.loading import note_version, session_of
+from flashquant.patches.loading import session_of, standing_of
 from flashquant.patches.point import PatchPoint
 from flashquant.report import ReloadReport
 from flashquant.weights import Weights
@@ -50,9 +50,9 @@ def _member(worker: Any) -> tuple[Any, ...]:
     return tuple(Member.here(session_of(worker.get_model()).rank))
 
 
-def _standing(worker: Any) -> tuple[int, bool]:
-    """The version of this worker's weights, and whether an update is under way."""
-    return note_version(worker.get_model())
+def _standing(worker: Any) -> tuple[Any, ...]:
+    """How this worker's weights stand: a `Standing`, as plain data."""
+    return tuple(standing_of(worker.get_model()))
 
 
 RELOAD = "flashquant_reload"

@@ -257,6 +257,8 @@ def test_a_torn_engine_refuses_to_generate(int8: Serving, policies: Policies) ->
     with pytest.raises(RuntimeError, match="the trainer died"):
         flashquant.reload_weights(int8.llm, _failing(policies.tensors("b"), 20), atomic=False)
 
+    with pytest.raises(TornWeights, match="complete update"):
+        int8.outputs()
     runner = int8.llm.llm_engine.model_executor.driver_worker.worker.model_runner
     with pytest.raises(TornWeights, match="complete update"):
         GPUModelRunner.execute_model(runner, None)

@@ -74,6 +74,10 @@ def test_workers_in_other_processes_hold_what_an_engine_in_this_one_holds(
     assert answer["version"] == "1"
     assert answer["refused"][0] == "UnknownWeight"
     assert answer["refused"][1].startswith("the engine's loader knows no weight 'typo'")
+    assert answer["tore"][0] == "UnknownWeight"
+    assert answer["torn"]
+    assert answer["said while torn"] == ["error", []]  # refused, and the engine lives
+    assert answer["healed"] == answer["tokens"]
     assert_lost(answer["lost"], rank=0)
 
 

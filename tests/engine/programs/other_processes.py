@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from tests import tiny_models
 from tests.engine.programs.failing import fail_in_the_middle, raised_by
 
 
@@ -43,6 +44,16 @@ def main(starts_on: str, pushed: str) -> dict[str, Any]:
         "version": answers[0].outputs[0].weight_versions[0].version,
         "refused": raised_by(lambda: flashquant.reload_weights(llm, {"typo": torch.zeros(1)})),
     }
+    weights = tiny_models.tensors(Path(starts_on))
+    weights["zzz"] = weights.pop("model.norm.weight") * torch.nan  # sorted: the last one
+    result["tore"] = raised_by(lambda: flashquant.reload_weights(llm, weights, atomic=False))
+    result["torn"] = flashquant.status(llm).torn
+    prompt = {"prompt_token_ids": list(range(5, 45))}
+    (refused,) = llm.generate([prompt], sampling, use_tqdm=False)
+    result["said while torn"] = [refused.outputs[0].finish_reason, refused.outputs[0].token_ids]
+    flashquant.reload_weights(llm, Path(pushed))
+    (healed,) = llm.generate([prompt], sampling, use_tqdm=False)
+    result["healed"] = list(healed.outputs[0].token_ids)
     llm.collective_rpc(fail_in_the_middle, kwargs={"rank": 0, "dies": True})
     lost = raised_by(lambda: flashquant.reload_weights(llm, Path(starts_on)))
     return {**result, "lost": lost}
