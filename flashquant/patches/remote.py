@@ -57,11 +57,14 @@ async def reload_async(engine: Any, path: str, *, atomic: bool, strict: bool) ->
         answering = asyncio.ensure_future(
             call(engine, worker.TRY_RELOAD, path, atomic=atomic, strict=strict)
         )
-        while not answering.done():
-            await asyncio.wait([answering], timeout=_LOOK_EVERY)
-            watch.raise_if_lost_for(_GRACE)
-        with watch.explaining():
-            answers = answering.result()
+        try:
+            while not answering.done():
+                await asyncio.wait([answering], timeout=_LOOK_EVERY)
+                watch.raise_if_lost_for(_GRACE)
+            with watch.explaining():
+                answers = answering.result()
+        finally:
+            answering.cancel()  # no answer will come any more, or it is there
     return _merged(answers)
 
 
