@@ -26,6 +26,7 @@ from flashquant.plan import Replay, TensorPlan, WritePlan
 from flashquant.quantize import as_stored
 from flashquant.report import ReloadReport, Status, some_of
 from flashquant.routes import Routes
+from flashquant.schemes.absmax import row_absmax
 from flashquant.schemes.stored import holds_codes
 from flashquant.transaction import Transactions
 from flashquant.undo import UndoLog
@@ -271,6 +272,7 @@ class Session:
 
     def _write(self, entry: TensorPlan, tensor: Tensor, update: Update) -> None:
         tensor = tensor.contiguous()
+        maxima = self._maxima(entry, tensor)
         for step in entry.steps:
             layer = self._homes[step.target]
             stage = layer.stage(step.target)
@@ -279,10 +281,16 @@ class Session:
                 stage.remember({step.target_view}, update.undo, values=True)
             mine.add(step.target_view)  # before it arrives, so that it can be taken back
             if not isinstance(step, Replay):
-                layer.receive(step, tensor, update.undo)
+                layer.receive(step, tensor, update.undo, maxima)
             update.arrived.add(step.target)
         if entry.needs_loader:
             self._replay(entry, tensor)
+
+    def _maxima(self, entry: TensorPlan, tensor: Tensor) -> Tensor | None:
+        """Those of the rows of the whole tensor, where other workers hold shards of its layer."""
+        sole = len(entry.targets) == 1  # of a tensor that is cut up, each layer has its own
+        wanted = self._engine.shares_scales and sole and tensor.dim() == 2
+        return row_absmax(tensor) if wanted and tensor.is_floating_point() else None
 
     def _replay(self, entry: TensorPlan, tensor: Tensor) -> None:
         """The loader does more than copy: run it for real, on staged memory."""

@@ -8,6 +8,9 @@ whole one, however often a shard is sent again.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 import torch
 from torch import Tensor
 
@@ -21,11 +24,15 @@ class Stage:
     def __init__(self, shape: torch.Size, stride: tuple[int, ...], dtype: torch.dtype) -> None:
         self._shape, self._stride, self._dtype = shape, stride, dtype
         self._memory: Tensor | None = None
-        self._arrived: set[View] = set()
+        self._arrived: dict[View, Tensor | None] = {}
 
     @property
     def numel(self) -> int:
         return self._shape.numel()
+
+    @property
+    def dim(self) -> int:
+        return len(self._shape)
 
     @property
     def nbytes(self) -> int:
@@ -40,6 +47,11 @@ class Stage:
     def windows(self) -> set[View]:
         """The windows that have arrived."""
         return set(self._arrived)
+
+    @property
+    def maxima(self) -> Mapping[View, Tensor | None]:
+        """Each window that has arrived, and the row maxima of the whole tensor it is a part of."""
+        return MappingProxyType(self._arrived)
 
     @property
     def complete(self) -> bool:
@@ -58,8 +70,8 @@ class Stage:
         """Stage in memory that is already there: the live parameter itself."""
         self._memory = memory
 
-    def arrived(self, view: View) -> None:
-        self._arrived.add(view)
+    def arrived(self, view: View, maxima: Tensor | None = None) -> None:
+        self._arrived[view] = maxima
 
     def remember(self, views: set[View], undo: UndoLog, *, values: bool) -> None:
         """Let an undo log keep windows that earlier pushes brought.
@@ -70,7 +82,8 @@ class Stage:
             values: also copy what they hold, because it is about to be overwritten.
 
         """
-        mine, memory = views & self._arrived, self._memory
+        memory = self._memory
+        mine = {view: maxima for view, maxima in self._arrived.items() if view in views}
         if not mine or memory is None:
             return
         copies = {view: view.into(memory).clone() for view in mine} if values else {}
@@ -85,7 +98,7 @@ class Stage:
 
     def forget(self, view: View) -> None:
         """Treat one window as not sent: its call failed."""
-        self._arrived.discard(view)
+        self._arrived.pop(view, None)
         if not self._arrived:
             self._memory = None
 
@@ -95,15 +108,23 @@ class Stage:
         self._memory = None
 
 
-def write(step: Write | Fill, incoming: Tensor, stage: Stage, device: torch.device) -> None:
+def write(
+    step: Write | Fill,
+    incoming: Tensor,
+    stage: Stage,
+    device: torch.device,
+    maxima: Tensor | None = None,
+) -> None:
     """Carry out one step: a window of `incoming`, or a constant, into the stage.
 
     `incoming` may be a view of a buffer that its owner reuses as soon as the
-    push returns: nothing here keeps a reference to it.
+    push returns: nothing here keeps a reference to it. `maxima` are those of its
+    rows, `[N, 1]`, for a stage that holds a shard of it.
     """
     window = step.target_view.into(stage.memory(device))
     if isinstance(step, Fill):
         window.fill_(step.value)
+        maxima = torch.tensor([[abs(step.value)]])
     else:
         window.copy_(step.source_view.into(incoming))
-    stage.arrived(step.target_view)
+    stage.arrived(step.target_view, maxima)

@@ -59,8 +59,8 @@ class FakeLayer:
     def stage(self, target):
         return self._stages[target]
 
-    def receive(self, step, incoming, undo):
-        write(step, incoming, self._stages[step.target], CPU)
+    def receive(self, step, incoming, undo, maxima):
+        write(step, incoming, self._stages[step.target], CPU, maxima)
 
     def drop(self):
         for stage in self._stages.values():
@@ -86,7 +86,7 @@ class FakeEngine:
     `norm` is what the norm's loader does to the tensor before it copies it.
     """
 
-    scheme, device = "int8", CPU
+    scheme, device, shares_scales = "int8", CPU, False
 
     def __init__(self, dtype: torch.dtype = torch.bfloat16, norm=lambda loaded: loaded) -> None:
         qkv = {"qkv.weight": torch.zeros(6, 4, dtype=dtype)}

@@ -16,7 +16,7 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 from flashquant.checks import Checks
 from flashquant.errors import UnsupportedEngine
 from flashquant.patches.blueprint import ModelBlueprint
-from flashquant.patches.engine_args import ADDITIONAL_CONFIG_KEY
+from flashquant.patches.engine_args import ADDITIONAL_CONFIG_KEY, ONLINE
 from flashquant.patches.layers import Learned, LiveLayer
 from flashquant.weights import NamedTensors
 
@@ -32,6 +32,9 @@ class LiveEngine:
         decided = vllm_config.additional_config[ADDITIONAL_CONFIG_KEY]
         self.scheme = str(decided["scheme"])
         self.checks = Checks(**decided["checks"])
+        self.shares_scales = (
+            self.scheme in ONLINE and vllm_config.parallel_config.tensor_parallel_size > 1
+        )
         self.device = torch.device(vllm_config.device_config.device)
         self.layers: tuple[LiveLayer, ...] = ()
         self._model = model

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 
 from flashquant.errors import ReloadError
-from flashquant.patches import kernel_state
+from flashquant.patches import kernel_state, shards
 from flashquant.patches.blueprint import LayerBlueprint
 from flashquant.patches.reads import handed_on
 from flashquant.plan import Fill, Write
@@ -114,7 +114,9 @@ class LiveLayer:
     def stage(self, target: str) -> Stage:
         return self._stages[target]
 
-    def receive(self, step: Write | Fill, incoming: Tensor, undo: UndoLog) -> None:
+    def receive(
+        self, step: Write | Fill, incoming: Tensor, undo: UndoLog, maxima: Tensor | None
+    ) -> None:
         """Take one window of one tensor.
 
         A layer with a single parameter that arrives whole needs no stage: it is
@@ -126,7 +128,7 @@ class LiveLayer:
         if live is not None:
             undo.remember(live)
             stage.adopt(live)
-        write(step, incoming, stage, self._device)
+        write(step, incoming, stage, self._device, maxima)
 
     def drop(self) -> None:
         """Forget whatever has arrived; the live layer stays as it is."""
@@ -206,7 +208,8 @@ class LiveLayer:
                 values = {
                     name: torch.zeros_like(meta, device=self._device) for name, meta in form.items()
                 }
-                self._learned[kind] = handed_on(blueprint.build(values), values)
+                with shards.answered_by(shards.Maxima(())):
+                    self._learned[kind] = handed_on(blueprint.build(values), values)
         return self._learned[kind]
 
     def _is_moving(self, target: str) -> bool:
@@ -236,10 +239,16 @@ class LiveLayer:
                 if _method(blueprint.module) is not None:
                     mine = {name: values[target] for name, target in blueprint.targets.items()}
                     twin = blueprint.build(mine)
-                    cast(Any, twin).quant_method.process_weights_after_loading(twin)
+                    with shards.answered_by(self._maxima(blueprint)):
+                        cast(Any, twin).quant_method.process_weights_after_loading(twin)
                     written += kernel_state.carry(twin, blueprint.module, blueprint.name, undo)
                     kernel_state.take_apart(twin)
         return written
+
+    def _maxima(self, blueprint: LayerBlueprint) -> shards.Maxima:
+        """What is known of the whole tensors of which this module holds shards."""
+        stages = [self._stages[target] for target in blueprint.targets.values()]
+        return shards.Maxima([stage for stage in stages if stage.started])
 
     def _note_digest(self, target: str, undo: UndoLog) -> None:
         undo.remember_how(

@@ -1,0 +1,76 @@
+"""What a rank knows of the shards of the others, because it was sent whole tensors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from flashquant.patches.shards import Maxima, _amax_for_tp_weight_quant, answered_by
+from flashquant.plan import Fill, View, Write
+from flashquant.schemes.absmax import row_absmax
+from flashquant.write import Stage, write
+
+CPU = torch.device("cpu")
+WHOLE = torch.tensor([[1.0, -8.0], [2.0, 3.0]])
+
+
+def asked_the_others(amax: Tensor, is_sharded: bool) -> Tensor:
+    raise AssertionError("asked the other ranks")
+
+
+def first_column(maxima: Tensor | None) -> Stage:
+    """Half of a tensor that row parallelism has cut."""
+    stage = Stage(torch.Size((2, 1)), (1, 1), torch.float32)
+    step = Write("o", View((2, 1), (2, 1), 0), "o", View((2, 1), (1, 1), 0))
+    write(step, WHOLE, stage, CPU, maxima)
+    return stage
+
+
+def answer(stages: list[Stage], mine: Tensor) -> list[float]:
+    with answered_by(Maxima(stages)):
+        return _amax_for_tp_weight_quant(asked_the_others, mine, True).flatten().tolist()
+
+
+def test_one_scale_for_the_layer_is_the_maximum_of_the_whole_tensor() -> None:
+    assert answer([first_column(row_absmax(WHOLE))], torch.tensor([2.0])) == [8.0]
+
+
+def test_a_scale_a_row_is_the_maximum_of_the_whole_row() -> None:
+    mine = torch.tensor([[1.0], [2.0]], dtype=torch.bfloat16)
+
+    assert answer([first_column(row_absmax(WHOLE))], mine) == [8.0, 3.0]
+
+
+def test_padding_counts_for_what_it_is() -> None:
+    stage = Stage(torch.Size((2, 2)), (2, 1), torch.float32)
+    row = View((1, 2), (2, 1), 0)
+    write(Write("q", row, "qkv", row), WHOLE, stage, CPU, row_absmax(WHOLE[1:]))
+    write(Fill("qkv", View((1, 2), (2, 1), 2), 0.0), WHOLE, stage, CPU)
+
+    assert answer([stage], torch.tensor([2.0])) == [3.0]
+
+
+def test_a_maximum_comes_back_with_the_shard_it_belongs_to() -> None:
+    """A push that fails brings other values, and takes them away again."""
+    from flashquant.undo import UndoLog
+
+    stage, undo = first_column(row_absmax(WHOLE)), UndoLog()
+    stage.remember(stage.windows, undo, values=True)
+    step = Write("o", View((2, 1), (2, 1), 0), "o", View((2, 1), (1, 1), 0))
+    write(step, WHOLE * 2, stage, CPU, row_absmax(WHOLE * 2))
+    assert answer([stage], torch.tensor([2.0])) == [16.0]
+
+    undo.restore()
+
+    assert answer([stage], torch.tensor([2.0])) == [8.0]
+
+
+def test_what_is_not_known_is_asked_for() -> None:
+    with pytest.raises(AssertionError, match="asked the other ranks"):
+        answer([first_column(None)], torch.tensor([2.0]))
+
+
+def test_outside_an_update_nothing_is_answered() -> None:
+    with pytest.raises(AssertionError, match="asked the other ranks"):
+        _amax_for_tp_weight_quant(asked_the_others, torch.tensor([2.0]), True)
