@@ -97,7 +97,8 @@ class Status:
     """How one model stands between two reloads.
 
     Attributes:
-        scheme: canonical name of the scheme its layers are stored in.
+        scheme: canonical name of the scheme its layers are stored in; of several, where
+            data-parallel replicas serve different ones.
         version: how many updates it has committed; 0 is the checkpoint it started on.
         torn: its live weights are a mixture and it refuses to serve.
         asleep: the engine has put its weights away; no push is taken until it wakes up.
@@ -137,6 +138,7 @@ class Status:
             pending |= status.pending
         return replace(
             statuses[0],
+            scheme=", ".join(dict.fromkeys(status.scheme for status in statuses)),
             torn=any(status.torn for status in statuses),
             asleep=any(status.asleep for status in statuses),
             pending=pending,

@@ -19,6 +19,8 @@ from flashquant.patches import (
     guard,
     loading,
     reload,
+    replicas,
+    shards,
     sleep,
     transfer,
     worker,
@@ -29,11 +31,13 @@ logger = logging.getLogger(__name__)
 
 POINTS: tuple[PatchPoint, ...] = (
     *engine_args.POINTS,
+    *replicas.POINTS,
     *loading.POINTS,
     *reload.POINTS,
     *sleep.POINTS,
     *worker.POINTS,
     *executor.POINTS,
+    *shards.POINTS,
     *engine_core.POINTS,
     *cpu.POINTS,
 )

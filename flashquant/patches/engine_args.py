@@ -15,13 +15,14 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from flashquant.checks import Checks, checks_from_env
-from flashquant.config import RolloutConfig, config_from_env
+from flashquant.config import FlashConfig, RolloutConfig, config_from_env
 from flashquant.errors import ConfigError
 from flashquant.patches.point import PatchPoint
 
 logger = logging.getLogger(__name__)
 
 ADDITIONAL_CONFIG_KEY = "flashquant"
+ENTRY = "flashquant_entry"  # of engine arguments: the entry they are for, whatever the rank
 
 # Where vLLM has an online load of a scheme, its name there.
 ONLINE = {
@@ -67,9 +68,24 @@ W8A8 = {
 def _create_model_config(original: Any, args: Any) -> Any:
     flash = config_from_env(os.environ)
     if flash is not None:
-        entry = flash.for_rank(args.data_parallel_rank or 0)
+        entry = vars(args).get(ENTRY) or flash.for_rank(rank_of(args, flash, os.environ))
         configure(args, entry, checks_from_env(os.environ))
     return original(args)
+
+
+def rank_of(args: Any, flash: FlashConfig, environ: Mapping[str, str]) -> int:
+    """Which data-parallel rank an engine is, where it is one in a process of its own.
+
+    As vLLM tells it: an argument, torchrun's rank for engines that it started
+    (FlashRL's way), or `VLLM_DP_RANK` of its offline examples.
+    """
+    if args.data_parallel_rank is not None:
+        return int(args.data_parallel_rank)
+    backend = args.distributed_executor_backend or flash.configs[0].distributed_executor_backend
+    if backend == "external_launcher" and "RANK" in environ:
+        ranks: int = args.tensor_parallel_size * args.pipeline_parallel_size
+        return int(environ["RANK"]) // ranks
+    return int(environ.get("VLLM_DP_RANK", 0))
 
 
 def configure(args: Any, config: RolloutConfig, checks: Checks) -> None:

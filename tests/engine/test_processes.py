@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -115,12 +116,13 @@ def test_a_compiled_engine_sees_the_new_weights(policies: Policies, scheme: str)
     assert answer["reloaded"] != answer["before"]
 
 
-def test_two_workers_commit_together_or_not_at_all(policies: Policies) -> None:
+@pytest.mark.parametrize("scheme", ["int8", "fp8_vllm"])
+def test_two_workers_commit_together_or_not_at_all(policies: Policies, scheme: str) -> None:
     """Tensor parallel: rank 1 fails alone, and is then killed in the middle of an update."""
     answer = _run(
         "tensor_parallel",
         policies,
-        FLASHRL_CONFIG="int8",
+        FLASHRL_CONFIG=scheme,
         VLLM_ENABLE_V1_MULTIPROCESSING="1",
         VLLM_ALLOW_INSECURE_SERIALIZATION="1",  # to send the workers a fault
         VLLM_CPU_OMP_THREADS_BIND=CORES,
@@ -138,13 +140,14 @@ def test_two_workers_commit_together_or_not_at_all(policies: Policies) -> None:
     assert_lost(answer["lost"], rank=1)
 
 
-def test_ranks_of_their_own_commit_together_or_not_at_all(policies: Policies) -> None:
+@pytest.mark.parametrize("scheme", ["int8", "fp8_vllm"])
+def test_ranks_of_their_own_commit_together_or_not_at_all(policies: Policies, scheme: str) -> None:
     """external_launcher: no front end in common, each program pushes to its own worker."""
     answer = _run(
         "external_launcher",
         policies,
         TORCHRUN,
-        FLASHRL_CONFIG="int8",
+        FLASHRL_CONFIG=scheme,
         VLLM_CPU_OMP_THREADS_BIND=CORES,
         GLOO_SOCKET_IFNAME="lo",
     )
@@ -156,6 +159,51 @@ def test_ranks_of_their_own_commit_together_or_not_at_all(policies: Policies) ->
     assert "rank 1 did not commit this update (MemoryError: injected)" in why
     assert answer["rank 1 failed"] == answer["pushed b"]
     assert answer["pushed a"] == answer["started on a"]  # equal to a fresh start, per rank
+
+
+def test_replicas_take_the_entries_of_a_file_in_turn(policies: Policies, tmp_path: Path) -> None:
+    """One front end, two data-parallel ranks, int8 and bf16; one push reaches both."""
+    file = tmp_path / "mixed.yaml"
+    file.write_text("configs: [{fn: int8}, {fn: bf16}]")
+    answer = _run(
+        "replicas",
+        policies,
+        FLASHRL_CONFIG=str(file),
+        VLLM_ENABLE_V1_MULTIPROCESSING="1",
+        VLLM_CPU_OMP_THREADS_BIND=CORES,
+    )
+
+    schemes = ("int8", "bf16")
+    a, b = ([serve(policies.bf16(policy), s).start for s in schemes] for policy in "ab")
+    assert answer["scheme"] == "int8, bf16"
+    assert answer["before"] == [start.digest for start in a]
+    assert answer["reported"] == answer["after"] == [start.digest for start in b]
+    assert answer["tokens"] == [start.outputs.tokens[0] for start in b]
+
+
+def test_an_engine_in_a_ray_actor_is_patched_and_so_is_rays_worker(
+    policies: Policies, tmp_path: Path
+) -> None:
+    """Set by the environment alone; every process says so in the log."""
+    log = tmp_path / "flashquant.log"
+    answer = _run(
+        "ray_actors",
+        policies,
+        FLASHRL_CONFIG="int8",
+        FLASHRL_LOGGING_FILE=str(log),
+        VLLM_ENABLE_V1_MULTIPROCESSING="1",
+    )
+
+    a, b = (serve(policies.bf16(policy), "int8") for policy in "ab")
+    worker = answer["worker"]
+    assert answer["before"] == worker["before"] == a.start.digest
+    assert answer["reported"] == answer["after"] == b.start.digest
+    assert worker["reported"] == worker["after"] == b.start.digest
+    assert answer["tokens"] == b.start.outputs.tokens[0]
+    processes = {*answer["processes"], worker["process"]}
+    assert len(processes) == 4  # the driver, the actor, its engine core, the worker
+    patched = re.findall(r"\[(\d+)\].*: patched \d+ points", log.read_text())
+    assert processes <= set(map(int, patched))
 
 
 def assert_lost(raised: list[Any], *, rank: int) -> None:

@@ -9,9 +9,9 @@ import pytest
 from vllm.engine.arg_utils import EngineArgs
 
 from flashquant.checks import Checks
-from flashquant.config import RolloutConfig
+from flashquant.config import FlashConfig, RolloutConfig
 from flashquant.errors import ConfigError
-from flashquant.patches.engine_args import W8A8, configure
+from flashquant.patches.engine_args import W8A8, configure, rank_of
 from tests import tiny_models
 
 
@@ -94,3 +94,36 @@ def test_a_profile_is_refused_rather_than_ignored(bf16: Path) -> None:
 def test_int8_with_a_function_as_hf_overrides_is_refused(bf16: Path) -> None:
     with pytest.raises(ConfigError, match="as a dict"):
         configured(bf16, RolloutConfig(fn="int8"), hf_overrides=lambda config: config)
+
+
+TWO = FlashConfig(configs=(RolloutConfig(fn="int8"), RolloutConfig(fn="bf16")), source="two.yaml")
+
+
+@pytest.mark.parametrize(
+    ("explicit", "environ", "rank"),
+    [
+        ({}, {}, 0),
+        ({"data_parallel_rank": 3}, {"RANK": "1"}, 3),
+        ({"distributed_executor_backend": "external_launcher"}, {"RANK": "5"}, 5),
+        (
+            {"distributed_executor_backend": "external_launcher", "tensor_parallel_size": 2},
+            {"RANK": "5"},
+            2,
+        ),
+        ({"distributed_executor_backend": "mp"}, {"RANK": "5"}, 0),
+        ({}, {"VLLM_DP_RANK": "1"}, 1),
+    ],
+)
+def test_an_engine_of_its_own_asks_its_data_parallel_rank(
+    explicit: dict[str, Any], environ: dict[str, str], rank: int, tmp_path: Path
+) -> None:
+    """By argument, by torchrun, or by the environment, as vLLM takes it."""
+    assert rank_of(EngineArgs(str(tmp_path), **explicit), TWO, environ) == rank
+
+
+def test_torchruns_rank_counts_where_the_file_asks_for_external_launcher(tmp_path: Path) -> None:
+    """FlashRL's files do."""
+    entry = RolloutConfig(fn="bf16", distributed_executor_backend="external_launcher")
+    flash = FlashConfig(configs=(entry, entry), source="flashrl.yaml")
+
+    assert rank_of(EngineArgs(str(tmp_path)), flash, {"RANK": "1"}) == 1

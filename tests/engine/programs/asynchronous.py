@@ -7,13 +7,13 @@ Prints one JSON object: digests, versions, what failed, and one answer in flight
 from __future__ import annotations
 
 import asyncio
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from tests.engine.programs.engine import OPTIONS, PROMPT, print_result
 from tests.engine.programs.failing import fail_in_the_middle
 
 UPDATES, CLIENTS = 10, 4
@@ -23,22 +23,12 @@ async def main(starts_on: str, pushed: str) -> dict[str, Any]:
     from vllm import AsyncEngineArgs, SamplingParams
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    engine = AsyncLLM.from_engine_args(
-        AsyncEngineArgs(
-            starts_on,
-            skip_tokenizer_init=True,
-            enforce_eager=True,
-            kv_cache_memory_bytes=16 << 20,
-            max_model_len=128,
-            dtype="bfloat16",
-        )
-    )
+    engine = AsyncLLM.from_engine_args(AsyncEngineArgs(starts_on, **OPTIONS))
     import flashquant
 
     async def answer(name: str, tokens: int) -> Any:
         sampling = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True, logprobs=0)
-        prompt = {"prompt_token_ids": list(range(5, 45))}
-        async for output in engine.generate(prompt, sampling, name):
+        async for output in engine.generate(PROMPT, sampling, name):
             final = output
         return final.outputs[0]
 
@@ -90,4 +80,4 @@ async def main(starts_on: str, pushed: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print("RESULT", json.dumps(asyncio.run(main(*sys.argv[1:]))), flush=True)
+    print_result(asyncio.run(main(*sys.argv[1:])))

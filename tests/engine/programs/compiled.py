@@ -6,7 +6,6 @@ Prints one JSON object: tokens and log-probs of both, and of the first before th
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,22 +13,17 @@ from typing import Any
 from vllm import LLM, SamplingParams
 
 import flashquant
+from tests.engine.programs.engine import OPTIONS, PROMPT, print_result
 
 
 def engine(checkpoint: str) -> Any:
-    return LLM(
-        checkpoint,
-        skip_tokenizer_init=True,
-        kv_cache_memory_bytes=16 << 20,
-        max_model_len=128,
-        dtype="bfloat16",
-        enable_prefix_caching=False,
-    )
+    options = {**OPTIONS, "enforce_eager": False, "enable_prefix_caching": False}
+    return LLM(checkpoint, **options)
 
 
 def says(llm: Any) -> list[Any]:
     sampling = SamplingParams(max_tokens=16, temperature=0, ignore_eos=True, logprobs=0)
-    (answer,) = llm.generate([{"prompt_token_ids": list(range(5, 45))}], sampling, use_tqdm=False)
+    (answer,) = llm.generate([PROMPT], sampling, use_tqdm=False)
     output = answer.outputs[0]
     return [
         [token, step[token].logprob]
@@ -47,4 +41,4 @@ def main(starts_on: str, pushed: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print("RESULT", json.dumps(main(*sys.argv[1:])), flush=True)
+    print_result(main(*sys.argv[1:]))

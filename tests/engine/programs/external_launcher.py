@@ -7,12 +7,12 @@ Rank 0 prints one JSON object: what each rank held and what it raised, step by s
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 from tests import tiny_models
+from tests.engine.programs.engine import OPTIONS, print_result
 from tests.engine.programs.failing import fail_in_the_middle, raised_by
 
 
@@ -22,11 +22,7 @@ def main(starts_on: str, pushed: str) -> dict[str, Any] | None:
 
     llm = LLM(
         starts_on,
-        skip_tokenizer_init=True,
-        enforce_eager=True,
-        kv_cache_memory_bytes=16 << 20,
-        max_model_len=128,
-        dtype="bfloat16",
+        **OPTIONS,
         tensor_parallel_size=2,
         distributed_executor_backend="external_launcher",
         seed=0,
@@ -55,4 +51,4 @@ if __name__ == "__main__":
     import torch.distributed
 
     if torch.distributed.get_rank() == 0:
-        print("RESULT", json.dumps(result), flush=True)
+        print_result(result)

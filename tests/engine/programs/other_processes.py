@@ -7,7 +7,6 @@ version, what a bad update raised, and what the death of the worker did.
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,27 +14,21 @@ from typing import Any
 import torch
 
 from tests import tiny_models
+from tests.engine.programs.engine import OPTIONS, PROMPT, print_result
 from tests.engine.programs.failing import fail_in_the_middle, raised_by
 
 
 def main(starts_on: str, pushed: str) -> dict[str, Any]:
     from vllm import LLM, SamplingParams
 
-    llm = LLM(
-        starts_on,
-        skip_tokenizer_init=True,
-        enforce_eager=True,
-        kv_cache_memory_bytes=16 << 20,
-        max_model_len=128,
-        dtype="bfloat16",
-    )
+    llm = LLM(starts_on, **OPTIONS)
     # Not before: nothing but the environment told vLLM to load the plugin.
     import flashquant
 
     before = flashquant.status(llm)
     report = flashquant.reload_weights(llm, Path(pushed))
     sampling = SamplingParams(max_tokens=16, temperature=0, ignore_eos=True)
-    answers = llm.generate([{"prompt_token_ids": list(range(5, 45))}], sampling, use_tqdm=False)
+    answers = llm.generate([PROMPT], sampling, use_tqdm=False)
     result = {
         "before": before.digest,
         "report": report.digest,
@@ -48,11 +41,10 @@ def main(starts_on: str, pushed: str) -> dict[str, Any]:
     weights["zzz"] = weights.pop("model.norm.weight") * torch.nan  # sorted: the last one
     result["tore"] = raised_by(lambda: flashquant.reload_weights(llm, weights, atomic=False))
     result["torn"] = flashquant.status(llm).torn
-    prompt = {"prompt_token_ids": list(range(5, 45))}
-    (refused,) = llm.generate([prompt], sampling, use_tqdm=False)
+    (refused,) = llm.generate([PROMPT], sampling, use_tqdm=False)
     result["said while torn"] = [refused.outputs[0].finish_reason, refused.outputs[0].token_ids]
     flashquant.reload_weights(llm, Path(pushed))
-    (healed,) = llm.generate([prompt], sampling, use_tqdm=False)
+    (healed,) = llm.generate([PROMPT], sampling, use_tqdm=False)
     result["healed"] = list(healed.outputs[0].token_ids)
     llm.collective_rpc(fail_in_the_middle, kwargs={"rank": 0, "dies": True})
     lost = raised_by(lambda: flashquant.reload_weights(llm, Path(starts_on)))
@@ -60,4 +52,4 @@ def main(starts_on: str, pushed: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print("RESULT", json.dumps(main(*sys.argv[1:])), flush=True)
+    print_result(main(*sys.argv[1:]))

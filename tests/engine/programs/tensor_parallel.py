@@ -7,11 +7,11 @@ what was raised.
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
+from tests.engine.programs.engine import OPTIONS, print_result
 from tests.engine.programs.failing import fail_in_the_middle, raised_by
 
 
@@ -20,15 +20,7 @@ def main(starts_on: str, pushed: str) -> dict[str, Any]:
 
     import flashquant
 
-    llm = LLM(
-        starts_on,
-        skip_tokenizer_init=True,
-        enforce_eager=True,
-        kv_cache_memory_bytes=16 << 20,
-        max_model_len=128,
-        dtype="bfloat16",
-        tensor_parallel_size=2,
-    )
+    llm = LLM(starts_on, **OPTIONS, tensor_parallel_size=2)
 
     def digests() -> tuple[str | None, ...]:
         return flashquant.status(llm).ranks
@@ -58,4 +50,4 @@ def main(starts_on: str, pushed: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print("RESULT", json.dumps(main(*sys.argv[1:])), flush=True)
+    print_result(main(*sys.argv[1:]))
