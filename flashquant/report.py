@@ -107,6 +107,8 @@ class Status:
         ranks: the digest of each worker, by rank; they hold different shards.
         parameters: the fingerprint of each thing the kernels read, by name; with several
             workers, by `rank 1: name`.
+        foreign: live weights that somebody wrote into past every door since their layer was last
+            updated; one complete update puts them right.
         direct: layers that nothing is made of: values are copied into live storage.
         staged: layers gathered beside the live storage, processed there by the engine's
             own code, then carried into it.
@@ -123,6 +125,7 @@ class Status:
     digest: str | None
     ranks: tuple[str | None, ...]
     parameters: Mapping[str, str]
+    foreign: tuple[str, ...]
     direct: tuple[str, ...]
     staged: tuple[str, ...]
     fallback: tuple[str, ...]
@@ -144,6 +147,7 @@ class Status:
             pending=pending,
             digest=_digest_of(ranks),
             ranks=ranks,
+            foreign=tuple(dict.fromkeys(name for status in statuses for name in status.foreign)),
             parameters={
                 f"rank {rank}: {name}": part
                 for rank, status in enumerate(statuses)
@@ -163,6 +167,8 @@ class Status:
         ]
         if self.torn:
             parts.append("TORN, refuses to serve until a complete reload")
+        if self.foreign:
+            parts.append(f"WRITTEN BY SOMEBODY ELSE: {some_of(self.foreign)}")
         if self.asleep:
             parts.append("asleep")
         parts += [f"{layer} waits for {some_of(names)}" for layer, names in self.pending.items()]

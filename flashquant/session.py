@@ -11,7 +11,7 @@ last of its shards has arrived, in whichever push. Inside a bracket (`begin` to
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ from flashquant.undo import UndoLog
 from flashquant.update import Update
 from flashquant.verify import Footprint, check_unmoved, digest, digests, footprints
 from flashquant.weights import NamedTensors, Weights, named_tensors
+from flashquant.witness import Witness
 
 
 class Session:
@@ -53,7 +54,8 @@ class Session:
         self._checks = checks or Checks()
         self._routes = Routes(engine)
         self._homes: dict[str, Layer] = {}
-        self._transactions = Transactions(ballot)
+        self._witness = Witness({})
+        self._transactions = Transactions(ballot, lambda layers: self._witness.settle(layers))
 
     @property
     def plan(self) -> WritePlan:
@@ -82,6 +84,9 @@ class Session:
     def open(self) -> None:
         """The first load is done and processed: from now on, every push is a reload."""
         self._homes = {target: layer for layer in self._engine.layers for target in layer.targets}
+        self._witness = Witness(
+            {layer.name: _parameters(layer.tensors()) for layer in self._engine.layers}
+        )
 
     def push(self, weights: NamedTensors) -> set[str]:
         """Take one tensor, one bucket or a whole iterator; layers go live as they complete.
@@ -166,6 +171,12 @@ class Session:
     def check_servable(self) -> None:
         """Raise TornWeights rather than let a mixture of two policies generate."""
         self._transactions.check_servable()
+        self.look_around()
+
+    def look_around(self) -> None:
+        """Report who wrote into live weights past this session, unless an update is under way."""
+        if self._transactions.current is None:
+            self._witness.look()
 
     def sleep(self, *, keeps_weights: bool) -> None:
         """The engine is about to put its weights away, for good unless `keeps_weights`."""
@@ -188,6 +199,7 @@ class Session:
             road = layer.road if replayed.isdisjoint(layer.targets) else "fallback"
             by_road[road].append(layer.name)
         parameters = {} if self.health.asleep else self.digests()
+        self.look_around()
         whole = digest(parameters) if parameters else None
         return Status(
             scheme=self._engine.scheme,
@@ -198,6 +210,7 @@ class Session:
             digest=whole,
             ranks=(whole,),
             parameters=parameters,
+            foreign=self._witness.foreign,
             direct=tuple(by_road["direct"]),
             staged=tuple(by_road["staged"]),
             fallback=tuple(by_road["fallback"]),
@@ -209,9 +222,13 @@ class Session:
 
     def digests(self) -> dict[str, str]:
         """The same for each thing they read, by name."""
-        return digests(item for layer in self._engine.layers for item in layer.contents())
+        taken = digests(item for layer in self._engine.layers for item in layer.contents())
+        if self._transactions.current is None:
+            self._witness.compare(taken)
+        return taken
 
     def _begin(self, *, atomic: bool) -> Update:
+        self.look_around()
         update = Update(UndoLog(keep=atomic), bracket=True)
         with self._transactions.begin(update):
             if not atomic:
@@ -369,3 +386,8 @@ def _missing_parts(waiting: Mapping[str, tuple[str, ...]]) -> str:
     """The first layer that waits, and for what."""
     layer, parameters = next(iter(waiting.items()))
     return f"{layer}: {some_of(parameters)} is not complete"
+
+
+def _parameters(live: Iterable[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
+    """What somebody could take for a weight; caches and workspaces change as they please."""
+    return [(name, tensor) for name, tensor in live if isinstance(tensor, torch.nn.Parameter)]

@@ -45,10 +45,15 @@ def status() -> Status:
         digest="3f2a90c1d4e85b6a" * 2,
         ranks=("3f2a90c1d4e85b6a" * 2,),
         parameters={},
+        foreign=(),
         direct=(),
         staged=("model.layers.0.qkv_proj", "model.layers.0.o_proj"),
         fallback=("lm_head",),
     )
+
+
+def test_a_status_says_who_else_wrote(status):
+    assert "WRITTEN BY SOMEBODY ELSE: norm.weight" in str(replace(status, foreign=("norm.weight",)))
 
 
 def test_a_report_reads_in_megabytes_and_milliseconds(report):

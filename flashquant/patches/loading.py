@@ -92,6 +92,7 @@ def standing_of(model: nn.Module) -> Standing:
     attached = _attached(model)
     if attached is None:
         return Standing(0, False, "")
+    attached.session.look_around()
     return Standing(
         attached.note_version(), attached.session.in_bracket, attached.session.health.complaint
     )

@@ -295,3 +295,30 @@ def test_serving_folders_are_where_the_tests_put_them(policies: Policies) -> Non
     assert a.keys() == b.keys()
     assert not any(torch.equal(a[name], b[name]) for name in a)
     assert Path(policies.bf16("a")).is_dir()
+
+
+@pytest.mark.parametrize("through_data", [False, True])
+@pytest.mark.parametrize("scheme", ["int8", "fp8_channel"])
+def test_a_writer_that_goes_past_every_door_is_reported(
+    policies: Policies, scheme: str, through_data: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """`param.copy_` is seen before the next step, `param.data.copy_` by the next status."""
+    live = serve(policies.bf16("a"), scheme)
+    flashquant.reload_weights(live.llm, policies.tensors("a"))
+    assert flashquant.status(live.llm).foreign == ()
+    name, parameter = next(
+        (name, p)
+        for name, p in live.model.named_parameters()
+        if p.element_size() == 1 or name.endswith("norm.weight")
+    )
+
+    with torch.no_grad():
+        (parameter.data if through_data else parameter).copy_(torch.ones(parameter.shape))
+    if not through_data:
+        live.snapshot()
+        assert f"(first {name})" in caplog.text
+    assert flashquant.status(live.llm).foreign == (name,)
+
+    flashquant.reload_weights(live.llm, policies.tensors("a"))
+    assert flashquant.status(live.llm).foreign == ()
+    live.snapshot().assert_same(live.start)

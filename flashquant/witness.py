@@ -1,0 +1,95 @@
+"""Who else writes into live weights? Nobody should, and this room sees it when somebody does.
+
+A `param.copy_(...)` into a live parameter comes by no door: nothing is quantized, checked
+or counted. Two traces remain, and both are looked at:
+
+    torch's version counter      of every parameter; before each forward pass, each update, and
+                                 after each call that reaches the workers by RPC
+    the bytes                    whenever digests are taken anyway: `param.data.copy_(...)` and a
+                                 collective's receive leave no other trace
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+
+from torch import Tensor
+
+from flashquant.report import some_of
+
+logger = logging.getLogger(__name__)
+
+
+class Witness:
+    """Remembers how the live parameters of one model were left by its own updates.
+
+    Args:
+        live: layer -> its live parameters by full name.
+
+    """
+
+    def __init__(self, live: Mapping[str, Iterable[tuple[str, Tensor]]]) -> None:
+        self._live = {
+            layer: tuple(item for item in items if not item[1].is_inference())
+            for layer, items in live.items()
+        }
+        self._versions: dict[str, tuple[int, ...]] = {}
+        self._digests: Mapping[str, str] = {}
+        self._foreign: set[str] = set()
+        self.settle()
+
+    @property
+    def foreign(self) -> tuple[str, ...]:
+        """What somebody else has written since its layer was last updated."""
+        return tuple(sorted(self._foreign))
+
+    def look(self) -> None:
+        """Compare the version counters with those that the last update left."""
+        found = set()
+        for layer, items in self._live.items():
+            before, now = self._versions[layer], _versions(items)
+            if now != before:
+                self._versions[layer] = now
+                found |= {
+                    name
+                    for (name, _), old, new in zip(items, before, now, strict=True)
+                    if old != new
+                }
+        self._report(found)
+
+    def compare(self, digests: Mapping[str, str]) -> None:
+        """Compare fresh digests with those of the last time, if no update came in between."""
+        before = self._digests
+        self._digests = {
+            name: digests[name]
+            for items in self._live.values()
+            for name, _ in items
+            if name in digests
+        }
+        self._report({name for name, now in self._digests.items() if before.get(name, now) != now})
+
+    def settle(self, layers: Iterable[str] | None = None) -> None:
+        """An update of our own is over: these layers, or any, may have changed by it."""
+        self._digests = {}
+        for layer in self._live if layers is None else layers:
+            self._versions[layer] = _versions(self._live[layer])
+            if layers is not None:
+                self._foreign -= {name for name, _ in self._live[layer]}
+
+    def _report(self, found: set[str]) -> None:
+        new = found - self._foreign
+        self._foreign |= new
+        if new:
+            logger.error(
+                "somebody wrote into %d live weights past every door (first %s): not quantized, "
+                "not checked, and not what a restart would serve. Push them by "
+                "model.load_weights(...) or flashquant.reload_weights(...); one complete update "
+                "puts all of them right.",
+                len(new),
+                some_of(sorted(new)),
+            )
+
+
+def _versions(items: Iterable[tuple[str, Tensor]]) -> tuple[int, ...]:
+    return tuple(tensor._version for _, tensor in items)
