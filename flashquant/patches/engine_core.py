@@ -7,7 +7,8 @@ the same call and before the next step:
     new weights             keys and values of the old ones are dropped, those of requests in
                             flight are computed anew, and outputs carry the new version
     a bracket stays open    no step runs until it is closed: a forward pass would meet
-                            layers of two policies, and refuse
+                            layers of two policies, and refuse; whoever pauses or resumes in the
+                            meantime has their way when it is closed
     the weights are torn    requests are refused until a complete update has healed them; a
                             forward pass would refuse too, but end the engine with it
 """
@@ -36,7 +37,8 @@ class _Noted:
 
     def __init__(self) -> None:
         self.version = 0
-        self.paused = False  # by us, for an open bracket
+        self.in_bracket = False  # an update was begun, and not finished yet
+        self.paused = False  # by us, for that
         self.torn = ""  # why nothing may be generated
 
 
@@ -78,6 +80,31 @@ def _add_request_here(original: Any, engine: Any, *args: Any, **kwargs: Any) -> 
     return original(engine, *args, **kwargs)
 
 
+def _pause_scheduler(original: Any, core: Any, *args: Any, **kwargs: Any) -> Any:
+    """Somebody else pauses, and will resume: closing the bracket must not."""
+    _noted(core).paused = False
+    return original(core, *args, **kwargs)
+
+
+def _resume_scheduler(original: Any, core: Any) -> Any:
+    """Somebody else resumes while a bracket is open: steps begin when it is closed."""
+    noted = _noted(core)
+    if not noted.in_bracket or not isinstance(core, EngineCoreProc):
+        return original(core)
+    core.scheduler.set_pause_state(PauseState.PAUSED_ALL)
+    noted.paused = True
+    logger.info("an update is under way; the engine resumes when it has been finished")
+    return None
+
+
+def _wake_up(original: Any, core: Any, tags: list[str] | None = None) -> Any:
+    """Weights that were given up come back as anything: requests must not meet them."""
+    result = original(core, tags)
+    if asks_for_session(core.vllm_config):
+        _take_note(core)
+    return result
+
+
 def _noted(core: Any) -> _Noted:
     noted: _Noted = vars(core).setdefault("_flashquant", _Noted())
     return noted
@@ -103,6 +130,7 @@ def _take_note(core: Any) -> None:
 
 def _hold_steps(core: Any, noted: _Noted, under_way: bool) -> None:
     """Pause the scheduler while an update is under way, unless somebody else has."""
+    noted.in_bracket = under_way
     if under_way and not noted.paused and not core.is_scheduler_paused():
         core.scheduler.set_pause_state(PauseState.PAUSED_ALL)
         noted.paused = True
@@ -127,6 +155,21 @@ POINTS = (
         "vllm.v1.engine.core:EngineCore.add_request",
         expects=("self", "request", "request_wave"),
         wrapper=_add_request,
+    ),
+    PatchPoint(
+        "vllm.v1.engine.core:EngineCoreProc.pause_scheduler",
+        expects=("self", "mode", "clear_cache"),
+        wrapper=_pause_scheduler,
+    ),
+    PatchPoint(
+        "vllm.v1.engine.core:EngineCore.resume_scheduler",
+        expects=("self",),
+        wrapper=_resume_scheduler,
+    ),
+    PatchPoint(
+        "vllm.v1.engine.core:EngineCore.wake_up",
+        expects=("self", "tags"),
+        wrapper=_wake_up,
     ),
     PatchPoint(
         "vllm.v1.engine.llm_engine:LLMEngine.add_request",

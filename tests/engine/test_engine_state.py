@@ -252,6 +252,21 @@ def test_discarded_weights_must_arrive_again_before_anything_is_generated(
     live.snapshot().assert_same(live.start)
 
 
+def test_requests_after_a_wake_up_from_level_2_are_refused_and_the_engine_lives(
+    live: Serving, policies: Policies
+) -> None:
+    """The engine core hears of it when it wakes up, not in the middle of a step."""
+    asleep(live, 2)
+    awake(live, None)
+    live.llm.wake_up()
+
+    with pytest.raises(TornWeights, match="slept at level 2"):
+        live.llm.generate([{"prompt_token_ids": PROMPT}], use_tqdm=False)
+    flashquant.reload_weights(live.llm, policies.tensors("a"))
+
+    live.snapshot().assert_same(live.start)
+
+
 def test_memory_that_is_discarded_by_tag_counts_as_level_2(live: Serving) -> None:
     worker = SimpleNamespace(get_model=lambda: live.model)
 

@@ -173,6 +173,34 @@ def test_a_refused_update_over_http_leaves_the_server_as_it_was(server: Server) 
     assert server.complete(16) != before
 
 
+def test_whoever_pauses_or_resumes_during_an_update_has_their_way(server: Server) -> None:
+    """A pause stays; who resumes too early waits for the end of the update, and loses nothing."""
+
+    def is_paused() -> bool:
+        return bool(requests.get(f"{server.url}/is_paused", timeout=10).json()["is_paused"])
+
+    server.post("start_weight_update")
+    server.post("pause?mode=keep")
+    server.post("update_weights", update_info={"path": "b.safetensors"})
+    server.post("finish_weight_update")
+    assert is_paused()
+    server.post("resume")
+    b = server.complete(16)
+
+    server.post("pause?mode=keep")
+    server.post("start_weight_update")
+    server.post("resume")
+    server.post("update_weights", update_info={"path": "a.safetensors"})
+    with ThreadPoolExecutor(2) as pool:  # one for each replica
+        waiting = [pool.submit(server.complete, 16) for _ in range(2)]
+        time.sleep(1)
+        assert not any(answer.done() for answer in waiting)
+        server.post("finish_weight_update")
+        first, second = (answer.result() for answer in waiting)
+    assert first == second != b
+    assert not is_paused()
+
+
 def test_every_process_of_the_server_says_that_it_is_patched(server: Server) -> None:
     """The plugin is all it takes."""
     said = re.findall(r"flashquant (\w+).*: patched \d+ points", server.log.read_text())
