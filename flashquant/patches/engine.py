@@ -28,9 +28,15 @@ _LOADERS_LOG = logging.getLogger("vllm.model_executor")
 class LiveEngine:
     """The blueprint of a model and, once it has been processed, its live layers."""
 
-    def __init__(self, model: nn.Module, vllm_config: VllmConfig) -> None:
+    def __init__(self, model: nn.Module, vllm_config: VllmConfig, *, quantized: bool) -> None:
+        """Args:
+        model: as vLLM has just created it.
+        vllm_config: as flashquant has configured it.
+        quantized: whether vLLM quantizes this model; a speculative draft stays in bf16.
+
+        """
         decided = vllm_config.additional_config[ADDITIONAL_CONFIG_KEY]
-        self.scheme = str(decided["scheme"])
+        self.scheme = str(decided["scheme"]) if quantized else "bf16"
         self.checks = Checks(**decided["checks"])
         self.shares_scales = (
             self.scheme in ONLINE and vllm_config.parallel_config.tensor_parallel_size > 1

@@ -26,8 +26,10 @@ logger = logging.getLogger(__name__)
 class _Attached:
     """A model's `load_weights` while flashquant looks after it: an instance attribute."""
 
-    def __init__(self, model: nn.Module, vllm_config: Any) -> None:
-        self.engine = LiveEngine(model, vllm_config)
+    def __init__(self, model: nn.Module, vllm_config: Any, model_config: Any) -> None:
+        self.engine = LiveEngine(
+            model, vllm_config, quantized=model_config.quantization is not None
+        )
         self.session = Session(
             self.engine, checks=self.engine.checks, ballot=ballot_for(vllm_config)
         )
@@ -107,7 +109,8 @@ def check_servable(model: nn.Module) -> None:
 def _initialize_model(original: Any, vllm_config: Any, **kwargs: Any) -> nn.Module:
     model: nn.Module = original(vllm_config, **kwargs)
     if asks_for_session(vllm_config):
-        vars(model)["load_weights"] = _Attached(model, vllm_config)
+        own = kwargs.get("model_config") or vllm_config.model_config  # a draft has its own
+        vars(model)["load_weights"] = _Attached(model, vllm_config, own)
     return model
 
 

@@ -18,6 +18,7 @@ from torch import nn
 from flashquant.errors import ReloadError
 from flashquant.patches.loading import check_servable, find_session
 from flashquant.patches.point import PatchPoint
+from flashquant.session import Session
 
 
 def _initialize(original: Any, model: nn.Module) -> None:
@@ -60,24 +61,31 @@ def _reload_weights(
 
 def _update_weights(original: Any, worker: Any, update_info: Any) -> None:
     """A chunk that fails, even before it reached the model, ends the update: vLLM says so too."""
+    session = _session_of_update(worker)
     try:
         original(worker, update_info)
     except BaseException:
-        if (session := find_session(worker.get_model())) is not None:
+        if session is not None:
             session.abandon()
         raise
 
 
 def _finish_weight_update(original: Any, worker: Any) -> None:
     """An update whose end was refused is over; vLLM would wait for its end for ever."""
+    session = _session_of_update(worker)
     try:
         original(worker)
     except BaseException:
-        engine = worker.weight_transfer_engine
-        if engine is not None and find_session(worker.get_model()) is not None:
+        if session is not None:
             worker._weight_update_active = False
-            engine.reset_weight_update_target()
+            worker.weight_transfer_engine.reset_weight_update_target()
         raise
+
+
+def _session_of_update(worker: Any) -> Session | None:
+    """That of the model which this update is for: the target, or a speculative draft."""
+    engine = worker.weight_transfer_engine
+    return None if engine is None else find_session(engine.model)
 
 
 def _execute_model(original: Any, runner: Any, *args: Any, **kwargs: Any) -> Any:

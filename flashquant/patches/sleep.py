@@ -10,28 +10,36 @@ from typing import Any
 
 from flashquant.patches.loading import find_session
 from flashquant.patches.point import PatchPoint
+from flashquant.session import Session
 
 _WEIGHTS = "weights"
 
 
 def _sleep(original: Any, worker: Any, level: int = 1) -> None:
-    if (session := find_session(worker.get_model())) is not None:
+    for session in _sessions(worker):
         session.sleep(keeps_weights=level < 2)
     original(worker, level)
 
 
 def _discard(original: Any, worker: Any, tags: tuple[str, ...]) -> None:
-    session = find_session(worker.get_model())
-    if session is not None and _WEIGHTS in tags:
-        session.sleep(keeps_weights=False)
+    if _WEIGHTS in tags:
+        for session in _sessions(worker):
+            session.sleep(keeps_weights=False)
     original(worker, tags)
 
 
 def _wake_up(original: Any, worker: Any, tags: list[str] | None = None) -> None:
     original(worker, tags)
-    session = find_session(worker.get_model())
-    if session is not None and (tags is None or _WEIGHTS in tags):
-        session.wake_up()
+    if tags is None or _WEIGHTS in tags:
+        for session in _sessions(worker):
+            session.wake_up()
+
+
+def _sessions(worker: Any) -> list[Session]:
+    """Those of the model, and of its speculative draft."""
+    models = (worker.get_model(), worker.get_draft_model())
+    found = (find_session(model) for model in models if model is not None)
+    return [session for session in found if session is not None]
 
 
 _WORKER = "vllm.v1.worker.gpu_worker:Worker"

@@ -214,12 +214,12 @@ def test_the_scales_of_the_kv_cache_survive(live: Serving, policies: Policies) -
 
 def asleep(live: Serving, level: int) -> None:
     """As vLLM's worker puts its weights away, where it can: not on a CPU."""
-    worker = SimpleNamespace(get_model=lambda: live.model)
+    worker = SimpleNamespace(get_model=lambda: live.model, get_draft_model=lambda: None)
     sleep._sleep(lambda worker, level: None, worker, level)
 
 
 def awake(live: Serving, tags: list[str] | None) -> None:
-    worker = SimpleNamespace(get_model=lambda: live.model)
+    worker = SimpleNamespace(get_model=lambda: live.model, get_draft_model=lambda: None)
     sleep._wake_up(lambda worker, tags: None, worker, tags)
 
 
@@ -268,7 +268,7 @@ def test_requests_after_a_wake_up_from_level_2_are_refused_and_the_engine_lives(
 
 
 def test_memory_that_is_discarded_by_tag_counts_as_level_2(live: Serving) -> None:
-    worker = SimpleNamespace(get_model=lambda: live.model)
+    worker = SimpleNamespace(get_model=lambda: live.model, get_draft_model=lambda: None)
 
     sleep._discard(lambda worker, tags: None, worker, ("kv_cache",))
     assert not live.session.health.torn

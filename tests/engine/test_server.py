@@ -32,6 +32,7 @@ class Server(NamedTuple):
     """A running server, and where it takes files from."""
 
     url: str
+    scheme: str
     folder: Path
     log: Path
 
@@ -65,8 +66,10 @@ def policies(tmp_path_factory: pytest.TempPathFactory) -> Policies:
     return Policies(tmp_path_factory.mktemp("policies"), "qwen2")
 
 
-@pytest.fixture(scope="module")
-def server(policies: Policies, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+@pytest.fixture(scope="module", params=["int8", "fp8_vllm"])
+def server(
+    request: pytest.FixtureRequest, policies: Policies, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
     """Nothing in it imports flashquant but vLLM's own plugin loader."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -85,7 +88,7 @@ def server(policies: Policies, tmp_path_factory: pytest.TempPathFactory) -> Iter
     }
     environment = {
         **os.environ,
-        "FLASHRL_CONFIG": "int8",
+        "FLASHRL_CONFIG": request.param,
         "VLLM_SERVER_DEV_MODE": "1",  # its weight-update routes
         "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
         "VLLM_CPU_OMP_THREADS_BIND": f"{cores[0]}|{cores[-1]}",
@@ -100,7 +103,7 @@ def server(policies: Policies, tmp_path_factory: pytest.TempPathFactory) -> Iter
             stdout=output,
             stderr=subprocess.STDOUT,
         )
-    found = Server(f"http://127.0.0.1:{port}", folder, log)
+    found = Server(f"http://127.0.0.1:{port}", request.param, folder, log)
     try:
         _wait_for(found, process)
         yield found
@@ -141,11 +144,12 @@ def test_fifty_updates_over_http_while_eight_clients_generate(
         clients = [pool.submit(client) for _ in range(CLIENTS)]
         for update in range(UPDATES):
             server.update(f"{'ba'[update % 2]}.safetensors")
-        server.update("b.safetensors")
+        by_path = {"weights_path": str(policies.bf16("b"))}
+        server.post("collective_rpc", method="reload_weights", kwargs=by_path)
         enough.set()
         answered = [future.result() for future in clients]
 
-    fresh = serve(policies.bf16("b"), "int8")
+    fresh = serve(policies.bf16("b"), server.scheme)
     expected = [token for token, _ in fresh.continued(PROMPT, 16)]
     assert min(answered) > 0
     assert server.post("collective_rpc", method="flashquant_status")["results"][0]["digest"] == (

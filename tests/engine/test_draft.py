@@ -1,0 +1,102 @@
+"""A speculative draft is a model of its own, with a session of its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import flashquant
+from flashquant.errors import IncompleteUpdate
+from tests import tiny_models
+from tests.engine.checkpoints import Policies
+from tests.engine.serving import Serving, serve
+
+pytestmark = pytest.mark.engine
+
+
+@pytest.fixture(scope="module")
+def policies(tmp_path_factory: pytest.TempPathFactory) -> Policies:
+    return Policies(tmp_path_factory.mktemp("policies"), "qwen2")
+
+
+@pytest.fixture(scope="module")
+def drafts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("drafts")
+    return {
+        name: tiny_models.make("qwen2", seed, folder / name, layers=1)
+        for seed, name in enumerate("ab", start=7)
+    }
+
+
+def speculating(target: Path, draft: Path) -> Serving:
+    from vllm.config import WeightTransferConfig
+
+    return serve(
+        target,
+        "int8",
+        weight_transfer_config=WeightTransferConfig(backend="flashquant_file"),
+        speculative_config={
+            "method": "draft_model",
+            "model": str(draft),
+            "num_speculative_tokens": 3,
+        },
+    )
+
+
+@pytest.fixture
+def live(policies: Policies, drafts: dict[str, Path]) -> Serving:
+    serving = speculating(policies.bf16("a"), drafts["a"])
+    flashquant.reload_weights(draft_of(serving), tiny_models.tensors(drafts["a"]))
+    return serving
+
+
+def draft_of(serving: Serving) -> nn.Module:
+    worker: Any = serving.llm.llm_engine.model_executor.driver_worker
+    return worker.model_runner.drafter.model
+
+
+def digest_of_draft(serving: Serving) -> str | None:
+    return flashquant.status(draft_of(serving)).digest
+
+
+def test_a_draft_takes_pushes_of_its_own(
+    live: Serving, policies: Policies, drafts: dict[str, Path]
+) -> None:
+    """As verl and checkpoint-engine push to it; the target does not change."""
+    fresh = speculating(policies.bf16("a"), drafts["b"])
+    assert digest_of_draft(live) != digest_of_draft(fresh)
+
+    draft: Any = draft_of(live)
+    draft.load_weights(list(tiny_models.tensors(drafts["b"]).items()))
+
+    assert digest_of_draft(live) == digest_of_draft(fresh)
+    assert flashquant.status(draft).scheme == "bf16"
+    live.snapshot().assert_same(live.start)
+
+
+def test_vllms_update_of_a_draft_is_a_bracket_on_the_draft(
+    live: Serving, policies: Policies, drafts: dict[str, Path], tmp_path: Path
+) -> None:
+    """Half a layer is refused, the old draft stays, and the next update goes through."""
+    weights = tiny_models.tensors(drafts["b"])
+    half = {name: t for name, t in weights.items() if "v_proj.weight" not in name}
+    before, fresh = digest_of_draft(live), speculating(policies.bf16("a"), drafts["b"])
+    live.llm.init_weight_transfer_engine({"init_info": {"folder": str(tmp_path)}})
+
+    with pytest.raises(IncompleteUpdate):
+        update(live, half, tmp_path)
+    assert digest_of_draft(live) == before
+    update(live, weights, tmp_path)
+
+    assert digest_of_draft(live) == digest_of_draft(fresh)
+
+
+def update(live: Serving, weights: dict[str, Tensor], folder: Path) -> None:
+    save_file(weights, folder / "draft.safetensors")
+    live.llm.start_draft_weight_update()
+    live.llm.update_weights({"update_info": {"path": "draft.safetensors"}})
+    live.llm.finish_weight_update()
