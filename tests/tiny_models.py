@@ -4,7 +4,7 @@ Biases and norms are random too, so that a reload that loses one is seen; in a
 freshly initialised model they are all zeros and ones, and prove nothing.
 
     make("qwen2", 0, path)          bf16, as a trainer would send it
-    make_w8a8(path, other)          the same weights, int8 with one scale a row
+    make_quantized(path, other)     the same weights, int8 with one scale a row
 """
 
 from __future__ import annotations
@@ -37,33 +37,23 @@ _KINDS: dict[str, tuple[type[PreTrainedConfig], type[PreTrainedModel]]] = {
 }
 
 _HEAD_DIM = 64
-_INT8_WEIGHTS = {
-    "num_bits": 8,
-    "type": "int",
-    "strategy": "channel",
-    "symmetric": True,
-    "dynamic": False,
-}
-_INT8_ACTIVATIONS = {
-    "num_bits": 8,
-    "type": "int",
-    "strategy": "token",
-    "symmetric": True,
-    "dynamic": True,
-}
-_W8A8 = {
-    "quant_method": "compressed-tensors",
-    "format": "int-quantized",
-    "quantization_status": "compressed",
-    "ignore": ["lm_head"],
-    "config_groups": {
-        "group_0": {
-            "targets": ["Linear"],
-            "weights": _INT8_WEIGHTS,
-            "input_activations": _INT8_ACTIVATIONS,
-        }
-    },
-}
+
+
+def _stored_as(kind: str) -> dict[str, Any]:
+    """The quantization config of a compressed-tensors checkpoint: a scale a channel, a token."""
+    numbers = {"num_bits": 8, "type": "int" if kind == "int8" else "float", "symmetric": True}
+    group = {
+        "targets": ["Linear"],
+        "weights": {**numbers, "strategy": "channel", "dynamic": False},
+        "input_activations": {**numbers, "strategy": "token", "dynamic": True},
+    }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized" if kind == "int8" else "float-quantized",
+        "quantization_status": "compressed",
+        "ignore": ["lm_head"],
+        "config_groups": {"group_0": group},
+    }
 
 
 def make(
@@ -98,20 +88,21 @@ def make(
     return path
 
 
-def make_w8a8(source: Path, path: Path) -> Path:
-    """Write the compressed-tensors W8A8 sibling of a bf16 checkpoint.
+def make_quantized(source: Path, path: Path, kind: str = "int8") -> Path:
+    """Write the compressed-tensors sibling of a bf16 checkpoint, in `int8` (W8A8) or `fp8`.
 
-    Every linear layer but `lm_head` becomes int8 codes `[N, K]` and float32 scales
+    Every linear layer but `lm_head` becomes codes `[N, K]` and float32 scales
     `[N, 1]`; activations are quantized per token by the engine.
     """
+    quantize = {"int8": quantize_rows, "fp8": quantize_rows_to_fp8}[kind]
     quantized: dict[str, Tensor] = {}
     for name, tensor in tensors(source).items():
         if _is_linear(name, tensor):
-            quantized[name], quantized[f"{name}_scale"] = quantize_rows(tensor)
+            quantized[name], quantized[f"{name}_scale"] = quantize(tensor)
         else:
             quantized[name] = tensor
     config = json.loads((source / "config.json").read_text())
-    _write(path, config | {"quantization_config": _W8A8}, quantized)
+    _write(path, config | {"quantization_config": _stored_as(kind)}, quantized)
     return path
 
 
@@ -131,6 +122,13 @@ def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     absmax = torch.where(absmax == 0, torch.ones_like(absmax), absmax)
     codes = torch.round(rows * torch.div(torch.tensor(127.0), absmax))  # a true division
     return codes.clamp(-128, 127).to(torch.int8), torch.div(absmax, torch.tensor(127.0))
+
+
+def quantize_rows_to_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """e4m3 codes and one float32 scale a row: absmax / 448."""
+    rows = weight.to(torch.float32)
+    scales = torch.div(rows.abs().max(dim=1, keepdim=True).values, torch.tensor(448.0))
+    return torch.div(rows, scales).to(torch.float8_e4m3fn), scales
 
 
 def _random(name: str, shape: torch.Size, dice: torch.Generator) -> Tensor:

@@ -14,7 +14,9 @@ from examples.demo import smollm2
 from tests import tiny_models
 
 TINY = ("qwen2", "llama", "qwen3", "tied")
-W8A8 = "int8_w8a8"
+W8A8, FP8 = "int8_w8a8", "fp8_channel_stored"
+# Checkpoints that hold codes: the scheme they are served in, and what they store.
+STORED = {W8A8: ("int8", "int8"), FP8: ("fp8_channel", "fp8")}
 SCHEMES = ("bf16", "int8", W8A8, "fp8_vllm", "fp8_channel")
 
 
@@ -34,11 +36,11 @@ class Policies:
 
     def served(self, policy: str, scheme: str) -> Path:
         """The checkpoint an engine in this scheme starts on."""
-        if scheme != W8A8:
+        if scheme not in STORED:
             return self.bf16(policy)
-        path = self.folder / f"{self.kind}-{policy}-w8a8"
+        path = self.folder / f"{self.kind}-{policy}-{scheme}"
         if not path.exists():
-            tiny_models.make_w8a8(self.bf16(policy), path)
+            tiny_models.make_quantized(self.bf16(policy), path, STORED[scheme][1])
         return path
 
     def tensors(self, policy: str) -> dict[str, Tensor]:
@@ -48,7 +50,7 @@ class Policies:
 
 def config_name(scheme: str) -> str:
     """What FLASHRL_CONFIG says for a scheme of this list."""
-    return "int8" if scheme == W8A8 else scheme
+    return STORED[scheme][0] if scheme in STORED else scheme
 
 
 def _make(kind: str, policy: str, path: Path) -> None:

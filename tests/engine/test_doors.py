@@ -15,7 +15,8 @@ from torch import Tensor
 
 import flashquant
 from flashquant.errors import IncompleteUpdate, MisfitTensor, ReloadError
-from tests.engine.checkpoints import Policies
+from tests import tiny_models
+from tests.engine.checkpoints import FP8, STORED, W8A8, Policies, config_name
 from tests.engine.serving import Serving, serve
 
 pytestmark = pytest.mark.engine
@@ -35,11 +36,11 @@ def buckets_then_processing(live: Serving, weights: Weights) -> None:
     from vllm.model_executor.model_loader.utils import process_weights_after_loading
 
     worker = live.llm.llm_engine.model_executor.driver_worker
-    buffer = torch.empty(max(t.numel() for t in weights.values()), dtype=torch.bfloat16)
+    buffer = torch.empty(max(t.nbytes for t in weights.values()), dtype=torch.uint8)
     for name, tensor in weights.items():
-        view = buffer[: tensor.numel()].view(tensor.shape).copy_(tensor)
+        view = buffer[: tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
         live.model.load_weights([(name, view)])
-        buffer.fill_(float("nan"))
+        buffer.fill_(0xFF)  # NaN, in every float there is
     process_weights_after_loading(live.model, worker.model_runner.model_config, torch.device("cpu"))
 
 
@@ -101,6 +102,64 @@ def test_what_arrives_by_a_door_equals_a_fresh_start(
     live.snapshot().assert_same(fresh.start)
     push(live, policies.tensors("a"))
     live.snapshot().assert_same(live.start)
+
+
+@pytest.mark.parametrize("scheme", STORED)
+@pytest.mark.parametrize("push", DOORS, ids=lambda door: door.__name__)
+def test_codes_and_scales_pass_through_every_door(
+    policies: Policies, scheme: str, push: Callable[[Serving, Weights], None]
+) -> None:
+    """A stack that quantizes by itself (verl, prime-rl, a W8A8 checkpoint): never done twice."""
+    live = serve(policies.served("a", scheme), config_name(scheme))
+    fresh = serve(policies.served("b", scheme), config_name(scheme))
+    a, b = (tiny_models.tensors(policies.served(policy, scheme)) for policy in "ab")
+
+    push(live, b)
+    live.snapshot().assert_same(fresh.start)
+    push(live, a)
+    live.snapshot().assert_same(live.start)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda codes: codes.view(torch.uint8).fill_(0x7F).view(torch.float8_e4m3fn), "NaN"),
+        (lambda codes: codes.view(torch.int8), "is torch.int8, but the engine stores torch.float8"),
+        (lambda codes: codes[:-1], "has shape"),
+    ],
+)
+def test_codes_are_checked_like_the_rest(
+    policies: Policies, spoil: Callable[[Tensor], Tensor], says: str
+) -> None:
+    live = serve(policies.served("a", FP8), config_name(FP8))
+    name = "model.layers.1.mlp.down_proj.weight"
+    codes = tiny_models.tensors(policies.served("b", FP8))
+    scales = torch.full_like(codes[f"{name}_scale"], torch.inf)
+
+    with pytest.raises(MisfitTensor, match=says):
+        live.model.load_weights([(name, spoil(codes[name].clone()))])
+    with pytest.raises(MisfitTensor, match="NaN or infinite"):
+        live.model.load_weights([(name, codes[name]), (f"{name}_scale", scales)])
+
+    live.snapshot().assert_same(live.start)
+
+
+def test_codes_wait_for_their_scales(policies: Policies) -> None:
+    """Which of the two comes first does not matter."""
+    live = serve(policies.served("a", W8A8), config_name(W8A8))
+    name = "model.layers.1.mlp.down_proj.weight"
+    weights = tiny_models.tensors(policies.served("b", W8A8))
+    sent = [(name, weights.pop(name)), (f"{name}_scale", weights.pop(f"{name}_scale"))]
+    flashquant.reload_weights(live.llm, weights, strict=False)
+
+    for first, second in (sent, sent[::-1]):
+        before = flashquant.status(live.llm).digest
+        live.model.load_weights([first])
+        assert flashquant.status(live.llm).digest == before
+        live.model.load_weights([second])
+
+    live.snapshot().assert_same(serve(policies.served("b", W8A8), config_name(W8A8)).start)
+    flashquant.reload_weights(live.llm, tiny_models.tensors(policies.served("a", W8A8)))
 
 
 def test_an_update_from_disk_by_vllms_loader_equals_a_fresh_start(

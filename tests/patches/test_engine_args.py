@@ -44,14 +44,14 @@ def test_int8_serves_a_bf16_checkpoint_as_w8a8(bf16: Path) -> None:
 
 
 def test_int8_leaves_a_w8a8_checkpoint_alone(bf16: Path, tmp_path: Path) -> None:
-    args = configured(tiny_models.make_w8a8(bf16, tmp_path / "w8a8"), RolloutConfig(fn="int8"))
+    args = configured(tiny_models.make_quantized(bf16, tmp_path / "w8a8"), RolloutConfig(fn="int8"))
 
     assert not args.hf_overrides
 
 
 @pytest.mark.parametrize("name", ["bf16", "fp8", "fp8_channel"])
 def test_a_checkpoint_quantized_otherwise_is_refused(bf16: Path, tmp_path: Path, name: str) -> None:
-    w8a8 = tiny_models.make_w8a8(bf16, tmp_path / "w8a8")
+    w8a8 = tiny_models.make_quantized(bf16, tmp_path / "w8a8")
 
     with pytest.raises(ConfigError, match=r"quantized already .* int8 for W8A8"):
         configured(w8a8, RolloutConfig(fn=name))
