@@ -36,21 +36,30 @@ class Ballot:
         store: shared by the workers of one engine, and by nobody else.
         rank: of this worker among them.
         size: how many there are.
+        lockstep: one front end calls all workers, and waits for every answer before it
+            calls again. So whoever is in a later round tells a worker that it missed some.
+            Where each rank has a program of its own, one that failed may be rounds ahead,
+            and the others must follow it through every one.
         patience: seconds that a worker that is ready waits for one that is alive.
 
     """
 
-    def __init__(self, store: Store, rank: int, size: int, *, patience: float = 600.0) -> None:
+    def __init__(
+        self, store: Store, rank: int, size: int, *, lockstep: bool, patience: float = 600.0
+    ) -> None:
         self.rank = rank
+        self._lockstep = lockstep
         self._store, self._size, self._patience = store, size, patience
         self._round = 0
         store.set(f"member/{rank}", json.dumps(Member.here(rank)))
 
     def open(self) -> int:
-        """Enter the next round, or the one that others are in, if this worker missed some."""
-        latest = int(self._store.get("latest")) if self._store.check(["latest"]) else 0
-        self._round = max(self._round + 1, latest)
-        self._store.set("latest", str(self._round))
+        """Enter the next round; in lockstep, the one that others are in."""
+        self._round += 1
+        if self._lockstep:
+            latest = int(self._store.get("latest")) if self._store.check(["latest"]) else 0
+            self._round = max(self._round, latest)
+            self._store.set("latest", str(self._round))
         return self._round
 
     def agree(self, round: int) -> None:

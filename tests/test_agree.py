@@ -24,6 +24,10 @@ def store() -> HashStore:
     return HashStore()
 
 
+def voice(store, rank, **options):
+    return Ballot(store, rank, 2, **{"lockstep": True, **options})
+
+
 def both(one, other):
     """Run two calls side by side; what each returned or raised."""
     with ThreadPoolExecutor(2) as pool:
@@ -38,14 +42,14 @@ def commit(one, other):
 
 
 def test_two_that_are_ready_commit(store):
-    one, other = Ballot(store, 0, 2), Ballot(store, 1, 2)
+    one, other = voice(store, 0), voice(store, 1)
 
     for _ in range(5):  # round after round
         assert commit(one, other) == [None, None]
 
 
 def test_one_that_is_ready_waits_for_the_other(store):
-    one, other = Ballot(store, 0, 2), Ballot(store, 1, 2)
+    one, other = voice(store, 0), voice(store, 1)
     round = one.open()
     done = threading.Event()
     waiting = threading.Thread(target=lambda: (one.agree(round), done.set()))
@@ -59,7 +63,7 @@ def test_one_that_is_ready_waits_for_the_other(store):
 
 
 def test_one_that_refuses_names_itself_and_waits_for_nobody(store):
-    one, other = Ballot(store, 0, 2), Ballot(store, 1, 2)
+    one, other = voice(store, 0), voice(store, 1)
     round = one.open()
 
     assert other.refuse(other.open(), MisfitTensor("q.weight holds NaN"))
@@ -69,7 +73,7 @@ def test_one_that_refuses_names_itself_and_waits_for_nobody(store):
 
 
 def test_the_first_refusal_is_the_one_that_is_told(store):
-    one, other, third = (Ballot(store, rank, 3) for rank in range(3))
+    one, other, third = (Ballot(store, rank, 3, lockstep=True) for rank in range(3))
     rounds = [ballot.open() for ballot in (one, other, third)]
 
     other.refuse(rounds[1], ValueError("first"))
@@ -80,7 +84,7 @@ def test_the_first_refusal_is_the_one_that_is_told(store):
 
 
 def test_after_all_have_agreed_it_is_too_late_to_refuse(store):
-    one, other = Ballot(store, 0, 2), Ballot(store, 1, 2)
+    one, other = voice(store, 0), voice(store, 1)
     rounds = one.open(), other.open()
     both(lambda: one.agree(rounds[0]), lambda: other.agree(rounds[1]))
 
@@ -89,7 +93,7 @@ def test_after_all_have_agreed_it_is_too_late_to_refuse(store):
 
 def test_one_that_missed_a_round_joins_the_others(store):
     """A worker may fail before it could begin; the next update finds all of them together."""
-    one, other = Ballot(store, 0, 2), Ballot(store, 1, 2)
+    one, other = voice(store, 0), voice(store, 1)
     one.refuse(one.open(), ValueError())
     rounds = one.open(), other.open()
 
@@ -97,9 +101,23 @@ def test_one_that_missed_a_round_joins_the_others(store):
     assert both(lambda: one.agree(rounds[0]), lambda: other.agree(rounds[1])) == [None, None]
 
 
+def test_ranks_with_programs_of_their_own_follow_each_other_through_every_round(store):
+    """One fails, and tries again before the other has come to what failed."""
+    fast, slow = voice(store, 0, lockstep=False), voice(store, 1, lockstep=False)
+    failed = fast.open()
+    assert fast.refuse(failed, MemoryError("full"))
+    again = fast.open()
+
+    with pytest.raises(PeerFailed, match="full"):
+        slow.agree(slow.open())
+    late = slow.open()
+
+    assert both(lambda: fast.agree(again), lambda: slow.agree(late)) == [None, None]
+
+
 def test_a_dead_process_is_not_waited_for(store, monkeypatch):
     monkeypatch.setattr(agree, "_LOOK_EVERY", 0.05)
-    one, _ = Ballot(store, 0, 2), Ballot(store, 1, 2)
+    one, _ = voice(store, 0), voice(store, 1)
     dead = subprocess.Popen([sys.executable, "-c", ""])
     member = Member.here(1)._replace(pid=dead.pid)
     store.set("member/1", json.dumps(member))
@@ -114,7 +132,7 @@ def test_a_dead_process_is_not_waited_for(store, monkeypatch):
 
 def test_one_that_is_alive_is_waited_for_as_long_as_patience_lasts(store, monkeypatch):
     monkeypatch.setattr(agree, "_LOOK_EVERY", 0.05)
-    one, _ = Ballot(store, 0, 2, patience=0.2), Ballot(store, 1, 2)
+    one, _ = voice(store, 0, patience=0.2), voice(store, 1)
 
     with pytest.raises(PeerFailed, match=r"rank 1 .*not ready after"):
         one.agree(one.open())
@@ -122,7 +140,7 @@ def test_one_that_is_alive_is_waited_for_as_long_as_patience_lasts(store, monkey
 
 def test_a_slow_worker_finds_the_decision_of_an_old_round(store):
     """The others may have failed, and begun anew, several times meanwhile."""
-    one, slow = Ballot(store, 0, 2), Ballot(store, 1, 2)
+    one, slow = voice(store, 0), voice(store, 1)
     round = slow.open()
     for _ in range(3):
         one.refuse(one.open(), ValueError("at once"))

@@ -717,7 +717,12 @@ def workers(count: int = 2, **kwargs) -> list[tuple[FakeEngine, Session]]:
     store, found = HashStore(), []
     for rank in range(count):
         engine = FakeEngine()
-        found.append((engine, serving(engine, ballot=Ballot(store, rank, count, **kwargs))))
+        found.append(
+            (
+                engine,
+                serving(engine, ballot=Ballot(store, rank, count, **{"lockstep": True, **kwargs})),
+            )
+        )
     return found
 
 

@@ -26,4 +26,5 @@ def ballot_for(vllm_config: Any) -> Ballot | None:
         return None
     replica, rank = divmod(torch.distributed.get_rank(), size)
     store = PrefixStore(f"flashquant/{replica}/{next(_models)}", _get_default_store())
-    return Ballot(store, rank, size)
+    backend = vllm_config.parallel_config.distributed_executor_backend
+    return Ballot(store, rank, size, lockstep=backend != "external_launcher")
