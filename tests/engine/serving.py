@@ -17,6 +17,8 @@ from unittest import mock
 
 import pytest
 import torch
+import vllm
+from packaging.specifiers import SpecifierSet
 from torch import Tensor, nn
 
 import flashquant
@@ -25,6 +27,15 @@ from flashquant.patches.loading import session_of
 from flashquant.session import Session
 
 _PROMPTS = [list(range(5 + shift, 45 + shift)) for shift in (0, 3, 11, 200)]
+
+
+def needs(versions: str, what: str) -> pytest.MarkDecorator:
+    """Skip where this vLLM has no such thing; `python -m tests.versions` lists the reasons."""
+    has_it = SpecifierSet(versions).contains(vllm.__version__, prereleases=True)
+    return pytest.mark.skipif(not has_it, reason=f"this vLLM has no {what}")
+
+
+WEIGHT_VERSIONS = needs(">=0.32", "weight versions in its outputs")
 
 
 @dataclass(frozen=True)
