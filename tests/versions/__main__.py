@@ -81,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         is_quick_look=bool(chosen.tests or chosen.pattern),
     )
     rows = [_try(version, choice) for version in chosen.only or RUN + LOOKED_AT]
-    console.print(table.markdown(rows), markup=False)
+    console.print(table.markdown(rows), markup=False, soft_wrap=True)
     if not choice.is_quick_look:
         _write_table(choice)
     return 0 if all(row.is_well for row in rows) else 1
@@ -116,7 +116,7 @@ def _write_table(choice: Choice) -> None:
     rows = {version: _kept(FOLDER / version, choice) for version in RUN + LOOKED_AT}
     missing = [version for version, row in rows.items() if row is None]
     if missing:
-        console.print(f"README.md is left alone: {', '.join(missing)} was not run with these tests")
+        console.print(f"README.md is left alone: these tests were not run on {', '.join(missing)}")
         return
     table.put_into(README, table.markdown([row for row in rows.values() if row is not None]))
     console.print("the table in README.md is written")
