@@ -16,17 +16,20 @@ TORCH_PIN := $(shell sed -n 's/^\#: //p' $(LOCK))
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint bench lock wheel clean
+.PHONY: help demo test versions lint bench lock wheel clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | \
-	  while IFS="$$(printf '\t')" read -r target text; do printf '  make %-6s %s\n' "$$target" "$$text"; done
+	  while IFS="$$(printf '\t')" read -r target text; do printf '  make %-8s %s\n' "$$target" "$$text"; done
 
 demo: $(STAMP) ## run the demo (DEMO_ARGS="...")
 	$(PY) -m examples.demo $(DEMO_ARGS)
 
 test: $(STAMP) ## run the tests (PYTEST_ARGS="-m 'not engine'")
 	$(PY) -m pytest $(PYTEST_ARGS)
+
+versions: $(STAMP) ## run the engine tests on every vLLM we claim, and write the table (VERSIONS_ARGS="...")
+	nice -n 5 $(PY) -m tests.versions $(VERSIONS_ARGS)
 
 lint: $(STAMP) ## ruff, mypy, and which room may import which
 	.venv/bin/ruff check .
@@ -52,7 +55,7 @@ lock: | .venv/bin/python ## write what is installed in .venv to the lock
 	@git --no-pager diff --stat -- $(LOCK) 2>/dev/null || true
 
 clean: ## remove caches and build results (.venv stays)
-	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf build dist .versions .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find . -path ./.venv -prune -o -type d -name __pycache__ -exec rm -rf {} +
 
 .venv/bin/python:

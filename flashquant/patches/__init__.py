@@ -29,7 +29,7 @@ from flashquant.patches.point import PatchPoint
 
 logger = logging.getLogger(__name__)
 
-POINTS: tuple[PatchPoint, ...] = (
+_KNOWN: tuple[PatchPoint, ...] = (
     *engine_args.POINTS,
     *replicas.POINTS,
     *loading.POINTS,
@@ -41,6 +41,9 @@ POINTS: tuple[PatchPoint, ...] = (
     *engine_core.POINTS,
     *cpu.POINTS,
 )
+POINTS = tuple(point for point in _KNOWN if point.is_in(vllm.__version__))
+# Seams of other versions: there is nothing to wrap, but that they are missing is looked at.
+ELSEWHERE = tuple(point for point in _KNOWN if not point.is_in(vllm.__version__))
 
 _applied: ExitStack | None = None
 
@@ -62,6 +65,8 @@ def patch() -> None:
         # All modules are imported before the first name is replaced: one that is imported
         # later would take a replaced name over by value, for good.
         point.check()
+    for point in ELSEWHERE:
+        point.check_absent()
     with ExitStack() as stack:
         for point in POINTS:
             stack.callback(point.apply())

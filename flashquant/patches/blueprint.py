@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
-from vllm.model_executor.layers.attention import is_deferred_attention_layer
 from vllm.model_executor.model_loader.reload.layerwise import _get_original_loader
 from vllm.model_executor.model_loader.reload.meta import to_meta_tensor
 
+from flashquant.patches.attention import is_deferred_attention_layer
 from flashquant.patches.kernel_state import is_processor
 from flashquant.verify import fingerprint
 

@@ -2,7 +2,7 @@
 
 1. Permission to use the AMX tiles: the kernel grants it per process, on request;
    an attention without it dies with SIGILL.
-2. `scaled_fp8_quant`: vLLM 0.32 declares the op for the CPU and leaves it empty,
+2. `scaled_fp8_quant`: vLLM declares the op for the CPU and leaves it empty,
    so per-tensor fp8 can neither load nor run. The definition is ours.
 3. The CPU fp8 matmuls read a float32 bias, and are handed a bf16 one.
 
@@ -86,6 +86,7 @@ POINTS = (
         f"{_KERNELS}:CPUFp8PerTensorScaledMMLinearKernel.apply_weights",
         expects=("self", "layer", "x", "bias"),
         wrapper=_with_float32_bias,
+        within=">=0.31",  # before, torch's own matmul serves per-tensor fp8: it takes any bias
     ),
     PatchPoint(
         f"{_KERNELS}:CPUFp8BlockScaledMMKernel.apply_weights",

@@ -65,6 +65,11 @@ def _seams() -> Iterator[Finding]:
             yield Finding("seams", point.target, "fails", str(refusal))
         else:
             yield Finding("seams", point.target, "ok", "fits")
+    for point in patches.ELSEWHERE:
+        try:
+            point.check_absent()
+        except PatchError as refusal:
+            yield Finding("seams", point.target, "fails", str(refusal))
 
 
 def _hardware() -> Iterator[Finding]:

@@ -10,11 +10,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig, set_current_vllm_config
-from vllm.model_executor.layers.attention import is_deferred_attention_layer
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from flashquant.checks import Checks
 from flashquant.errors import UnsupportedEngine
+from flashquant.patches.attention import is_deferred_attention_layer
 from flashquant.patches.blueprint import ModelBlueprint
 from flashquant.patches.engine_args import ADDITIONAL_CONFIG_KEY, ONLINE
 from flashquant.patches.layers import Learned, LiveLayer

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from transformers import PretrainedConfig
+from vllm.config.quantization import resolve_quantization_config
 
 from flashquant.checks import Checks, checks_from_env
 from flashquant.config import FlashConfig, RolloutConfig, config_from_env
@@ -118,6 +119,11 @@ def configure(args: Any, config: RolloutConfig, checks: Checks) -> None:
         _serve_as_w8a8(args)
     elif config.scheme in ONLINE:
         _set_quantization(args, ONLINE[config.scheme], config.scheme)
+        # vLLM makes settings of the name when the arguments are created, which is over; where
+        # they are missing, only 0.30 and later would make them once more.
+        args.quantization_config = resolve_quantization_config(
+            args.quantization, args.quantization_config
+        )
     args.additional_config = {
         **(args.additional_config or {}),
         ADDITIONAL_CONFIG_KEY: {"scheme": config.scheme, "checks": checks.model_dump()},

@@ -173,20 +173,7 @@ POINTS = (
     ),
     PatchPoint(
         "vllm.v1.engine.llm_engine:LLMEngine.add_request",
-        expects=(
-            "self",
-            "request_id",
-            "prompt",
-            "params",
-            "arrival_time",
-            "lora_request",
-            "tokenization_kwargs",
-            "trace_headers",
-            "priority",
-            "session_id",
-            "prompt_text",
-            "kv_hints",
-        ),
+        expects=("self", "request_id", "prompt", "params", ...),
         wrapper=_add_request_here,
     ),
 )

@@ -12,8 +12,10 @@ import importlib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import FunctionType
+from types import EllipsisType, FunctionType
 from typing import Any
+
+from packaging.specifiers import SpecifierSet
 
 from flashquant.errors import PatchError
 
@@ -29,16 +31,24 @@ class PatchPoint:
     Attributes:
         target: `module:name` or `module:Class.name`; the module that *uses* the
             name, where it was imported by value.
-        expects: parameter names the seam must have, in order. None for a seam
-            that must not be there yet: the wrapper becomes a new method.
+        expects: parameter names the seam must have, in order; a final `...` for
+            whatever else it takes, where the wrapper passes it through. None for
+            a seam that must not be there yet: the wrapper becomes a new method.
         wrapper: called as `wrapper(original, *args, **kwargs)`; a new method is
             called as it is.
+        within: the versions of vLLM that have the seam. In any other one it must be
+            missing: a seam that nobody has looked at is not passed over.
 
     """
 
     target: str
-    expects: tuple[str, ...] | None
+    expects: tuple[str | EllipsisType, ...] | None
     wrapper: Callable[..., Any]
+    within: str = ""
+
+    def is_in(self, version: str) -> bool:
+        """Whether this version of vLLM should have the seam."""
+        return SpecifierSet(self.within).contains(version, prereleases=True)
 
     def check(self) -> None:
         """Raise PatchError unless the seam is there, in the expected shape, and free."""
@@ -56,10 +66,22 @@ class PatchPoint:
         if hasattr(found, "__flashquant__"):
             raise PatchError(f"{self.target} is wrapped by flashquant already")
         shape = tuple(inspect.signature(found).parameters)
-        if shape != self.expects:
+        if not _has_shape(shape, self.expects):
             raise PatchError(
                 f"{self.target} takes {shape}, but flashquant was written against {self.expects}. "
                 "This vLLM is laid out differently; install a tested one, or unset FLASHRL_CONFIG."
+            )
+
+    def check_absent(self) -> None:
+        """Raise PatchError where the seam is there, in a vLLM that should not have it."""
+        try:
+            owner, name = self._resolve()
+        except PatchError:
+            return
+        if inspect.getattr_static(owner, name, _ABSENT) is not _ABSENT:
+            raise PatchError(
+                f"{self.target} is there, but flashquant knows it in vllm{self.within} only, and "
+                "would pass it over. Install a tested version, or unset FLASHRL_CONFIG."
             )
 
     def apply(self) -> Undo:
@@ -110,3 +132,10 @@ class PatchPoint:
                 "install a tested one, or unset FLASHRL_CONFIG."
             ) from missing
         return owner, name
+
+
+def _has_shape(found: tuple[str, ...], expects: tuple[str | EllipsisType, ...]) -> bool:
+    if expects[-1:] == (...,):
+        expects = expects[:-1]
+        found = found[: len(expects)]
+    return found == expects

@@ -39,13 +39,12 @@ def _finalize(original: Any, *args: Any, **kwargs: Any) -> None:
 
 def _reload_weights(
     original: Any,
-    vllm_config: Any,
-    model: nn.Module,
-    weights_iterator: Any,
-    weights_path: str | None,
-    is_checkpoint_format: bool,
+    runner: Any,
+    weights_iterator: Any = None,
+    weights_path: str | None = None,
+    is_checkpoint_format: bool = True,
 ) -> None:
-    session = find_session(model)
+    session = find_session(runner.get_model())
     if session is not None and not is_checkpoint_format:
         raise ReloadError(
             "reload_weights(is_checkpoint_format=False) copies into the kernels' own memory, where "
@@ -53,7 +52,12 @@ def _reload_weights(
             "bf16 or as the checkpoint stores them."
         )
     try:
-        original(vllm_config, model, weights_iterator, weights_path, is_checkpoint_format)
+        original(
+            runner,
+            weights_iterator=weights_iterator,
+            weights_path=weights_path,
+            is_checkpoint_format=is_checkpoint_format,
+        )
     finally:
         if session is not None:
             session.abandon()
@@ -94,38 +98,40 @@ def _execute_model(original: Any, runner: Any, *args: Any, **kwargs: Any) -> Any
 
 
 _RELOAD = "vllm.model_executor.model_loader.reload"
-# Where the two names stand: vLLM's reload has them by value, its transfer engines and
-# some stacks import them from the package or from their own module.
-_BRACKETS = (_RELOAD, f"{_RELOAD}.layerwise", f"{_RELOAD}.inplace")
+_V1 = "vllm.v1.worker.gpu_model_runner"
+_V2 = "vllm.v1.worker.gpu.model_runner"
+# Where the two names stand, and in which versions. vLLM's transfer engines and some stacks
+# import them from the package or from their own module; vLLM's reload has them by value, and
+# was the first runner's own before it had a file.
+_BRACKETS = {_RELOAD: "", f"{_RELOAD}.layerwise": "", _V1: "<0.32", f"{_RELOAD}.inplace": ">=0.32"}
 
 POINTS = (
     *(
         point
-        for module in _BRACKETS
+        for module, versions in _BRACKETS.items()
         for point in (
             PatchPoint(
-                f"{module}:initialize_layerwise_reload", expects=("model",), wrapper=_initialize
+                f"{module}:initialize_layerwise_reload",
+                expects=("model",),
+                wrapper=_initialize,
+                within=versions,
             ),
             PatchPoint(
                 f"{module}:finalize_layerwise_reload",
                 expects=("args", "kwargs"),
                 wrapper=_finalize,
+                within=versions,
             ),
         )
     ),
-    *(
-        PatchPoint(
-            f"vllm.v1.worker.{runner}:reload_weights",
-            expects=(
-                "vllm_config",
-                "model",
-                "weights_iterator",
-                "weights_path",
-                "is_checkpoint_format",
-            ),
-            wrapper=_reload_weights,
-        )
-        for runner in ("gpu_model_runner", "gpu.model_runner")
+    PatchPoint(
+        f"{_V1}:GPUModelRunner.reload_weights",
+        expects=("self", "weights_iterator", "weights_path", "is_checkpoint_format"),
+        wrapper=_reload_weights,
+    ),
+    # Before 0.32, this runner hands its arguments on to the other one's method.
+    PatchPoint(
+        f"{_V2}:GPUModelRunner.reload_weights", expects=("self", ...), wrapper=_reload_weights
     ),
     PatchPoint(
         "vllm.v1.worker.gpu_worker:Worker.update_weights",
@@ -138,23 +144,13 @@ POINTS = (
         wrapper=_finish_weight_update,
     ),
     PatchPoint(
-        "vllm.v1.worker.gpu_model_runner:GPUModelRunner.execute_model",
+        f"{_V1}:GPUModelRunner.execute_model",
         expects=("self", "scheduler_output", "intermediate_tensors"),
         wrapper=_execute_model,
     ),
     PatchPoint(
-        "vllm.v1.worker.gpu.model_runner:GPUModelRunner.execute_model",
-        expects=(
-            "self",
-            "scheduler_output",
-            "intermediate_tensors",
-            "dummy_run",
-            "skip_attn_for_dummy_run",
-            "is_profile",
-            "context_len",
-            "valid_dummy_state_slots",
-            "randomize_inputs",
-        ),
+        f"{_V2}:GPUModelRunner.execute_model",
+        expects=("self", "scheduler_output", "intermediate_tensors", ...),
         wrapper=_execute_model,
     ),
 )

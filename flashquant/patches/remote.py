@@ -71,11 +71,15 @@ async def reload_async(engine: Any, path: str, *, atomic: bool, strict: bool) ->
 async def call(engine: Any, method: str, *args: Any, **kwargs: Any) -> list[Any]:
     """What every worker of an `AsyncLLM` answers, those of all its replicas.
 
-    Its own `collective_rpc` reaches all replicas too, but returns the first one's.
+    Its own `collective_rpc` reaches all replicas too, but returns the first one's; vLLM
+    gathers all of them since 0.32 only, out of the same calls.
     """
-    answers = await engine.engine_core.call_utility_all_async(
-        "collective_rpc", method, None, args, kwargs
-    )
+    client = engine.engine_core
+    calls = [
+        client._call_utility_async("collective_rpc", method, None, args, kwargs, engine=replica)
+        for replica in client.core_engines
+    ]
+    answers = await asyncio.gather(*calls)
     return [answer for replica in answers for answer in replica]
 
 

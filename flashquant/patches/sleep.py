@@ -47,5 +47,5 @@ _WORKER = "vllm.v1.worker.gpu_worker:Worker"
 POINTS = (
     PatchPoint(f"{_WORKER}.sleep", expects=("self", "level"), wrapper=_sleep),
     PatchPoint(f"{_WORKER}.wake_up", expects=("self", "tags"), wrapper=_wake_up),
-    PatchPoint(f"{_WORKER}.discard", expects=("self", "tags"), wrapper=_discard),
+    PatchPoint(f"{_WORKER}.discard", expects=("self", "tags"), wrapper=_discard, within=">=0.31"),
 )

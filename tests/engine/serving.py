@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +17,8 @@ from unittest import mock
 
 import pytest
 import torch
+import vllm
+from packaging.specifiers import SpecifierSet
 from torch import Tensor, nn
 
 import flashquant
@@ -25,6 +27,15 @@ from flashquant.patches.loading import session_of
 from flashquant.session import Session
 
 _PROMPTS = [list(range(5 + shift, 45 + shift)) for shift in (0, 3, 11, 200)]
+
+
+def needs(versions: str, what: str) -> pytest.MarkDecorator:
+    """Skip where this vLLM has no such thing; `python -m tests.versions` lists the reasons."""
+    has_it = SpecifierSet(versions).contains(vllm.__version__, prereleases=True)
+    return pytest.mark.skipif(not has_it, reason=f"this vLLM has no {what}")
+
+
+WEIGHT_VERSIONS = needs(">=0.32", "weight versions in its outputs")
 
 
 @dataclass(frozen=True)
@@ -212,11 +223,11 @@ def choosing(kernels: str) -> Iterator[None]:
     if kernels == "amx" and not hasattr(torch.ops._C, "convert_weight_packed"):
         pytest.skip("vLLM has no AMX kernels in its build for CPUs without AVX-512")
     answer = (kernels == "amx", None if kernels == "amx" else "the test says there is no AMX")
-    fp8 = (cpu.CPUFp8PerTensorScaledMMLinearKernel, cpu.CPUFp8BlockScaledMMKernel)
-    with (
-        mock.patch.object(cpu, "check_cpu_sgl_kernel", check),
-        mock.patch.object(utils, "check_cpu_sgl_kernel", check),
-        mock.patch.object(fp8[0], "is_supported", classmethod(lambda *_: answer)),
-        mock.patch.object(fp8[1], "is_supported", classmethod(lambda *_: answer)),
-    ):
+    with ExitStack() as stack:
+        for module in (cpu, utils):
+            stack.enter_context(mock.patch.object(module, "check_cpu_sgl_kernel", check))
+        for name in ("CPUFp8PerTensorScaledMMLinearKernel", "CPUFp8BlockScaledMMKernel"):
+            if (kernel := getattr(cpu, name, None)) is not None:  # the first, since 0.31
+                says = classmethod(lambda *_: answer)
+                stack.enter_context(mock.patch.object(kernel, "is_supported", says))
         yield

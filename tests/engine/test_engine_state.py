@@ -19,7 +19,7 @@ import flashquant
 from flashquant.errors import SleepingWeights, TornWeights
 from flashquant.patches import sleep
 from tests.engine.checkpoints import Policies
-from tests.engine.serving import Serving, serve
+from tests.engine.serving import WEIGHT_VERSIONS, Serving, serve
 
 pytestmark = pytest.mark.engine
 
@@ -57,33 +57,48 @@ def answer(llm: Any, tokens: list[int], count: int, **options: Any) -> Any:
     return llm.generate([prompt], sampling, use_tqdm=False, **options)[0].outputs[0]
 
 
-@pytest.mark.parametrize("caching", [False, True], ids=["no prefix caching", "prefix caching"])
-def test_a_request_in_flight_goes_on_as_if_it_had_begun_on_the_new_weights(
-    policies: Policies, caching: bool
-) -> None:
-    """Between two steps; its keys and values are computed anew, and each token has its version."""
-    live, fresh = (
-        serve(policies.bf16(policy), "fp8_channel", enable_prefix_caching=caching)
-        for policy in ("a", "b")
-    )
-    engine, version = live.llm.llm_engine, flashquant.status(live.llm).version
+def updated_in_flight(live: Serving, policies: Policies) -> Any:
+    """One answer of 16 tokens, the first 6 of which policy A has sampled, the others B."""
+    engine = live.llm.llm_engine
     flashquant.reload_weights(live.llm, policies.tensors("a"))
     engine.add_request(
         "in flight", {"prompt_token_ids": PROMPT}, SamplingParams(max_tokens=16, **GREEDY)
     )
     for _ in range(6):
         engine.step()
-
     flashquant.reload_weights(live.llm, policies.tensors("b"))
     finished = []
     while engine.has_unfinished_requests():
         finished += [output for output in engine.step() if output.finished]
+    return finished[0].outputs[0]
 
-    (output,) = finished[0].outputs
-    spans = [(span.version, span.start, span.end) for span in output.weight_versions]
-    assert spans == [(str(version + 1), 0, 6), (str(version + 2), 6, 16)]
+
+@pytest.mark.parametrize("caching", [False, True], ids=["no prefix caching", "prefix caching"])
+def test_a_request_in_flight_goes_on_as_if_it_had_begun_on_the_new_weights(
+    policies: Policies, caching: bool
+) -> None:
+    """Between two steps; its keys and values are computed anew."""
+    live, fresh = (
+        serve(policies.bf16(policy), "fp8_channel", enable_prefix_caching=caching)
+        for policy in ("a", "b")
+    )
+
+    output = updated_in_flight(live, policies)
+
     expected = answer(fresh.llm, PROMPT + list(output.token_ids[:6]), 10)
     assert said(output)[6:] == said(expected)
+
+
+@WEIGHT_VERSIONS
+def test_each_token_of_an_answer_has_its_version(policies: Policies) -> None:
+    """Those of the reports."""
+    live = serve(policies.bf16("a"), "fp8_channel")
+    version = flashquant.status(live.llm).version
+
+    output = updated_in_flight(live, policies)
+
+    spans = [(span.version, span.start, span.end) for span in output.weight_versions]
+    assert spans == [(str(version + 1), 0, 6), (str(version + 2), 6, 16)]
 
 
 def by_flashquant(live: Serving, weights: dict[str, torch.Tensor]) -> None:
@@ -110,7 +125,7 @@ def by_a_workers_own_method(live: Serving, weights: dict[str, torch.Tensor]) -> 
 def test_a_prefix_of_the_old_weights_is_not_used_again(
     policies: Policies, push: Callable[[Serving, dict[str, torch.Tensor]], None]
 ) -> None:
-    """Whatever call brought the new ones; and the outputs carry their version."""
+    """Whatever call brought the new ones; and the engine knows their version."""
     live, fresh = (
         serve(policies.bf16(policy), "fp8_channel", enable_prefix_caching=True)
         for policy in ("a", "b")
@@ -120,10 +135,9 @@ def test_a_prefix_of_the_old_weights_is_not_used_again(
 
     push(live, policies.tensors("b"))
 
-    output = answer(live.llm, PROMPT, 4)
-    assert said(output) != before
-    assert said(output) == said(answer(fresh.llm, PROMPT, 4))
-    assert output.weight_versions[0].version == str(flashquant.status(live.llm).version)
+    after = said(answer(live.llm, PROMPT, 4))
+    assert before != after == said(answer(fresh.llm, PROMPT, 4))
+    assert live.llm.get_weight_version() == str(flashquant.status(live.llm).version)
 
 
 def test_a_push_that_no_scheduler_can_hear_of_is_warned_of_once(

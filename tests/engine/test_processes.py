@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.engine.checkpoints import Policies
-from tests.engine.serving import serve
+from tests.engine.serving import WEIGHT_VERSIONS, Serving, serve
 
 pytestmark = pytest.mark.engine
 
@@ -82,28 +82,50 @@ def test_workers_in_other_processes_hold_what_an_engine_in_this_one_holds(
     assert_lost(answer["lost"], rank=0)
 
 
-def test_an_async_engine_is_updated_while_clients_generate(policies: Policies) -> None:
-    """Eleven updates, four clients: none fails, and each token is some version's own."""
-    answer = _run(
+@pytest.fixture(scope="module")
+def asynchronous(policies: Policies) -> dict[str, Any]:
+    """Eleven updates of an `AsyncLLM`, and four clients meanwhile."""
+    return _run(
         "asynchronous",
         policies,
         FLASHRL_CONFIG="fp8_channel",
         VLLM_ALLOW_INSECURE_SERIALIZATION="1",
     )
 
+
+def test_an_async_engine_is_updated_while_clients_generate(
+    asynchronous: dict[str, Any], policies: Policies
+) -> None:
+    """No request fails, and one in flight goes on as a fresh engine would."""
     a, b = (serve(policies.bf16(policy), "fp8_channel") for policy in ("a", "b"))
-    assert answer["failed"] == []
-    assert answer["before"] == a.start.digest
-    assert answer["after"] == answer["reported"] == b.start.digest
-    assert answer["version"] == 11
-    assert max(len(spans) for spans in answer["spans"]) > 1  # answers saw updates come
-    (_, _, cut), (version, start, _) = answer["in flight"]
+    assert asynchronous["failed"] == []
+    assert asynchronous["before"] == a.start.digest
+    assert asynchronous["after"] == asynchronous["reported"] == b.start.digest
+    assert asynchronous["version"] == 11
+    start = asynchronous["updated"] + 4  # what the client had, and what was on its way to it
+    assert 0 < start < 64
+    assert_continues(asynchronous["said"], start, b)
+    assert asynchronous["refused"][0] == "UnknownWeight"
+    assert_lost(asynchronous["lost"], rank=0)
+
+
+@WEIGHT_VERSIONS
+def test_an_async_engine_tells_which_version_sampled_which_token(
+    asynchronous: dict[str, Any], policies: Policies
+) -> None:
+    """From the very first token of the new one."""
+    assert max(len(spans) for spans in asynchronous["spans"]) > 1  # answers saw updates come
+    (_, _, cut), (version, start, _) = asynchronous["in flight"]
     assert (version, cut) == ("11", start)
-    # What came after the update is what a fresh engine says after the same tokens.
-    tokens = [token for token, _ in answer["said"]]
-    assert answer["said"][start:] == b.continued(list(range(5, 45)) + tokens[:start], 64 - start)
-    assert answer["refused"][0] == "UnknownWeight"
-    assert_lost(answer["lost"], rank=0)
+    assert start <= asynchronous["updated"] + 4
+    assert_continues(asynchronous["said"], start, serve(policies.bf16("b"), "fp8_channel"))
+
+
+def assert_continues(said: list[list[float]], start: int, fresh: Serving) -> None:
+    """What came after the update is what a fresh engine says after the same tokens."""
+    tokens = [int(token) for token, _ in said]
+    prompt = list(range(5, 45)) + tokens[:start]
+    assert said[start:] == fresh.continued(prompt, len(said) - start)
 
 
 @pytest.mark.parametrize("scheme", ["int8", "fp8_channel"])

@@ -33,7 +33,20 @@ def configured(model: Path, config: RolloutConfig, **explicit: Any) -> EngineArg
 def test_a_scheme_becomes_vllms_own_online_one_where_there_is_one(
     bf16: Path, name: str, quantization: str | None
 ) -> None:
-    assert configured(bf16, RolloutConfig(fn=name)).quantization == quantization
+    args = configured(bf16, RolloutConfig(fn=name))
+    theirs = EngineArgs(str(bf16), quantization=quantization)
+
+    assert args.quantization == quantization
+    assert args.quantization_config == theirs.quantization_config
+
+
+def test_what_else_is_said_of_a_quantization_stays(bf16: Path) -> None:
+    args = configured(
+        bf16, RolloutConfig(fn="fp8_channel"), quantization_config={"ignore": ["lm_head"]}
+    )
+
+    assert args.quantization_config.ignore == ["lm_head"]
+    assert args.quantization_config.linear is not None
 
 
 def test_int8_serves_a_bf16_checkpoint_as_w8a8(bf16: Path) -> None:

@@ -113,6 +113,32 @@ def test_one_point_that_does_not_fit_takes_the_others_back_out(
     assert _namespaces() == before
 
 
+def test_a_seam_of_another_version_that_is_there_stops_everything(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What nobody has looked at in this version would not be wrapped."""
+    before = _namespaces()
+    newer = PatchPoint(
+        "vllm.v1.worker.gpu_worker:Worker.load_model", ("self", ...), print, within=">=99"
+    )
+    monkeypatch.setattr(patches, "ELSEWHERE", (*patches.ELSEWHERE, newer))
+
+    with pytest.raises(PatchError, match=r"Worker\.load_model is there"):
+        flashquant.patch()
+
+    assert not flashquant.is_patched()
+    assert _namespaces() == before
+
+
+def test_every_point_is_of_this_version_or_of_another() -> None:
+    """Those of the same function in several places are told apart by their versions."""
+    targets = [point.target for point in (*patches.POINTS, *patches.ELSEWHERE)]
+
+    assert len(targets) == len(set(targets))
+    assert all(point.is_in(vllm.__version__) for point in patches.POINTS)
+    assert not any(point.is_in(vllm.__version__) for point in patches.ELSEWHERE)
+
+
 def test_a_misspelt_scheme_stops_the_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the nearest name offered, and nothing patched."""
     monkeypatch.setenv("FLASHRL_CONFIG", "fp8_chanel")

@@ -218,3 +218,52 @@ def test_points_are_undone_newest_first(engine):
         undo()
 
     assert (dict(vars(engine.Base)), dict(vars(engine.Model))) == before
+
+
+ENDING_OPEN = PatchPoint("fake_engine:Base.load", expects=("self", "weights", ...), wrapper=doubled)
+
+
+@pytest.mark.parametrize("tail", ["", ", strict=True", ", strict=True, *rest, **more"])
+def test_an_open_end_stands_for_whatever_is_passed_through(engine, tail):
+    exec(f"def load(self, weights{tail}): return ('loaded', weights)", found := {})
+    engine.Base.load = found["load"]
+
+    ENDING_OPEN.apply()
+
+    assert engine.Base().load("w") == ("loaded", "w") * 2
+
+
+@pytest.mark.parametrize("parameters", ["self", "self, strict", "weights, self"])
+def test_an_open_end_still_has_a_beginning(engine, parameters):
+    exec(f"def load({parameters}): ...", found := {})
+    engine.Base.load = found["load"]
+
+    with pytest.raises(PatchError, match="written against"):
+        ENDING_OPEN.check()
+
+
+@pytest.mark.parametrize(
+    ("within", "versions"),
+    [
+        ("", {"0.27.1", "0.31.0", "0.31.0+cpu", "0.32.0", "0.32.1rc1"}),
+        (">=0.32", {"0.32.0", "0.32.1rc1"}),
+        ("<0.32", {"0.27.1", "0.31.0", "0.31.0+cpu"}),
+    ],
+)
+def test_a_point_says_in_which_versions_it_is(within, versions):
+    point = PatchPoint("fake_engine:process", expects=(), wrapper=doubled, within=within)
+    all_of_them = ("0.27.1", "0.31.0", "0.31.0+cpu", "0.32.0", "0.32.1rc1")
+
+    assert {version for version in all_of_them if point.is_in(version)} == versions
+
+
+@pytest.mark.parametrize("target", ["fake_engine:newer", "fake_engine.newer:process"])
+def test_a_seam_of_other_versions_may_be_missing(engine, target):
+    PatchPoint(target, expects=(), wrapper=doubled, within=">=9").check_absent()
+
+
+def test_a_seam_of_other_versions_that_is_there_is_not_passed_over(engine):
+    point = PatchPoint("fake_engine:process", expects=(), wrapper=doubled, within=">=9")
+
+    with pytest.raises(PatchError, match=r"process is there, .* in vllm>=9 only"):
+        point.check_absent()

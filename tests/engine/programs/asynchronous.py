@@ -19,6 +19,12 @@ from tests.engine.programs.failing import fail_in_the_middle
 UPDATES, CLIENTS = 10, 4
 
 
+def versions_in(output: Any) -> list[list[Any]]:
+    """Which version sampled which tokens, where vLLM tells."""
+    spans = getattr(output, "weight_versions", None) or []
+    return [[span.version, span.start, span.end] for span in spans]
+
+
 async def main(starts_on: str, pushed: str) -> dict[str, Any]:
     from vllm import AsyncEngineArgs, SamplingParams
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -30,10 +36,12 @@ async def main(starts_on: str, pushed: str) -> dict[str, Any]:
         sampling = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True, logprobs=0)
         async for output in engine.generate(PROMPT, sampling, name):
             final = output
+            seen[name] = len(output.outputs[0].token_ids)
         return final.outputs[0]
 
     result: dict[str, Any] = {"before": (await flashquant.status(engine)).digest}
     busy, spans, failed = True, [], []
+    seen: dict[str, int] = {}
 
     async def client(number: int) -> None:
         turn = 0
@@ -44,7 +52,7 @@ async def main(starts_on: str, pushed: str) -> dict[str, Any]:
             except Exception as failure:  # whatever it is, the test looks at it
                 failed.append(repr(failure))
                 return
-            spans.append([[span.version, span.start, span.end] for span in output.weight_versions])
+            spans.append(versions_in(output))
 
     clients = [asyncio.create_task(client(number)) for number in range(CLIENTS)]
     for update in range(UPDATES):
@@ -53,6 +61,7 @@ async def main(starts_on: str, pushed: str) -> dict[str, Any]:
     in_flight = asyncio.create_task(answer("in flight", 64))
     await asyncio.sleep(0.1)
     report = await flashquant.reload_weights(engine, Path(pushed))
+    updated = seen.get("in flight", 0)
     busy = False
     await asyncio.gather(*clients)
     output = await in_flight
@@ -66,7 +75,8 @@ async def main(starts_on: str, pushed: str) -> dict[str, Any]:
         "version": report.version,
         "spans": spans,
         "failed": failed,
-        "in flight": [[s.version, s.start, s.end] for s in output.weight_versions],
+        "in flight": versions_in(output),
+        "updated": updated,
         "said": [
             [t, step[t].logprob] for t, step in zip(output.token_ids, output.logprobs, strict=True)
         ],

@@ -34,7 +34,7 @@ def main(starts_on: str, pushed: str) -> dict[str, Any]:
         "report": report.digest,
         "after": flashquant.status(llm).digest,
         "tokens": list(answers[0].outputs[0].token_ids),
-        "version": answers[0].outputs[0].weight_versions[0].version,
+        "version": llm.get_weight_version(),
         "refused": raised_by(lambda: flashquant.reload_weights(llm, {"typo": torch.zeros(1)})),
     }
     weights = tiny_models.tensors(Path(starts_on))

