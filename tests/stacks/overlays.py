@@ -40,7 +40,7 @@ PINS: dict[str, tuple[str, ...]] = {
     ),
     "checkpoint-engine": ("checkpoint-engine==0.4.2",),
     "openrlhf": ("openrlhf==0.11.2", "pylatexenc==2.11", "ray==2.60.0"),
-    "skyrl": ("skyrl==0.3.0",),
+    "skyrl": ("skyrl==0.3.0", "omegaconf==2.4.0", "pandas==3.1.1"),
     "trl": (
         "trl==1.16.0",
         "accelerate==1.15.0",

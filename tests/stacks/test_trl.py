@@ -5,15 +5,11 @@ The engine is compiled, as TRL starts it.
 
 from __future__ import annotations
 
-import json
-import shutil
 from pathlib import Path
 
 import pytest
-from safetensors.torch import save_file
 
-from examples.demo import smollm2
-from tests import tiny_models
+from tests import short_smollm2
 from tests.stacks import overlays
 from tests.stacks.running import run
 
@@ -22,18 +18,7 @@ pytestmark = overlays.needed("trl")
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The first two layers of SmolLM2: a real tokenizer, a tied head, and quick to compile."""
-    path = tmp_path_factory.mktemp("trl") / "model"
-    shutil.copytree(smollm2.checkpoint(smollm2.default_cache_dir()), path)
-    config = json.loads((path / "config.json").read_text())
-    (path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
-    kept = {
-        name: tensor
-        for name, tensor in tiny_models.tensors(path).items()
-        if not name.startswith("model.layers.") or int(name.split(".")[2]) < 2
-    }
-    save_file(kept, path / "model.safetensors", metadata={"format": "pt"})
-    return path
+    return short_smollm2.make(tmp_path_factory.mktemp("trl") / "model")
 
 
 @pytest.mark.parametrize(

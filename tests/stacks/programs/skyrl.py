@@ -53,6 +53,12 @@ class OnCpu(NewInferenceWorkerWrap):
         self._skyrl_weight_update_active = False
 
 
+def enter_the_gym() -> None:
+    """Make `skyrl_gym`, which the configuration imports, importable: the wheel nests it."""
+    (folder,) = importlib.import_module("skyrl").__path__
+    sys.path.append(str(Path(folder).parent / "skyrl-gym"))
+
+
 def push(llm: Any, weights: dict[str, Tensor], *, lost: str = "") -> None:
     """Start, one packed buffer a chunk, finish; each by collective_rpc, as over HTTP.
 
