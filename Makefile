@@ -16,7 +16,7 @@ TORCH_PIN := $(shell sed -n 's/^\#: //p' $(LOCK))
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test versions lint bench lock wheel clean
+.PHONY: help demo test versions stacks lint bench lock wheel clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | \
@@ -30,6 +30,11 @@ test: $(STAMP) ## run the tests (PYTEST_ARGS="-m 'not engine'")
 
 versions: $(STAMP) ## run the engine tests on every vLLM we claim, and write the table (VERSIONS_ARGS="...")
 	nice -n 5 $(PY) -m tests.versions $(VERSIONS_ARGS)
+
+# Not a part of `test`: the stacks are downloaded, 400 MB into .stacks/.
+stacks: $(STAMP) ## RL stacks' own code against a patched engine
+	$(PY) -m tests.stacks.overlays
+	$(PY) -m pytest tests/stacks $(PYTEST_ARGS)
 
 lint: $(STAMP) ## ruff, mypy, and which room may import which
 	.venv/bin/ruff check .
@@ -54,9 +59,10 @@ lock: | .venv/bin/python ## write what is installed in .venv to the lock
 	@rm $(LOCK).freeze && mv $(LOCK).new $(LOCK)
 	@git --no-pager diff --stat -- $(LOCK) 2>/dev/null || true
 
-clean: ## remove caches and build results (.venv stays)
-	rm -rf build dist .versions .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
-	find . -path ./.venv -prune -o -type d -name __pycache__ -exec rm -rf {} +
+clean: ## remove caches and build results (.venv, .stacks and .versions stay)
+	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find . \( -path ./.venv -o -path ./.stacks -o -path ./.versions \) -prune -o \
+	  -type d -name __pycache__ -exec rm -rf {} +
 
 .venv/bin/python:
 	@for python in $(PYTHON) python3.11 python3; do \

@@ -32,7 +32,7 @@ from flashquant.transaction import Transactions
 from flashquant.undo import UndoLog
 from flashquant.update import Update
 from flashquant.verify import Footprint, check_unmoved, digest, digests, footprints
-from flashquant.weights import NamedTensors, Weights, named_tensors
+from flashquant.weights import NamedTensors, Offered, Weights, named_tensors
 from flashquant.witness import Witness
 
 
@@ -54,6 +54,7 @@ class Session:
         self._checks = checks or Checks()
         self._routes = Routes(engine)
         self._homes: dict[str, Layer] = {}
+        self._refused: set[str] = set()
         self._witness = Witness({})
         self._transactions = Transactions(ballot, lambda layers: self._witness.settle(layers))
 
@@ -102,8 +103,16 @@ class Session:
                 (before `begin`, inside a bracket).
 
         """
-        with self._transactions.push() as update, torch.no_grad():
-            return self._take(weights, update)
+        offered, alone = Offered(weights), self._transactions.current is None
+        try:
+            with self._transactions.push() as update, torch.no_grad():
+                written = self._take(offered, update)
+        except BaseException:
+            if alone:  # a bracket that fails takes everything back, and owes nothing
+                self._refused |= offered.names
+            raise
+        self._refused -= offered.names
+        return written
 
     def begin(self, *, atomic: bool = True) -> None:
         """Open a bracket: nothing stands until `finish`. What half arrived before is dropped.
@@ -141,8 +150,8 @@ class Session:
         Without effect inside one, which is checked when it is finished.
 
         Raises:
-            IncompleteUpdate: some layers have arrived in part, and serve their old
-                weights beside the new ones of others.
+            IncompleteUpdate: some layers have arrived in part, or were refused and never
+                came again; they serve their old weights beside the new ones of others.
 
         """
         waiting = self._waiting()
@@ -151,6 +160,14 @@ class Session:
                 f"{len(waiting)} layers have arrived only in part and still serve their old "
                 f"weights, beside the new ones of others: {_missing_parts(waiting)}. Send what is "
                 "missing, or everything anew."
+            )
+        # Said once: a name that no engine knows cannot come again, and must not bar the rest.
+        if self._refused and not self.in_bracket:
+            refused, self._refused = self._refused, set()
+            raise IncompleteUpdate(
+                f"{len(refused)} tensors were in pushes that failed and have not come again, "
+                f"{some_of(sorted(refused))}: the engine serves what it had of them, beside the "
+                "new weights of others. Send them, or everything anew."
             )
 
     def abandon(self) -> None:

@@ -36,6 +36,25 @@ def named_tensors(weights: Weights) -> Iterator[tuple[str, Tensor]]:
         yield from weights
 
 
+class Offered:
+    """Pairs, and the names of those that one call offers.
+
+    Attributes:
+        names: of a list, all; of an iterator, those that have been drawn from it.
+
+    """
+
+    def __init__(self, weights: NamedTensors) -> None:
+        self._weights = weights
+        listed = weights if isinstance(weights, list | tuple) else ()
+        self.names = {name for name, _ in listed}
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in self._weights:
+            self.names.add(name)
+            yield name, tensor
+
+
 def _stored(path: Path) -> Iterator[tuple[str, Tensor]]:
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     if not files or not all(file.is_file() and file.suffix == ".safetensors" for file in files):

@@ -206,6 +206,30 @@ def test_processing_with_half_a_layer_says_what_is_missing(
     live.snapshot().assert_same(serve(policies.bf16("b"), live.scheme).start)
 
 
+def test_processing_after_a_refused_bucket_says_what_never_came(
+    live: Serving, policies: Policies
+) -> None:
+    """checkpoint-engine's server does not look at the answer to its last bucket."""
+    from vllm.model_executor.model_loader.utils import process_weights_after_loading
+
+    weights = policies.tensors("b")
+    last = ["model.layers.1.input_layernorm.weight", "model.norm.weight"]
+    bad = [(name, weights[name] * torch.nan) for name in last]
+    config = live.llm.llm_engine.model_config
+    live.model.load_weights([pair for pair in weights.items() if pair[0] not in last])
+    with pytest.raises(MisfitTensor, match="NaN"):
+        live.model.load_weights(bad)
+
+    with pytest.raises(IncompleteUpdate, match=r"2 tensors .* model\.norm\.weight"):
+        process_weights_after_loading(live.model, config, torch.device("cpu"))
+    with pytest.raises(MisfitTensor, match="NaN"):
+        live.model.load_weights(bad)
+    live.model.load_weights([(name, weights[name]) for name in last])
+    process_weights_after_loading(live.model, config, torch.device("cpu"))
+
+    live.snapshot().assert_same(serve(policies.bf16("b"), live.scheme).start)
+
+
 @pytest.mark.parametrize("push", [layerwise_bracket, reload_by_iterator], ids=lambda d: d.__name__)
 def test_a_bracket_of_vllm_that_fails_leaves_the_old_weights(
     live: Serving, policies: Policies, push: Callable[[Serving, Weights], None]

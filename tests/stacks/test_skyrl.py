@@ -1,0 +1,34 @@
+"""SkyRL 0.3.0: its worker wrapper, over shared memory.
+
+Not run: its broadcast (`update_weights_nccl` calls `receive_weights(..., load_weights=...)`,
+which vLLM 0.23 had and 0.32 has no more), its Ray cluster and its servers.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.engine.checkpoints import Policies
+from tests.engine.serving import serve
+from tests.stacks import overlays
+from tests.stacks.programs.rollouts import said
+from tests.stacks.running import run
+
+pytestmark = overlays.needed("skyrl")
+
+
+@pytest.mark.parametrize("scheme", ["int8", "fp8_vllm"])
+def test_what_its_worker_wrapper_loads_equals_a_fresh_start(
+    policies: Policies, scheme: str
+) -> None:
+    """Start, chunks, finish are one update: with a chunk missing, the old weights stay."""
+    answer = run("skyrl", "skyrl", policies.bf16("a"), policies.bf16("b"), scheme=scheme)
+
+    a, b = (said(serve(policies.bf16(policy), scheme).llm) for policy in "ab")
+    assert answer["started"] == a
+    assert answer["pushed b"] == b
+    assert "the update ended with 1 layers half arrived" in answer["a chunk missing"][1]
+    assert answer["after the missing chunk"] == b
+    # SkyRL's own flag: its wrapper takes the refused update for one that still goes on.
+    assert "already active" in answer["next start"][1]
+    assert answer["pushed a"] == a
