@@ -1,7 +1,8 @@
 """What FLASHRL_CONFIG may say, and what it then means.
 
-It names a configuration or a YAML file; either becomes one frozen value before
-any engine starts. This room knows neither torch nor vLLM, and never repairs what
+It names a configuration or a YAML file, here or on the Hugging Face Hub; either becomes one
+frozen value before any engine starts, and what the file names is named so that it holds from
+anywhere. This room knows neither torch nor vLLM, and never repairs what
 it reads: a key or a name it does not know is an error that offers the nearest one.
 
     FLASHRL_CONFIG=int8_fast          ->  FlashConfig of one entry, scheme "int8"
@@ -9,27 +10,27 @@ it reads: a key or a name it does not know is an error that offers the nearest o
         configs:
           - {fn: int8, model: org/model-w8a8, profile: runs/profile.pt}
           - {fn: bf16}
+    FLASHRL_CONFIG=org/runs/mixed.yaml@v2   ->  the same, from the Hub
 
 Limits
-    1. Files come from this machine only; nothing is fetched from the Hugging Face Hub.
-    2. A file may say more than the engine can do yet; the patches refuse that, not this room.
+    1. A file may say more than the engine can do yet; the patches refuse that, not this room.
 """
 
 from __future__ import annotations
 
 import difflib
 import os
-import re
 import reprlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 
-from flashquant.errors import ConfigError
+from flashquant.errors import ConfigError, LocateError
+from flashquant.locate import locate, named_in
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -60,16 +61,13 @@ _SHOWN: Final = 60  # characters of a value that an error repeats
 _SHOULD_BE: Final[Mapping[str, str]] = MappingProxyType(
     {
         "invalid_key": "a key must be text; put it in quotes",
+        "literal_error": "must be frozen or refreshed",
         "model_type": "must be a mapping; write it as lines of `key: value`",
         "string_type": "must be text; put it in quotes if YAML reads it as something else",
         "tuple_type": "must be a list; write it as [first, second]",
     }
 )
 """pydantic's type of an error -> what the value should be, and how to write it."""
-
-_HUB_REFERENCE: Final = re.compile(
-    r"(?P<repo>\w[\w.-]*/\w[\w.-]*)/(?P<file>[^@]+\.ya?ml)(?:@(?P<revision>.+))?"
-)
 
 
 class RolloutConfig(BaseModel):
@@ -79,6 +77,10 @@ class RolloutConfig(BaseModel):
     `distributed_executor_backend` are defaults that an explicit engine argument
     overrides. `module_attribute_to_preserve` and `params_to_ignore` are accepted
     so that FlashRL's files stay valid; the write plan makes both unnecessary.
+
+    `scales` says what a reload through a profile does with the weight scales of the
+    checkpoint: `frozen` keeps them, as FlashRL does; `refreshed` makes each anew from
+    its channel, and keeps only the smoothing of the profile.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -86,6 +88,7 @@ class RolloutConfig(BaseModel):
     fn: str = "int8"  # as FlashRL reads an entry that leaves it out
     model: str | None = None
     profile: str | None = None
+    scales: Literal["frozen", "refreshed"] = "frozen"
     load_format: str | None = None
     quantization: str | None = None
     distributed_executor_backend: str | None = None
@@ -121,6 +124,15 @@ class RolloutConfig(BaseModel):
             raise ValueError(
                 f"quantization is {self.quantization!r}, but fn {self.fn!r} stores {stored}; "
                 "leave quantization out, or change fn"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _only_int8_has_scales_to_keep(self) -> RolloutConfig:
+        if "scales" in self.model_fields_set and not self.scheme.startswith("int8"):
+            raise ValueError(
+                f"scales is {self.scales!r}, but fn {self.fn!r} knows no profile; leave scales "
+                "out, or write fn: int8"
             )
         return self
 
@@ -178,7 +190,7 @@ def config_from_env(environ: Mapping[str, str]) -> FlashConfig | None:
 
 
 def load_config(reference: str) -> FlashConfig:
-    """Read a configuration: its name, or the path of a YAML file (`~` allowed).
+    """Read a configuration: its name, or a YAML file by its path or its place on the Hub.
 
     Raises:
         ConfigError: no such name or file, or the file says something impossible.
@@ -192,16 +204,41 @@ def load_config(reference: str) -> FlashConfig:
         )
     if wanted in SCHEME_ALIASES:
         return FlashConfig(configs=(RolloutConfig(fn=wanted),), source=wanted)
-    path = Path(os.path.expanduser(wanted))
-    if not os.path.isfile(path):  # not Path.is_file: that one raises on a name too long
-        raise ConfigError(_no_such_file(wanted, path))
-    source = os.path.abspath(path)
+    if not _is_path(wanted):
+        raise ConfigError(
+            f"{wanted!r} is neither a configuration nor the path of a YAML file; "
+            f"{_nearest(wanted, SCHEME_ALIASES)}"
+        )
+    path, source = locate(wanted)
     try:
-        return FlashConfig(configs=_parse(_read(path)).configs, source=source)
+        entries = _parse(_read(path)).configs
     except ValidationError as error:
         raise ConfigError("\n".join(_sentences(error, source))) from None
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from None
+    return FlashConfig(
+        configs=tuple(_named_from_anywhere(entry, source, i) for i, entry in enumerate(entries)),
+        source=source,
+    )
+
+
+def _is_path(wanted: str) -> bool:
+    """Whether this cannot be meant as a name."""
+    is_one = "/" in wanted or wanted.startswith("~") or wanted.endswith((".yaml", ".yml"))
+    return is_one or os.path.exists(os.path.expanduser(wanted))
+
+
+def _named_from_anywhere(entry: RolloutConfig, source: str, index: int) -> RolloutConfig:
+    """The entry with its model and profile named so that every process finds the same ones."""
+    named: dict[str, str] = {}
+    for key, folder in (("model", True), ("profile", False)):
+        if (written := getattr(entry, key)) is not None:
+            try:
+                named[key] = named_in(source, written, folder=folder)
+            except LocateError as error:
+                place = _place(source, ("configs", index, key))
+                raise LocateError(f"{place}: {error}") from None
+    return entry.model_copy(update=named)
 
 
 def _read(path: Path) -> bytes:
@@ -228,29 +265,6 @@ def _parse(text: bytes) -> _ConfigFile:
             "A configuration is made of text and lists only."
         ) from None
     return _ConfigFile.model_validate(data)
-
-
-def _no_such_file(wanted: str, path: Path) -> str:
-    where = os.path.abspath(path)
-    hub = _HUB_REFERENCE.fullmatch(wanted)
-    if os.path.isdir(path):
-        return f"{where} is a folder. Write the path of the YAML file in it."
-    if os.path.exists(path):
-        return f"{where} is not a regular file. Write the YAML to one and name that."
-    if hub:
-        revision = f" --revision {hub['revision']}" if hub["revision"] else ""
-        return (
-            f"there is no file {where}. If {wanted!r} is meant as a file on the Hugging Face Hub: "
-            "this version of flashquant reads local files only. Fetch it once with "
-            f"`hf download {hub['repo']} {hub['file']}{revision} --local-dir .` "
-            f"and name the local path, {hub['file']}."
-        )
-    if "/" in wanted or wanted.endswith((".yaml", ".yml")):
-        return f"there is no file {where}. Write the path of a YAML file that exists."
-    return (
-        f"{wanted!r} is neither a configuration nor the path of a YAML file; "
-        f"{_nearest(wanted, SCHEME_ALIASES)}"
-    )
 
 
 def _sentences(error: ValidationError, source: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 FlashquantError
 ├── ConfigError                  a YAML file or an environment variable says something impossible
+│   └── LocateError              a reference leads to no file, or out of where it may lead
 ├── ProfileError                 a calibration profile does not fit its model, or cannot be read
 ├── PatchError                   a seam in the engine is missing, taken, or shaped differently
 │   └── UnsupportedEngine        the engine, or a kernel in it, is none that flashquant knows
@@ -28,6 +29,10 @@ class FlashquantError(Exception):
 
 class ConfigError(FlashquantError, ValueError):
     """A YAML file or an environment variable says something impossible."""
+
+
+class LocateError(ConfigError):
+    """A reference leads to no file, or out of where it may lead."""
 
 
 class ProfileError(FlashquantError, ValueError):

@@ -180,6 +180,8 @@ def test_a_misspelt_configs_gives_one_line(write):
         ("configs: [{model: ' '}]", "is blank; write a value, or leave the key out"),
         ("configs: [{fn: int8, quantization: fp8}]", "leave quantization out, or change fn"),
         ("configs: [{fn: bf16, quantization: fp8}]", "leave quantization out, or change fn"),
+        ("configs: [{fn: fp8, scales: frozen}]", "leave scales out, or write fn: int8"),
+        ("configs: [{fn: int8, scales: fresh}]", r"is 'fresh' .* must be frozen or refreshed"),
         ("configs: [{fn: int8, profile: p.pt, load_format: dummy}]", "write load_format: auto"),
     ],
 )
@@ -233,15 +235,32 @@ def test_a_file_over_a_mebibyte_is_not_a_configuration(write):
         load_config(write(b"#" * ((1 << 20) + 1)))
 
 
-def test_a_hub_reference_is_told_how_to_become_a_local_path(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
+def test_names_in_a_file_hold_from_anywhere(write, tmp_path, monkeypatch):
+    """What lies beside the file is meant; `~` is whoever started the engine."""
+    monkeypatch.setenv("HOME", "/home/me")
+    (tmp_path / "w8a8").mkdir()
+    (tmp_path / "p.pt").touch()
+    text = "configs: [{model: w8a8, profile: p.pt}, {model: org/w8a8@v1, profile: ~/p.pt}]"
 
-    with pytest.raises(ConfigError, match="reads local files only") as refused:
-        load_config("owner/repo/sub/flashrl.yaml@v2")
+    first, second = load_config(write(text)).configs
 
-    assert "`hf download owner/repo sub/flashrl.yaml --revision v2 --local-dir .`" in str(
-        refused.value
-    )
+    assert (first.model, first.profile) == (str(tmp_path / "w8a8"), str(tmp_path / "p.pt"))
+    assert (second.model, second.profile) == ("org/w8a8@v1", "/home/me/p.pt")
+
+
+def test_a_name_that_leads_out_is_told_where_it_is_written(write):
+    path = write("configs: [{fn: bf16}, {fn: int8, profile: ../p.pt}]")
+
+    with pytest.raises(ConfigError) as refused:
+        load_config(path)
+
+    assert str(refused.value).startswith(f"{path}, configs[1].profile: '../p.pt' has '..' in it")
+
+
+def test_scales_are_frozen_unless_the_file_says_otherwise(write):
+    text = "configs: [{fn: int8}, {fn: int8, scales: refreshed}]"
+
+    assert [entry.scales for entry in load_config(write(text)).configs] == ["frozen", "refreshed"]
 
 
 @pytest.mark.parametrize(
@@ -252,7 +271,7 @@ def test_a_hub_reference_is_told_how_to_become_a_local_path(monkeypatch, tmp_pat
         ("int_8", "did you mean 'int8'"),
         ("FP8", "did you mean 'fp8'"),
         ("zzzz", "known: bf16, fp8"),
-        ("./no/such.yaml", "a YAML file that exists"),
+        ("./no/such.yaml", "Write a path that exists"),
         ("x" * 5000, "known: bf16, fp8"),
         ("a\0b", "known: bf16, fp8"),
         ("/", "is a folder"),
