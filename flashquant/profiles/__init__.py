@@ -1,0 +1,46 @@
+"""int8 calibration: by which numbers each weight is scaled before it is stored.
+
+    q = round((w * output_scale) * input_scale)     a linear layer: one number a row, one a column
+    n = (w * output_scale) * input_scale            a norm, in its own dtype
+
+A profile belongs to one W8A8 checkpoint: its weight scales are what the codes mean.
+FlashRL's files (`profile.pt`) are read; ours are safetensors with a typed header.
+
+    profile = load_profile("owner/repo/profile.pt@v1")
+    save_profile(profile, "profile.safetensors")
+"""
+
+from __future__ import annotations
+
+import zipfile
+from typing import TYPE_CHECKING
+
+from flashquant.errors import ProfileError
+from flashquant.locate import locate
+from flashquant.profiles.flashrl import read_flashrl
+from flashquant.profiles.header import Base
+from flashquant.profiles.profile import Entry, Profile, fingerprint
+from flashquant.profiles.stored import read_stored, save_profile
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+__all__ = ["Base", "Entry", "Profile", "fingerprint", "load_profile", "save_profile"]
+
+
+def load_profile(reference: str | Path) -> Profile:
+    """Read a profile: a path, or a file on the Hub; FlashRL's `.pt`, or ours.
+
+    Nothing that a file holds is executed.
+
+    Raises:
+        LocateError: there is no such file.
+        ProfileError: it is not a profile, or says something impossible.
+
+    """
+    path, pinned = locate(str(reference))
+    is_ours = path.suffix == ".safetensors"
+    try:
+        return read_stored(path, pinned) if is_ours else read_flashrl(path, pinned)
+    except (OSError, zipfile.BadZipFile) as broken:
+        raise ProfileError(f"{pinned} cannot be read ({broken}). Copy it anew.") from broken

@@ -1,0 +1,112 @@
+"""The nouns: what a profile says of one weight, and of a whole model.
+
+Dead channels: a factor is finite and positive, so a profile made by dividing by a norm
+weight or a row that is all zeros (FlashRL's 0/0) is refused where it is read; whoever makes
+one writes the neutral factor 1 there. Weights that are zero when they are pushed need no
+care: a zero norm stays zero, the codes of a zero row or column are 0, and the refreshed
+scale of a zero row is a 127th of the checkpoint's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from flashquant.errors import ProfileError
+from flashquant.profiles.header import Base
+
+KINDS: Final[Mapping[str, torch.dtype]] = {
+    "int8": torch.int8,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+}
+"""What a weight is stored as: codes, or the dtype of a norm."""
+
+_MOST_CHANNELS: Final = 1 << 22  # no layer has as many; a file that claims more is no profile
+
+
+@dataclass(frozen=True)
+class Entry:
+    """How one weight is scaled before it is stored.
+
+    Attributes:
+        kind: int8 for a linear layer `[N, K]`, the stored dtype for a norm `[K]`.
+        input_scale: float32, one number for each of the K columns; None stands for ones.
+        output_scale: float32, one number for each of the N rows; None stands for ones.
+
+    Raises:
+        ProfileError: a vector is not what it should be; says which, not of which weight.
+
+    """
+
+    kind: torch.dtype
+    input_scale: Tensor | None
+    output_scale: Tensor | None
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS.values():
+            raise ProfileError(f"is stored as {self.kind}; known: {', '.join(KINDS)}")
+        if self.kind != torch.int8 and self.output_scale is not None:
+            raise ProfileError("is a norm and has an output_scale, but only the rows of codes do")
+        for side, vector in (
+            ("input_scale", self.input_scale),
+            ("output_scale", self.output_scale),
+        ):
+            if vector is not None:
+                _check_vector(side, vector)
+
+    @property
+    def shape(self) -> tuple[int | None, ...]:
+        """Of the weight, as far as the entry knows it: None where any length would do."""
+        columns = None if self.input_scale is None else len(self.input_scale)
+        if self.kind != torch.int8:
+            return (columns,)
+        return (None if self.output_scale is None else len(self.output_scale), columns)
+
+    def to(self, device: torch.device) -> Entry:
+        """The same entry with its vectors on a device."""
+        moved = (v if v is None else v.to(device) for v in (self.input_scale, self.output_scale))
+        return Entry(self.kind, *moved)
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What was calibrated for one W8A8 checkpoint.
+
+    Attributes:
+        entries: by the name of the weight in the checkpoint; ours are read as they are asked for.
+        source: where it was read, for errors.
+        base: of which checkpoint it says so; None where nobody noted it (FlashRL's files).
+
+    """
+
+    entries: Mapping[str, Entry]
+    source: str
+    base: Base | None = None
+
+
+def fingerprint(tensor: Tensor) -> str:
+    """sha256 of what a tensor holds, whatever its shape and device."""
+    flat = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+    return hashlib.sha256(flat.numpy().tobytes()).hexdigest()
+
+
+def _check_vector(side: str, vector: Tensor) -> None:
+    if vector.dtype != torch.float32 or vector.dim() != 1:
+        shape = tuple(vector.shape)
+        raise ProfileError(f"has an {side} of {vector.dtype} {shape}; it should be float32 [n]")
+    if not 0 < len(vector) <= _MOST_CHANNELS:
+        raise ProfileError(f"has an {side} of {len(vector)} channels; no layer has as many")
+    odd = ~(vector.isfinite() & (vector > 0))
+    if odd.any():
+        index = int(odd.nonzero()[0])
+        raise ProfileError(
+            f"has an {side} with {int(odd.sum())} of {len(vector)} numbers that are not finite and "
+            f"positive, first {vector[index].item()} at {index}"
+        )
