@@ -3,6 +3,7 @@
     q_proj.weight bf16  ->  q_proj.weight int8, q_proj.weight_scale float32
     norm.weight bf16    ->  norm.weight bf16
 
+Where there is a calibration, what it speaks of is stored its way, norms included.
 Codes pass through: what is quantized already is never quantized again.
 """
 
@@ -12,12 +13,17 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from torch import Tensor
 
+from flashquant.calibration import Calibration
 from flashquant.fit import check_finite
 from flashquant.schemes.stored import holds_codes, quantizer
 
 
 def as_stored(
-    name: str, tensor: Tensor, targets: Sequence[str], parameters: Mapping[str, Tensor]
+    name: str,
+    tensor: Tensor,
+    targets: Sequence[str],
+    parameters: Mapping[str, Tensor],
+    calibration: Calibration | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensor itself, or its codes and its scales, each under its checkpoint name.
 
@@ -26,6 +32,7 @@ def as_stored(
         tensor: `[N, K]` where it is to be quantized, unsharded.
         targets: the parameters it lands in, by its plan.
         parameters: every checkpoint-format parameter, on meta.
+        calibration: of an engine that is served through a profile.
 
     Raises:
         MisfitTensor: values that are not finite, or would not be once stored.
@@ -33,6 +40,12 @@ def as_stored(
 
     """
     tensor = tensor.contiguous()
+    if calibration is not None and name in calibration:
+        check_finite(name, tensor)  # before: codes of NaN would be zeros
+        for stored, values in calibration.stored(name, tensor):
+            check_finite(stored, values, [values.dtype])
+            yield stored, values
+        return
     codes = [target for target in targets if holds_codes(parameters[target].dtype)]
     if not codes or not tensor.is_floating_point() or tensor.element_size() == 1:
         check_finite(name, tensor, [parameters[target].dtype for target in targets])

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from flashquant.agree import Ballot
+from flashquant.calibration import Calibration
 from flashquant.checks import Checks
 from flashquant.engine import Engine, Layer
 from flashquant.errors import IncompleteUpdate, MisfitTensor, ReloadError
@@ -43,13 +44,20 @@ class Session:
         engine: the model, as `flashquant.engine` describes it.
         checks: which proofs every reload carries.
         ballot: the voice of this worker among several; None where it is the only one.
+        calibration: the profile by which pushes are quantized; None where each row is by itself.
 
     """
 
     def __init__(
-        self, engine: Engine, *, checks: Checks | None = None, ballot: Ballot | None = None
+        self,
+        engine: Engine,
+        *,
+        checks: Checks | None = None,
+        ballot: Ballot | None = None,
+        calibration: Calibration | None = None,
     ) -> None:
         self.rank = 0 if ballot is None else ballot.rank
+        self._calibration = calibration
         self._engine = engine
         self._checks = checks or Checks()
         self._routes = Routes(engine)
@@ -83,7 +91,14 @@ class Session:
         return self._engine.load(self._first(weights))
 
     def open(self) -> None:
-        """The first load is done and processed: from now on, every push is a reload."""
+        """The first load is done and processed: from now on, every push is a reload.
+
+        Raises:
+            ProfileError: the calibration does not fit what has been loaded.
+
+        """
+        if self._calibration is not None:
+            self._calibration.check_fit()
         self._homes = {target: layer for layer in self._engine.layers for target in layer.targets}
         self._witness = Witness(
             {layer.name: _parameters(layer.tensors()) for layer in self._engine.layers}
@@ -259,11 +274,14 @@ class Session:
         quantized = any(holds_codes(meta.dtype) for meta in self._engine.targets.values())
         for name, tensor in weights:
             self._routes.note(name, tensor)
+            if self._calibration is not None:
+                self._calibration.note(name, tensor)
             if not quantized:
                 yield name, tensor
                 continue
             self._routes.learn(name, tensor)
-            yield from self._as_stored(name, tensor)
+            # As it is: the checkpoint that a profile belongs to is smoothed already.
+            yield from self._as_stored(name, tensor, None)
 
     def _take(self, weights: NamedTensors, update: Update) -> set[str]:
         """Plan, quantize, write and commit, one tensor at a time."""
@@ -278,7 +296,7 @@ class Session:
             with update.phase("plan"):
                 self._check_fits(name, tensor, update)
             with update.phase("quantize"):
-                stored = dict(self._as_stored(name, tensor))
+                stored = dict(self._as_stored(name, tensor, self._calibration))
             update.names.update(stored)
             for stored_name, values in stored.items():
                 entry = self._routes.of(stored_name, values)
@@ -301,8 +319,10 @@ class Session:
         if not entry.steps:
             update.ignored.append(name)
 
-    def _as_stored(self, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-        return as_stored(name, tensor, self.plan[name].targets, self._engine.targets)
+    def _as_stored(
+        self, name: str, tensor: Tensor, calibration: Calibration | None
+    ) -> Iterator[tuple[str, Tensor]]:
+        return as_stored(name, tensor, self.plan[name].targets, self._engine.targets, calibration)
 
     def _write(self, entry: TensorPlan, tensor: Tensor, update: Update) -> None:
         tensor = tensor.contiguous()

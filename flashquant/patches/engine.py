@@ -12,12 +12,14 @@ from torch import Tensor, nn
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.utils.torch_utils import set_default_torch_dtype
 
+from flashquant.calibration import Calibration
 from flashquant.checks import Checks
 from flashquant.errors import UnsupportedEngine
 from flashquant.patches.attention import is_deferred_attention_layer
 from flashquant.patches.blueprint import ModelBlueprint
-from flashquant.patches.engine_args import ADDITIONAL_CONFIG_KEY, ONLINE
+from flashquant.patches.engine_args import ADDITIONAL_CONFIG_KEY, ONLINE, PROFILE_KEY
 from flashquant.patches.layers import Learned, LiveLayer
+from flashquant.profiles import load_profile
 from flashquant.weights import NamedTensors
 
 # vLLM warns of a bf16 tensor on its way into an int8 parameter; while we watch
@@ -42,6 +44,14 @@ class LiveEngine:
             self.scheme in ONLINE and vllm_config.parallel_config.tensor_parallel_size > 1
         )
         self.device = torch.device(vllm_config.device_config.device)
+        profile = decided.get(PROFILE_KEY) if quantized else None
+        self.calibration = (
+            Calibration(
+                load_profile(profile["reference"]), scales=profile["scales"], device=self.device
+            )
+            if profile
+            else None
+        )
         self.layers: tuple[LiveLayer, ...] = ()
         self._model = model
         self._vllm_config = vllm_config

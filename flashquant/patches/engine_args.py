@@ -18,11 +18,15 @@ from vllm.config.quantization import resolve_quantization_config
 from flashquant.checks import Checks, checks_from_env
 from flashquant.config import FlashConfig, RolloutConfig, config_from_env
 from flashquant.errors import ConfigError
+from flashquant.locate import Located, locate, locate_in_model, split_revision
 from flashquant.patches.point import PatchPoint
+from flashquant.profiles import load_profile
 
 logger = logging.getLogger(__name__)
 
 ADDITIONAL_CONFIG_KEY = "flashquant"
+PROFILE_KEY = "profile"  # in it, where pushes are quantized by one
+_OWN_PROFILE = "profile.pt"  # the name FlashRL looks for in a model that an entry names
 ENTRY = "flashquant_entry"  # of engine arguments: the entry they are for, whatever the rank
 
 # Where vLLM has an online load of a scheme, its name there.
@@ -102,18 +106,28 @@ def configure(args: Any, config: RolloutConfig, checks: Checks) -> None:
 
     Raises:
         ConfigError: the configuration asks for something that is not built, or
-            that an explicit argument contradicts.
+            that an explicit argument contradicts; or its profile cannot be had.
+        ProfileError: its profile cannot be read.
 
     """
     _refuse_what_is_not_built(config)
     if config.model is not None:
-        args.model = config.model
+        args.model, revision = split_revision(config.model)
+        args.revision = revision or args.revision
     if config.load_format is not None and args.load_format == "auto":
         args.load_format = config.load_format
     if args.distributed_executor_backend is None:
         args.distributed_executor_backend = config.distributed_executor_backend
     checkpoint, _ = PretrainedConfig.get_config_dict(args.model, revision=args.revision)
-    if (own := checkpoint.get("quantization_config")) is not None:
+    own = checkpoint.get("quantization_config")
+    profile = _profile_of(config)
+    if profile is not None and own is None:
+        raise ConfigError(
+            f"the profile {profile.reference} scales by what its W8A8 checkpoint holds, and "
+            f"{args.model} is not quantized. Name that checkpoint under `model`, or leave "
+            "`profile` out for plain per-channel int8."
+        )
+    if own is not None:
         _check_same_scheme(own, config.scheme, args.model)
     elif config.scheme == "int8":
         _serve_as_w8a8(args)
@@ -124,11 +138,14 @@ def configure(args: Any, config: RolloutConfig, checks: Checks) -> None:
         args.quantization_config = resolve_quantization_config(
             args.quantization, args.quantization_config
         )
-    args.additional_config = {
-        **(args.additional_config or {}),
-        ADDITIONAL_CONFIG_KEY: {"scheme": config.scheme, "checks": checks.model_dump()},
-    }
-    logger.info("flashquant serves %s in %s", args.model, config.scheme)
+    decided: dict[str, Any] = {"scheme": config.scheme, "checks": checks.model_dump()}
+    by = ""
+    if profile is not None:
+        load_profile(profile.path)  # a file that cannot be read is better known here than there
+        decided[PROFILE_KEY] = {"reference": profile.reference, "scales": config.scales}
+        by = f" by {profile.reference}, scales {config.scales}"
+    args.additional_config = {**(args.additional_config or {}), ADDITIONAL_CONFIG_KEY: decided}
+    logger.info("flashquant serves %s in %s%s", args.model, config.scheme, by)
 
 
 def _refuse_what_is_not_built(config: RolloutConfig) -> None:
@@ -137,11 +154,24 @@ def _refuse_what_is_not_built(config: RolloutConfig) -> None:
             f"{config.fn} is a valid name, but its scheme is not built yet: "
             f"{NOT_BUILT[config.scheme]}. Use one of these."
         )
+
+
+def _profile_of(config: RolloutConfig) -> Located | None:
+    """The profile that an entry names, or that lies in the model it names.
+
+    Raises:
+        LocateError: it names one that cannot be had.
+
+    """
+    if config.scheme != "int8":
+        if config.profile is not None:
+            logger.warning(
+                "%s needs no profile; %s is not read, as in FlashRL", config.fn, config.profile
+            )
+        return None
     if config.profile is not None:
-        raise ConfigError(
-            f"the configuration names a profile ({config.profile}), and calibrated int8 is not "
-            "built yet. Leave `profile` out for plain per-channel int8."
-        )
+        return locate(config.profile)
+    return None if config.model is None else locate_in_model(config.model, _OWN_PROFILE)
 
 
 def _set_quantization(args: Any, quantization: str, scheme: str) -> None:

@@ -31,7 +31,10 @@ class _Attached:
             model, vllm_config, quantized=model_config.quantization is not None
         )
         self.session = Session(
-            self.engine, checks=self.engine.checks, ballot=ballot_for(vllm_config)
+            self.engine,
+            checks=self.engine.checks,
+            ballot=ballot_for(vllm_config),
+            calibration=self.engine.calibration,
         )
         self._caches_prefixes = bool(vllm_config.cache_config.enable_prefix_caching)
         self._noted = 0

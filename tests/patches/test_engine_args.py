@@ -6,13 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from vllm.engine.arg_utils import EngineArgs
 
 from flashquant.checks import Checks
 from flashquant.config import FlashConfig, RolloutConfig
-from flashquant.errors import ConfigError
+from flashquant.errors import ConfigError, ProfileError
+from flashquant.patches import engine_args
 from flashquant.patches.engine_args import W8A8, configure, rank_of
-from tests import tiny_models
+from tests import flashrl, tiny_models
 
 
 @pytest.fixture(scope="module")
@@ -99,9 +101,75 @@ def test_a_valid_name_that_is_not_built_says_what_to_use(bf16: Path, name: str) 
         configured(bf16, RolloutConfig(fn=name))
 
 
-def test_a_profile_is_refused_rather_than_ignored(bf16: Path) -> None:
-    with pytest.raises(ConfigError, match="Leave `profile` out"):
-        configured(bf16, RolloutConfig(fn="int8", profile="profile.pt"))
+@pytest.fixture(scope="module")
+def w8a8(bf16: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A smoothed checkpoint that brings its profile, where FlashRL looks for it."""
+    path = flashrl.make_smoothed(bf16, tmp_path_factory.mktemp("checkpoints") / "w8a8")
+    torch.save(flashrl.make_profile(bf16, path), path / "profile.pt")
+    return path
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["named", "in the model"])
+def test_a_profile_travels_with_vllms_config(bf16: Path, w8a8: Path, named: bool) -> None:
+    reference = str(w8a8 / "profile.pt")
+
+    args = configured(
+        bf16,
+        RolloutConfig(fn="int8", model=str(w8a8), profile=reference if named else None),
+    )
+
+    assert args.model == str(w8a8)
+    assert args.additional_config["flashquant"]["profile"] == {
+        "reference": reference,
+        "scales": "frozen",
+    }
+
+
+def test_a_w8a8_checkpoint_without_a_profile_is_served_without(bf16: Path, tmp_path: Path) -> None:
+    w8a8 = tiny_models.make_quantized(bf16, tmp_path / "w8a8")
+
+    args = configured(bf16, RolloutConfig(fn="int8", model=str(w8a8)))
+
+    assert "profile" not in args.additional_config["flashquant"]
+
+
+def test_a_profile_on_a_bf16_checkpoint_is_told_what_it_belongs_to(bf16: Path, w8a8: Path) -> None:
+    with pytest.raises(ConfigError, match="Name that checkpoint under `model`"):
+        configured(bf16, RolloutConfig(fn="int8", profile=str(w8a8 / "profile.pt")))
+
+
+def test_a_profile_that_cannot_be_read_is_an_error_before_any_engine(
+    w8a8: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "profile.pt").write_bytes(b"nothing")
+
+    with pytest.raises(ProfileError, match=r"no file that torch\.save wrote"):
+        configured(w8a8, RolloutConfig(fn="int8", profile=str(tmp_path / "profile.pt")))
+
+
+def test_a_profile_is_not_read_where_nothing_needs_one(
+    bf16: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """FlashRL's files may name one all the same."""
+    args = configured(bf16, RolloutConfig(fn="fp8", profile="no/such/profile.pt"))
+
+    assert "profile" not in args.additional_config["flashquant"]
+    assert "fp8 needs no profile" in caplog.text
+
+
+def test_a_model_may_be_named_at_a_revision(bf16: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, str | None]] = []
+
+    def config_of(model: str, revision: str | None) -> tuple[dict[str, Any], None]:
+        asked.append((model, revision))
+        return {}, None
+
+    monkeypatch.setattr(engine_args.PretrainedConfig, "get_config_dict", config_of)
+
+    args = configured(bf16, RolloutConfig(fn="bf16", model="owner/repo@v1"))
+
+    assert asked == [("owner/repo", "v1")]
+    assert (args.model, args.revision) == ("owner/repo", "v1")
 
 
 def test_int8_with_a_function_as_hf_overrides_is_refused(bf16: Path) -> None:

@@ -1,0 +1,178 @@
+"""A profile at work on one engine: its vectors, and the scales of the checkpoint it fits.
+
+The engine starts on the W8A8 checkpoint that the profile was made with, and takes its codes,
+scales and norms as they are. What passes by then is noted: the weight scales, which give the
+codes of every later push their meaning, and enough to tell whether profile and checkpoint
+belong together.
+
+Limits
+    1. Codes that are pushed later are refused: of the norms beside them nobody could tell
+       whether they have been smoothed already. A trainer pushes floats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Final, Literal
+
+import torch
+from torch import Tensor
+
+from flashquant.errors import MisfitTensor, ProfileError
+from flashquant.profiles import Entry, Profile, fingerprint
+from flashquant.schemes.smoothed import int8_frozen, int8_refreshed, scaled
+
+Scales = Literal["frozen", "refreshed"]
+
+_SHOWN: Final = 4
+# FlashRL's output_scale is 1 / weight_scale for six of seven layers; only where a smoothing
+# of outputs is folded into it is it another number. Rounding alone is a hundred times less.
+_SAME: Final = 1e-4
+
+
+@dataclass
+class _Seen:
+    """What the checkpoint held."""
+
+    forms: dict[str, tuple[tuple[int, ...], torch.dtype]] = field(default_factory=dict)
+    weight_scales: dict[str, Tensor] = field(default_factory=dict)  # by the name of the weight
+    fingerprints: dict[str, str] = field(default_factory=dict)
+
+
+class Calibration:
+    """Stores pushed weights the way a profile says.
+
+    Args:
+        profile: as it was read.
+        scales: `frozen` keeps the weight scales of the checkpoint, as FlashRL does; `refreshed`
+            makes each anew from its channel at every push, and keeps only the smoothing.
+        device: where the vectors live.
+
+    """
+
+    def __init__(self, profile: Profile, *, scales: Scales, device: torch.device) -> None:
+        self._profile, self._scales, self._device = profile, scales, device
+        self._entries = {name: profile.entries[name].to(device) for name in profile.entries}
+        self._fingerprinted = frozenset(profile.base.fingerprint) if profile.base else frozenset()
+        self._seen = _Seen()
+
+    def __contains__(self, name: str) -> bool:
+        """Whether the profile speaks of this tensor, or of the weight whose scales it is."""
+        return name in self._entries or name.removesuffix("_scale") in self._entries
+
+    def note(self, name: str, tensor: Tensor) -> None:
+        """The checkpoint that the engine starts on holds this tensor."""
+        self._seen.forms[name] = (tuple(tensor.shape), tensor.dtype)
+        weight = name.removesuffix("_scale")
+        if weight != name and weight in self._entries:
+            # A copy: loaders hand out views of files and of buffers.
+            self._seen.weight_scales[weight] = tensor.detach().clone().to(self._device)
+        if name in self._fingerprinted:
+            self._seen.fingerprints[name] = fingerprint(tensor)
+
+    def check_fit(self) -> None:
+        """Every quantized layer has an entry, every entry a layer, and all of them agree.
+
+        Raises:
+            ProfileError: they do not; lists the first few misfits.
+
+        """
+        misfits = [*self._misfits_of_checkpoint(), *self._misfits_of_layers()]
+        if not misfits:
+            return
+        listed = "; ".join(misfits[:_SHOWN])
+        more = f"; and {len(misfits) - _SHOWN} more" if len(misfits) > _SHOWN else ""
+        raise ProfileError(
+            f"{self._profile.source} does not fit the checkpoint the engine was started on: "
+            f"{listed}{more}. Start the engine on the W8A8 checkpoint that it was made with "
+            "(`model:`), or make a profile for this one."
+        )
+
+    def stored(self, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Yield a pushed tensor as the engine stores it, codes together with their scales.
+
+        Raises:
+            MisfitTensor: it is codes, or their scales.
+
+        """
+        if name not in self._entries or not tensor.is_floating_point() or tensor.itemsize == 1:
+            raise MisfitTensor(
+                f"{name} is quantized already ({tensor.dtype}), but this engine quantizes by the "
+                f"profile {self._profile.source}. Push the weights as the trainer has them, in "
+                "bfloat16, float16 or float32."
+            )
+        entry = self._entries[name]
+        vectors = self._vectors(entry, tensor.device)
+        if entry.kind != torch.int8:
+            yield name, scaled(tensor, *vectors).to(entry.kind)
+        elif self._scales == "frozen":
+            yield name, int8_frozen(tensor, *vectors)
+            yield f"{name}_scale", self._seen.weight_scales[name]
+        else:
+            of_checkpoint = self._seen.weight_scales[name].to(tensor.device)
+            codes, scales = int8_refreshed(tensor, *vectors, of_checkpoint)
+            yield name, codes
+            yield f"{name}_scale", scales
+
+    def _vectors(self, entry: Entry, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+        """Where the pushed tensor is: a trainer may push from the host."""
+        here = entry if device == self._device else entry.to(device)
+        return here.input_scale, here.output_scale
+
+    def _misfits_of_checkpoint(self) -> Iterator[str]:
+        if not self._seen.forms:
+            yield "no weight of a checkpoint was loaded"
+        base = self._profile.base
+        for name, wanted in (base.fingerprint if base else {}).items():
+            found = self._seen.fingerprints.get(name)
+            if found != wanted:
+                has = "has no such tensor" if found is None else f"holds {found[:12]} there"
+                yield f"{name} should be {wanted[:12]} (sha256), but the checkpoint {has}"
+        if not self._fingerprinted and self._seen.forms:
+            yield from self._unknown_scales()
+
+    def _unknown_scales(self) -> Iterator[str]:
+        """Nobody noted a fingerprint, but the checkpoint's scales are in the profile themselves."""
+        known: list[str] = []
+        strange: list[str] = []
+        for name, scale in self._seen.weight_scales.items():
+            rows = self._entries[name].output_scale
+            if rows is not None and scale.numel() == len(rows):
+                one = (scale.float().flatten() * rows - 1).abs().max().item()
+                (known if one < _SAME else strange).append(name)
+        if len(strange) > len(known):
+            layers = len(known) + len(strange)
+            yield (
+                f"{len(strange)} of {layers} layers have other weight scales than it was made "
+                f"with, first {strange[0]}"
+            )
+
+    def _misfits_of_layers(self) -> Iterator[str]:
+        forms = self._seen.forms
+        for name, (_, dtype) in forms.items():
+            is_layer = dtype == torch.int8 and f"{name}_scale" in forms
+            if is_layer and name not in self._entries:
+                yield f"{name} has no entry"
+        for name, entry in self._entries.items():
+            if name not in forms:
+                yield f"{name} is in no layer of the checkpoint"
+            else:
+                yield from self._misfits_of(name, entry)
+
+    def _misfits_of(self, name: str, entry: Entry) -> Iterator[str]:
+        shape, dtype = self._seen.forms[name]
+        if (dtype == torch.int8) != (entry.kind == torch.int8):
+            yield f"{name} is {dtype} in the checkpoint, and {entry.kind} by the profile"
+            return
+        wanted = entry.shape
+        if len(shape) != len(wanted) or any(
+            w not in (None, s) for s, w in zip(shape, wanted, strict=True)
+        ):
+            yield f"{name} has shape {shape}, and {wanted} by the profile"
+        if entry.kind == torch.int8:
+            scale = self._seen.weight_scales.get(name)
+            if scale is None or scale.numel() != shape[0]:
+                yield f"{name} has no weight scale for each of its {shape[0]} rows"
+            elif not (scale.isfinite() & (scale > 0)).all():
+                yield f"{name} has weight scales that are not finite and positive"

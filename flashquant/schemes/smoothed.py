@@ -1,0 +1,69 @@
+"""int8 through a profile: a row and a column factor, then codes.
+
+    w'  = (weight * output_scale) * input_scale      float32, in this order
+
+A code of the checkpoint stands for itself times the row's weight scale, so w' is the
+smoothed weight counted in the scales of the checkpoint. Floats do not associate: another
+order of the two products changes about one code in 100,000.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flashquant.schemes.chunks import row_chunks
+from flashquant.schemes.int8 import int8_channel
+
+
+def scaled(weight: Tensor, input_scale: Tensor | None, output_scale: Tensor | None) -> Tensor:
+    """(weight * output_scale) * input_scale, in float32; None stands for ones.
+
+    Args:
+        weight: `[N, K]`, or a norm `[K]`; bf16, fp16 or fp32.
+        input_scale: `[K]` float32.
+        output_scale: `[N]` float32.
+
+    """
+    product = weight.float() if output_scale is None else weight * output_scale.unsqueeze(-1)
+    return product if input_scale is None else product * input_scale
+
+
+def int8_frozen(weight: Tensor, input_scale: Tensor | None, output_scale: Tensor | None) -> Tensor:
+    """The codes of a weight under scales that stay as they are: FlashRL's arithmetic.
+
+    code = clamp(round_half_even(w'), -128, 127). What has outgrown its scale is clipped.
+    """
+    codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    for rows in row_chunks(weight):
+        factor = None if output_scale is None else output_scale[rows]
+        codes[rows] = scaled(weight[rows], input_scale, factor).round_().clamp_(-128, 127)
+    return codes
+
+
+def int8_refreshed(
+    weight: Tensor,
+    input_scale: Tensor | None,
+    output_scale: Tensor | None,
+    weight_scale: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The codes of a weight under scales that fit it: `int8_channel` of the smoothed weight.
+
+    Args:
+        weight: `[N, K]`.
+        input_scale: `[K]` float32.
+        output_scale: `[N]` float32.
+        weight_scale: `[N, 1]`, of the checkpoint.
+
+    Returns:
+        codes `[N, K]` in [-127, 127] and scales `[N, 1]` float32: `weight_scale` times the
+        scale of w'. A row of zeros has codes 0.
+
+    """
+    codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    scales = torch.empty((weight.shape[0], 1), dtype=torch.float32, device=weight.device)
+    for rows in row_chunks(weight):
+        factor = None if output_scale is None else output_scale[rows]
+        codes[rows], counted = int8_channel(scaled(weight[rows], input_scale, factor))
+        scales[rows] = weight_scale[rows] * counted
+    return codes, scales

@@ -1,0 +1,214 @@
+"""Calibrated int8 on the real engine: FlashRL's arithmetic to the bit, by every door.
+
+What oneDNN holds shows no bytes, so codes are compared through an engine that was started on
+the checkpoint that the arithmetic makes: its snapshot holds every one of them.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import flashquant
+from flashquant.errors import ConfigError, MisfitTensor, ProfileError
+from flashquant.profiles import Base, fingerprint, load_profile, save_profile
+from flashquant.profiles.profile import Profile
+from flashquant.schemes import int8_channel
+from tests import flashrl, tiny_models
+from tests.engine.serving import Serving, serve
+from tests.engine.test_doors import DOORS, Weights
+from tests.engine.test_reload_equals_restart import buckets_cut_inside_qkv
+
+pytestmark = pytest.mark.engine
+
+
+@dataclass(frozen=True)
+class Files:
+    """A bf16 policy, its W8A8 twin, the profile of the two, and what a trainer makes of it."""
+
+    folder: Path
+    bf16: Path
+    w8a8: Path
+    fields: flashrl.Fields
+    moved: Weights
+
+    def config(self, profile: str, **entry: str) -> str:
+        path = self.folder / f"{profile}{''.join(entry.values())}.yaml"
+        return flashrl.config(path, fn="int8", model="w8a8", profile=profile, **entry)
+
+    def expected(self) -> Path:
+        """The checkpoint that FlashRL's arithmetic makes of the trainer's weights."""
+        path = self.folder / "expected"
+        if not path.exists():
+            flashrl.make_expected(self.w8a8, self.moved, self.fields, path)
+        return path
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
+    folder = tmp_path_factory.mktemp("calibrated")
+    bf16 = tiny_models.make("qwen2", 0, folder / "bf16")
+    w8a8 = flashrl.make_smoothed(bf16, folder / "w8a8")
+    fields = flashrl.make_profile(bf16, w8a8)
+    torch.save(fields, folder / "old.pt")
+    stored = tiny_models.tensors(w8a8)
+    name = "model.layers.1.mlp.down_proj.weight"
+    base = Base(model=str(w8a8), fingerprint={name: fingerprint(stored[name])})
+    old = load_profile(folder / "old.pt")
+    save_profile(Profile(old.entries, old.source, base), folder / "new.safetensors")
+    dice = torch.Generator().manual_seed(3)
+    moved = {
+        name: (tensor * (1 + 0.05 * torch.randn(tensor.shape, generator=dice))).to(tensor.dtype)
+        for name, tensor in tiny_models.tensors(bf16).items()
+    }
+    return Files(folder, bf16, w8a8, fields, moved)
+
+
+@pytest.fixture(params=["old.pt", "new.safetensors"])
+def live(request: pytest.FixtureRequest, files: Files) -> Serving:
+    serving = serve(files.w8a8, files.config(request.param))
+    flashquant.reload_weights(serving.llm, tiny_models.tensors(files.bf16))
+    return serving
+
+
+def test_a_calibrated_engine_starts_on_the_checkpoint_as_it_is(files: Files) -> None:
+    live = serve(files.w8a8, files.config("old.pt"))
+
+    live.start.assert_same(serve(files.w8a8, "int8").start)
+
+
+def shuffled(live: Serving, weights: Weights) -> None:
+    names = sorted(weights)
+    random.Random(7).shuffle(names)
+    for name in names:
+        live.model.load_weights([(name, weights[name])])
+
+
+def cut_inside_qkv(live: Serving, weights: Weights) -> None:
+    buckets_cut_inside_qkv(live.model, weights)
+
+
+def reload_weights(live: Serving, weights: Weights) -> None:
+    flashquant.reload_weights(live.llm, weights)
+
+
+@pytest.mark.parametrize(
+    "push", [*DOORS, reload_weights, shuffled, cut_inside_qkv], ids=lambda door: door.__name__
+)
+def test_every_code_norm_and_scale_is_flashrls_arithmetic(
+    live: Serving, files: Files, push: Callable[[Serving, Weights], None]
+) -> None:
+    """Norms and scales are read from the engine besides, and compared with the arithmetic."""
+    push(live, files.moved)
+
+    live.snapshot().assert_same(serve(files.expected(), "int8").start)
+    held, stored = live.contents(), tiny_models.tensors(files.w8a8)
+    for name in files.moved:
+        if "layernorm" in name:
+            expected = flashrl.quantize(name, files.moved[name], files.fields)
+            assert torch.equal(held[name], expected)
+            assert not torch.equal(expected, files.moved[name])
+    down = "model.layers.1.mlp.down_proj.weight_scale"
+    assert torch.equal(held[down], stored[down])
+
+
+def test_refreshed_scales_fit_the_smoothed_weights(files: Files, tmp_path: Path) -> None:
+    """Each channel by its own maximum, as in plain int8, but of the smoothed weight."""
+    live = serve(files.w8a8, files.config("new.safetensors", scales="refreshed"))
+    stored = tiny_models.tensors(files.w8a8)
+    for name, weight in files.moved.items():
+        fields = files.fields.get(name)
+        if fields and fields["type"] == torch.int8:
+            codes, counted = int8_channel(weight * fields["output_scale"] * fields["input_scale"])
+            stored[name], stored[f"{name}_scale"] = codes, stored[f"{name}_scale"] * counted
+        else:
+            stored[name] = flashrl.quantize(name, weight, files.fields)
+    expected = _with(files.w8a8, stored, tmp_path / "expected")
+
+    flashquant.reload_weights(live.llm, files.moved)
+
+    live.snapshot().assert_same(serve(expected, "int8").start)
+
+
+def test_a_push_that_fails_leaves_codes_scales_and_norms(live: Serving, files: Files) -> None:
+    before = live.snapshot()
+    bad = {**files.moved, "model.norm.weight": torch.full((256,), torch.nan)}
+
+    with pytest.raises(MisfitTensor, match="NaN"):
+        flashquant.reload_weights(live.llm, bad)
+
+    live.snapshot().assert_same(before)
+
+
+def test_codes_are_refused_where_a_profile_makes_them(live: Serving, files: Files) -> None:
+    """Of the norms beside them nobody could tell whether they are smoothed."""
+    before = live.snapshot()
+
+    with pytest.raises(MisfitTensor, match=r"quantized already .* Push the weights as the trainer"):
+        flashquant.reload_weights(live.llm, tiny_models.tensors(files.w8a8))
+
+    live.snapshot().assert_same(before)
+
+
+def _other_model(files: Files) -> str:
+    """The profile of a twin with other smoothing: same names, same shapes."""
+    twin = flashrl.make_smoothed(files.bf16, files.folder / "twin", seed=1)
+    torch.save(flashrl.make_profile(files.bf16, twin), files.folder / "twin.pt")
+    return files.config("twin.pt")
+
+
+def _without(files: Files, name: str) -> str:
+    held = {key: value for key, value in files.fields.items() if key != name}
+    torch.save(held, files.folder / "without.pt")
+    return files.config("without.pt")
+
+
+def _fewer_rows(files: Files, name: str) -> str:
+    fields = {**files.fields[name], "output_scale": torch.ones(7, 1)}
+    torch.save({**files.fields, name: fields}, files.folder / "fewer.pt")
+    return files.config("fewer.pt")
+
+
+def _of_another_checkpoint(files: Files) -> str:
+    base = Base(model="another", fingerprint={"model.norm.weight": "0" * 64})
+    profile = load_profile(files.folder / "old.pt")
+    save_profile(
+        Profile(profile.entries, profile.source, base), files.folder / "another.safetensors"
+    )
+    return files.config("another.safetensors")
+
+
+UP = "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (_other_model, "layers have other weight scales than it was made with"),
+        (lambda files: _without(files, UP), f"{UP} has no entry"),
+        (lambda files: _fewer_rows(files, UP), rf"{UP} has shape .*, and \(7, 256\) by the prof"),
+        (_of_another_checkpoint, "model.norm.weight should be 000000000000 .sha256., but the"),
+    ],
+)
+def test_a_profile_that_does_not_fit_starts_no_engine(
+    files: Files, spoil: Callable[[Files], str], says: str
+) -> None:
+    with pytest.raises(ProfileError, match=f"does not fit the checkpoint.*{says}"):
+        _ = Serving(files.w8a8, spoil(files)).llm
+
+
+def test_a_profile_on_a_bf16_checkpoint_starts_no_engine(files: Files) -> None:
+    path = flashrl.config(files.folder / "bf16.yaml", fn="int8", model="bf16", profile="old.pt")
+
+    with pytest.raises(ConfigError, match="Name that checkpoint under `model`"):
+        _ = Serving(files.bf16, path).llm
+
+
+def _with(source: Path, stored: dict[str, Tensor], path: Path) -> Path:
+    return flashrl.make_expected(source, stored, {}, path)
