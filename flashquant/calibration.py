@@ -12,7 +12,7 @@ Limits
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
@@ -29,6 +29,19 @@ _SHOWN: Final = 4
 # FlashRL's output_scale is 1 / weight_scale for six of seven layers; only where a smoothing
 # of outputs is folded into it is it another number. Rounding alone is a hundred times less.
 _SAME: Final = 1e-4
+
+
+def check_profile_fits(profile: Profile, weights: Iterable[tuple[str, Tensor]]) -> None:
+    """Look whether a profile and a W8A8 checkpoint belong together, without an engine.
+
+    Raises:
+        ProfileError: they do not; lists the first few misfits.
+
+    """
+    calibration = Calibration(profile, scales="frozen", device=torch.device("cpu"))
+    for name, tensor in weights:
+        calibration.note(name, tensor)
+    calibration.check_fit()
 
 
 @dataclass
@@ -84,8 +97,8 @@ class Calibration:
         listed = "; ".join(misfits[:_SHOWN])
         more = f"; and {len(misfits) - _SHOWN} more" if len(misfits) > _SHOWN else ""
         raise ProfileError(
-            f"{self._profile.source} does not fit the checkpoint the engine was started on: "
-            f"{listed}{more}. Start the engine on the W8A8 checkpoint that it was made with "
+            f"{self._profile.source} does not fit this checkpoint: {listed}{more}. "
+            "Start the engine on the W8A8 checkpoint that it was made with "
             "(`model:`), or make a profile for this one."
         )
 

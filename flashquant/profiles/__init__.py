@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from flashquant.errors import ProfileError
 from flashquant.locate import locate
+from flashquant.profiles.bases import with_base
 from flashquant.profiles.flashrl import read_flashrl
 from flashquant.profiles.header import Base
 from flashquant.profiles.profile import Entry, Profile, fingerprint
@@ -25,7 +26,15 @@ from flashquant.profiles.stored import read_stored, save_profile
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = ["Base", "Entry", "Profile", "fingerprint", "load_profile", "save_profile"]
+__all__ = [
+    "Base",
+    "Entry",
+    "Profile",
+    "fingerprint",
+    "load_profile",
+    "save_profile",
+    "with_base",
+]
 
 
 def load_profile(reference: str | Path) -> Profile:

@@ -199,7 +199,7 @@ UP = "model.layers.1.mlp.up_proj.weight"
 def test_a_profile_that_does_not_fit_starts_no_engine(
     files: Files, spoil: Callable[[Files], str], says: str
 ) -> None:
-    with pytest.raises(ProfileError, match=f"does not fit the checkpoint.*{says}"):
+    with pytest.raises(ProfileError, match=f"does not fit this checkpoint.*{says}"):
         _ = Serving(files.w8a8, spoil(files)).llm
 
 
