@@ -12,9 +12,11 @@ Limits
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Final, Literal
+from typing import Final, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +24,8 @@ from torch import Tensor
 from flashquant.errors import MisfitTensor, ProfileError
 from flashquant.profiles import Entry, Profile, fingerprint
 from flashquant.schemes.smoothed import int8_frozen, int8_refreshed, scaled
+
+logger = logging.getLogger(__name__)
 
 Scales = Literal["frozen", "refreshed"]
 
@@ -53,18 +57,33 @@ class _Seen:
     fingerprints: dict[str, str] = field(default_factory=dict)
 
 
+class Clipping(NamedTuple):
+    """How well frozen scales still hold one weight: 0 and about 1 where they do."""
+
+    fraction: float
+    peak: float  # max |w| / (127 * scale), of the smoothed weight
+
+
 class Calibration:
     """Stores pushed weights the way a profile says.
+
+    Attributes:
+        clipping: of each weight as it was last pushed; only of frozen scales.
 
     Args:
         profile: as it was read.
         scales: `frozen` keeps the weight scales of the checkpoint, as FlashRL does; `refreshed`
             makes each anew from its channel at every push, and keeps only the smoothing.
         device: where the vectors live.
+        warn_above: the fraction of a weight that may be clipped before somebody is told.
 
     """
 
-    def __init__(self, profile: Profile, *, scales: Scales, device: torch.device) -> None:
+    def __init__(
+        self, profile: Profile, *, scales: Scales, device: torch.device, warn_above: float = 1.0
+    ) -> None:
+        self.clipping: dict[str, Clipping] = {}
+        self._warn_above = warn_above
         self._profile, self._scales, self._device = profile, scales, device
         self._entries = {name: profile.entries[name].to(device) for name in profile.entries}
         self._fingerprinted = frozenset(profile.base.fingerprint) if profile.base else frozenset()
@@ -120,13 +139,31 @@ class Calibration:
         if entry.kind != torch.int8:
             yield name, scaled(tensor, *vectors).to(entry.kind)
         elif self._scales == "frozen":
-            yield name, int8_frozen(tensor, *vectors)
+            frozen = int8_frozen(tensor, *vectors)
+            self._note_clipping(
+                name, Clipping(frozen.clipped.item() / tensor.numel(), frozen.peak.item())
+            )
+            yield name, frozen.codes
             yield f"{name}_scale", self._seen.weight_scales[name]
         else:
             of_checkpoint = self._seen.weight_scales[name].to(tensor.device)
             codes, scales = int8_refreshed(tensor, *vectors, of_checkpoint)
             yield name, codes
             yield f"{name}_scale", scales
+
+    def _note_clipping(self, name: str, clipping: Clipping) -> None:
+        """Say once that the scales no longer hold what is pushed."""
+        self.clipping[name] = clipping
+        if clipping.fraction > self._warn_above:
+            self._warn_above = math.inf
+            logger.warning(
+                "%.2f %% of %s has outgrown the frozen scales of its checkpoint (up to %.2f times) "
+                "and is clipped. Write `scales: refreshed`, or make a new profile. Later reports "
+                "tell of every layer; this is not said again.",
+                100 * clipping.fraction,
+                name,
+                clipping.peak,
+            )
 
     def _vectors(self, entry: Entry, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
         """Where the pushed tensor is: a trainer may push from the host."""

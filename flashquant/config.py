@@ -27,7 +27,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Final, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from flashquant.errors import ConfigError, LocateError
 from flashquant.locate import locate, named_in
@@ -80,7 +80,8 @@ class RolloutConfig(BaseModel):
 
     `scales` says what a reload through a profile does with the weight scales of the
     checkpoint: `frozen` keeps them, as FlashRL does; `refreshed` makes each anew from
-    its channel, and keeps only the smoothing of the profile.
+    its channel, and keeps only the smoothing of the profile. `clipped_warning` is the
+    fraction of a weight that frozen scales may clip before the log warns.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -89,6 +90,7 @@ class RolloutConfig(BaseModel):
     model: str | None = None
     profile: str | None = None
     scales: Literal["frozen", "refreshed"] = "frozen"
+    clipped_warning: float = Field(default=0.001, ge=0, le=1)
     load_format: str | None = None
     quantization: str | None = None
     distributed_executor_backend: str | None = None

@@ -10,7 +10,7 @@ logs. Times are seconds, sizes are bytes; `str()` prints ms and MB (10^6 bytes).
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from flashquant.verify import digest
 
@@ -35,6 +35,10 @@ class ReloadReport:
         pending: parameters that have not arrived, so their layers still serve old weights.
         digest: fingerprint of all live weights (hex), or None where it was not taken.
         ranks: the digest of each worker, by rank; they hold different shards.
+        clipped: weights that have outgrown the frozen scales of a profile, by name: which
+            fraction of each is clipped. Empty where the scales hold all, or are made anew.
+        peak: how far the furthest of them is out: max |w| / (127 * scale) over everything that
+            was pushed through frozen scales, about 1 where they fit; None without.
 
     """
 
@@ -50,6 +54,8 @@ class ReloadReport:
     pending: tuple[str, ...]
     digest: str | None
     ranks: tuple[str | None, ...]
+    clipped: Mapping[str, float] = field(default_factory=dict)
+    peak: float | None = None
 
     @classmethod
     def of_workers(cls, reports: Sequence[ReloadReport]) -> ReloadReport:
@@ -83,6 +89,8 @@ class ReloadReport:
         ]
         if self.undo_bytes:
             parts.append(f"undo log {_mb(self.undo_bytes)}")
+        if self.clipped and self.peak is not None:
+            parts.append(f"{len(self.clipped)} weights clipped (up to {self.peak:.2f} times)")
         if self.ignored:
             parts.append(f"ignored {some_of(self.ignored)}")
         if self.pending:

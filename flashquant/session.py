@@ -403,6 +403,8 @@ class Session:
         if self._checks.digest:
             with update.phase("digest"):
                 whole = self.digest()
+        clipping = self._calibration.clipping if self._calibration is not None else {}
+        pushed = {name: clipping[name] for name in update.names & clipping.keys()}
         return ReloadReport(
             version=self.version,
             tensors=update.tensors,
@@ -416,6 +418,8 @@ class Session:
             pending=tuple(target for names in self._waiting().values() for target in names),
             digest=whole,
             ranks=(whole,),
+            clipped={name: c.fraction for name, c in sorted(pushed.items()) if c.fraction},
+            peak=max((c.peak for c in pushed.values()), default=None),
         )
 
 

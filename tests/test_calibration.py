@@ -58,11 +58,12 @@ def opened(
     profile: dict[str, Entry] | None = None,
     start: dict[str, torch.Tensor] | None = None,
     base: Base | None = None,
+    **options,
 ) -> tuple[FakeEngine, Session]:
     """A session that has loaded the checkpoint through a profile."""
     made = Profile(entries() if profile is None else profile, "p.pt", base)
     engine = FakeEngine(torch.int8)
-    calibration = Calibration(made, scales="frozen", device=CPU)
+    calibration = Calibration(made, **{"scales": "frozen", "device": CPU, **options})
     session = Session(engine, calibration=calibration)
     with torch.no_grad():
         session.first_load(iter((start or checkpoint()).items()))
@@ -100,6 +101,39 @@ def test_a_loader_may_use_the_memory_of_the_scales_again():
     session.reload(NEW)
 
     assert engine.live["qkv.weight_scale"].gt(0).all()
+
+
+def test_a_report_tells_what_has_outgrown_its_scale_and_by_how_much():
+    _, session = opened()
+    grown = NEW | {"k.weight": torch.tensor([[8.0, 1, 1, 1], [1, 1, 1, 1]]).bfloat16()}
+
+    first, second = session.reload(grown), session.reload(NEW)
+
+    # k is stored as 30 times itself: 240 where 127 fit, in one of eight.
+    assert first.clipped["k.weight"] == 1 / 8
+    assert first.peak >= 240 / 127
+    assert "weights clipped (up to" in str(first)
+    assert "k.weight" not in second.clipped
+
+
+def test_refreshed_scales_clip_nothing():
+    _, session = opened(scales="refreshed")
+
+    report = session.reload({name: tensor * 100 for name, tensor in NEW.items()})
+
+    assert (report.clipped, report.peak) == ({}, None)
+
+
+def test_clipping_beyond_the_threshold_is_warned_of_once(caplog):
+    _, session = opened(warn_above=0.2)
+
+    session.push([("k.weight", torch.tensor([[8.0, 1, 1, 1], [1, 1, 1, 1]]))])
+    assert caplog.text == ""
+    for _ in range(2):
+        session.push([("k.weight", torch.full((2, 4), 8.0))])
+
+    assert caplog.text.count("100.00 % of k.weight has outgrown the frozen scales") == 1
+    assert "Write `scales: refreshed`" in caplog.text
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

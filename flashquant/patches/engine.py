@@ -47,7 +47,10 @@ class LiveEngine:
         profile = decided.get(PROFILE_KEY) if quantized else None
         self.calibration = (
             Calibration(
-                load_profile(profile["reference"]), scales=profile["scales"], device=self.device
+                load_profile(profile["reference"]),
+                scales=profile["scales"],
+                device=self.device,
+                warn_above=profile["warn_above"],
             )
             if profile
             else None

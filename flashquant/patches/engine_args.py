@@ -142,7 +142,11 @@ def configure(args: Any, config: RolloutConfig, checks: Checks) -> None:
     by = ""
     if profile is not None:
         load_profile(profile.path)  # a file that cannot be read is better known here than there
-        decided[PROFILE_KEY] = {"reference": profile.reference, "scales": config.scales}
+        decided[PROFILE_KEY] = {
+            "reference": profile.reference,
+            "scales": config.scales,
+            "warn_above": config.clipped_warning,
+        }
         by = f" by {profile.reference}, scales {config.scales}"
     args.additional_config = {**(args.additional_config or {}), ADDITIONAL_CONFIG_KEY: decided}
     logger.info("flashquant serves %s in %s%s", args.model, config.scheme, by)

@@ -9,11 +9,32 @@ order of the two products changes about one code in 100,000.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from flashquant.schemes.chunks import row_chunks
 from flashquant.schemes.int8 import int8_channel
+
+
+# A scale of absmax / 127.5 puts the maximum of each row between two codes: that is no clipping.
+_HELD = 128.5
+
+
+class Frozen(NamedTuple):
+    """Codes under scales that stay as they are, and how well they hold the weight.
+
+    Attributes:
+        codes: `[N, K]` int8.
+        clipped: how many weights were clipped by a code or more; a scalar on the device.
+        peak: max |w'| / 127; a scalar on the device. 1 is a scale that fits.
+
+    """
+
+    codes: Tensor
+    clipped: Tensor
+    peak: Tensor
 
 
 def scaled(weight: Tensor, input_scale: Tensor | None, output_scale: Tensor | None) -> Tensor:
@@ -29,16 +50,22 @@ def scaled(weight: Tensor, input_scale: Tensor | None, output_scale: Tensor | No
     return product if input_scale is None else product * input_scale
 
 
-def int8_frozen(weight: Tensor, input_scale: Tensor | None, output_scale: Tensor | None) -> Tensor:
+def int8_frozen(weight: Tensor, input_scale: Tensor | None, output_scale: Tensor | None) -> Frozen:
     """The codes of a weight under scales that stay as they are: FlashRL's arithmetic.
 
-    code = clamp(round_half_even(w'), -128, 127). What has outgrown its scale is clipped.
+    code = clamp(round_half_even(w'), -128, 127).
     """
     codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    clipped = torch.zeros((), dtype=torch.int64, device=weight.device)
+    peak = torch.zeros((), device=weight.device)
     for rows in row_chunks(weight):
         factor = None if output_scale is None else output_scale[rows]
-        codes[rows] = scaled(weight[rows], input_scale, factor).round_().clamp_(-128, 127)
-    return codes
+        smoothed = scaled(weight[rows], input_scale, factor)
+        low, high = torch.aminmax(smoothed)
+        peak = torch.maximum(peak, torch.maximum(-low, high))
+        clipped += (smoothed.abs() > _HELD).sum()
+        codes[rows] = smoothed.round_().clamp_(-128, 127)
+    return Frozen(codes, clipped, peak / 127)
 
 
 def int8_refreshed(

@@ -45,7 +45,7 @@ def test_frozen_codes_are_flashrls(rows, columns, dtype, has, seed):
         weight,
         None if has == "output" else per_column,
         None if has == "input" else per_row,
-    )
+    ).codes
 
     assert torch.equal(codes, flashrl.quantize("w", weight, {"w": fields}))
 
@@ -55,7 +55,7 @@ def test_the_order_of_the_products_is_flashrls():
     weight, per_column, per_row = drawn(1024, 1024, torch.bfloat16, 0)
     numbers = weight.float().numpy(), per_row[:, None].numpy(), per_column.numpy()
 
-    codes = int8_frozen(weight, per_column, per_row)
+    codes = int8_frozen(weight, per_column, per_row).codes
 
     def stored(product: np.ndarray) -> np.ndarray:
         return np.clip(np.rint(product), -128, 127).astype(np.int8)
@@ -78,7 +78,11 @@ def test_a_norm_is_multiplied_in_float32_and_stored_in_its_own_dtype(dtype):
 def test_what_outgrows_a_frozen_scale_is_clipped():
     weight = torch.tensor([[200.0, -200.0, 126.5, 127.5]])
 
-    assert int8_frozen(weight, None, torch.ones(1)).tolist() == [[127, -128, 126, 127]]
+    codes, clipped, peak = int8_frozen(weight, None, torch.ones(1))
+
+    assert codes.tolist() == [[127, -128, 126, 127]]
+    assert clipped == 2  # the maximum of a row lies at 127.5, by how such scales are made
+    assert peak == np.float32(200) / np.float32(127)
 
 
 @given(rows=st.integers(1, 9), columns=st.integers(1, 40), seed=st.integers(0, 2**16))
@@ -98,7 +102,7 @@ def test_a_row_of_zeros_and_a_dead_column_have_codes_of_zero():
     weight, per_column, per_row = drawn(4, 8, torch.bfloat16, 0)
     weight[1], weight[:, 2] = 0, 0
 
-    frozen = int8_frozen(weight, per_column, per_row)
+    frozen = int8_frozen(weight, per_column, per_row).codes
     codes, scales = int8_refreshed(weight, per_column, per_row, torch.ones(4, 1))
 
     for found in (frozen, codes):
@@ -116,8 +120,9 @@ def test_chunks_change_nothing(monkeypatch):
 
     monkeypatch.setattr(chunks, "_CHUNK_ELEMENTS", 7 * 32)
 
-    assert torch.equal(int8_frozen(weight, per_column, per_row), frozen)
-    for one, other in zip(
-        int8_refreshed(weight, per_column, per_row, scale), refreshed, strict=True
-    ):
+    again = (
+        *int8_frozen(weight, per_column, per_row),
+        *int8_refreshed(weight, per_column, per_row, scale),
+    )
+    for one, other in zip(again, (*frozen, *refreshed), strict=True):
         assert torch.equal(one, other)
