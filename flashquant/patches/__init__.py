@@ -18,6 +18,7 @@ from flashquant.patches import (
     executor,
     guard,
     loading,
+    lora,
     reload,
     sleep,
     transfer,
@@ -30,6 +31,7 @@ logger = logging.getLogger(__name__)
 _KNOWN: tuple[PatchPoint, ...] = (
     *engine_args.POINTS,
     *loading.POINTS,
+    *lora.POINTS,
     *reload.POINTS,
     *sleep.POINTS,
     *worker.POINTS,
