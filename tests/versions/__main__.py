@@ -80,7 +80,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         pattern=chosen.pattern,
         is_quick_look=bool(chosen.tests or chosen.pattern),
     )
-    rows = [_try(version, choice) for version in chosen.only or RUN + LOOKED_AT]
+    rows = []
+    for version in chosen.only or RUN + LOOKED_AT:
+        with console.status(f"vLLM {version}"):
+            rows.append(_try(version, choice))
     console.print(table.markdown(rows), markup=False, soft_wrap=True)
     if not choice.is_quick_look:
         _write_table(choice)
