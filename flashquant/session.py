@@ -363,9 +363,7 @@ class Session:
             phases=dict(update.seconds),
             layers_committed=len(update.committed),
             ignored=tuple(update.ignored),
-            pending=tuple(
-                target for names in self._arrivals.waiting().values() for target in names
-            ),
+            pending=tuple(chain.from_iterable(self._arrivals.waiting().values())),
             digest=whole,
             ranks=(whole,),
         )
