@@ -138,7 +138,7 @@ def test_a_compiled_engine_sees_the_new_weights(policies: Policies, scheme: str)
     assert answer["reloaded"] != answer["before"]
 
 
-@pytest.mark.parametrize("scheme", ["int8", "fp8_vllm"])
+@pytest.mark.parametrize("scheme", ["int8", "fp8_vllm", "fp8_channel"])
 def test_two_workers_commit_together_or_not_at_all(policies: Policies, scheme: str) -> None:
     """Tensor parallel: rank 1 fails alone, and is then killed in the middle of an update."""
     answer = _run(
