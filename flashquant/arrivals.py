@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import logging
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from flashquant.engine import Engine
 from flashquant.errors import IncompleteUpdate
 from flashquant.report import some_of
 from flashquant.update import Update
+
+logger = logging.getLogger(__name__)
 
 
 class Arrivals:
@@ -15,7 +18,8 @@ class Arrivals:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._refused: set[str] = set()
+        self._refused: set[str] = set()  # tensors
+        self._arrived: set[str] = set()  # parameters, since the trainer last said that it was done
 
     def waiting(self) -> dict[str, tuple[str, ...]]:
         """The layers that have arrived in part, and what each still waits for."""
@@ -25,9 +29,10 @@ class Arrivals:
         """A push outside a bracket failed, and its tensors with it."""
         self._refused |= set(names)
 
-    def note_taken(self, names: Iterable[str]) -> None:
-        """These tensors came, again perhaps."""
+    def note_taken(self, names: Iterable[str], parameters: Iterable[str]) -> None:
+        """These tensors came, again perhaps, and with them these parameters."""
         self._refused -= set(names)
+        self._arrived |= set(parameters)
 
     def check_complete(self, update: Update, wanted: Iterable[str], *, strict: bool) -> None:
         """Refuse to close a bracket on half of a layer, or on half of the parameters.
@@ -52,9 +57,14 @@ class Arrivals:
                 f"the update ended without {len(missing)} of the engine's parameters: "
                 f"{some_of(missing)}. Send all of them, or pass strict=False to keep the old ones."
             )
+        _warn_of(missing, update.arrived)
+        self._arrived.clear()
 
-    def check_nothing_waits(self) -> None:
+    def check_nothing_waits(self, wanted: Iterable[str]) -> None:
         """The trainer has sent everything it wanted to, in pushes outside a bracket.
+
+        Args:
+            wanted: every parameter of the engine's checkpoint.
 
         Raises:
             IncompleteUpdate: some layers have arrived in part, or were refused and never
@@ -75,6 +85,20 @@ class Arrivals:
                 f"{some_of(sorted(refused))}: the engine serves what it had of them, beside the "
                 "new weights of others. Send them, or everything anew."
             )
+        _warn_of([target for target in wanted if target not in self._arrived], self._arrived)
+        self._arrived.clear()
+
+
+def _warn_of(missing: Sequence[str], arrived: Collection[str]) -> None:
+    """A part of the model may be all that a trainer wants to send; or a bucket was lost."""
+    if missing and arrived:
+        logger.warning(
+            "the update brought %d of %d parameters; the others keep what they had: %s. If the "
+            "trainer sent everything, a bucket was lost on its way.",
+            len(arrived),
+            len(arrived) + len(missing),
+            some_of(missing),
+        )
 
 
 def _missing_parts(waiting: Mapping[str, tuple[str, ...]]) -> str:

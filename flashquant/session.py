@@ -113,7 +113,7 @@ class Session:
             if alone:  # a bracket that fails takes everything back, and owes nothing
                 self._arrivals.note_refused(offered.names)
             raise
-        self._arrivals.note_taken(offered.names)
+        self._arrivals.note_taken(offered.names, update.arrived)
         return written
 
     def begin(self, *, atomic: bool = True) -> None:
@@ -157,7 +157,7 @@ class Session:
 
         """
         if not self.in_bracket:
-            self._arrivals.check_nothing_waits()
+            self._arrivals.check_nothing_waits(self._routes.wanted)
 
     def abandon(self) -> None:
         """Close a bracket that will not be finished: roll it back, if it is still open."""
