@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import subprocess
 import sys
@@ -26,52 +25,17 @@ from pathlib import Path
 from typing import Any, TextIO
 from unittest import mock
 
-import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
+from benchmarks import arms
+from benchmarks.arms import ARMS, FLASHQUANT, NATIVE
 from tests import tiny_models
-from tests.engine.checkpoints import W8A8, Policies
+from tests.engine.checkpoints import FP8, W8A8, Policies
 
-NATIVE, FLASHQUANT = ARMS = ("native", "flashquant")
 TITLES = ("situation", "vLLM's own reload", "flashquant")
 
-_ROOT = Path(__file__).parents[1]
-_PROMPTS = [list(range(5 + shift, 45 + shift)) for shift in (0, 3, 11, 200)]
 _LONE_SHARD = "model.layers.0.self_attn.q_proj.weight"
 _PATIENCE = 300  # seconds for one arm; it takes about twenty
-_ENVIRONMENT = {
-    "HF_HUB_OFFLINE": "1",
-    "OMP_NUM_THREADS": "1",  # tiny layers: a second thread costs more than it brings
-    "TORCHDYNAMO_DISABLE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-}
-_FP8_CHANNEL = {
-    "quant_method": "compressed-tensors",
-    "format": "float-quantized",
-    "ignore": ["lm_head"],
-    "config_groups": {
-        "group_0": {
-            "targets": ["Linear"],
-            "weights": {
-                "num_bits": 8,
-                "type": "float",
-                "strategy": "channel",
-                "symmetric": True,
-                "dynamic": False,
-            },
-            "input_activations": {
-                "num_bits": 8,
-                "type": "float",
-                "strategy": "token",
-                "symmetric": True,
-                "dynamic": True,
-            },
-        }
-    },
-}
 
 
 @dataclass(frozen=True)
@@ -100,8 +64,7 @@ class Row:
             return kept if self.equals_old else f"raised {self.error}"
         if self.equals_fresh:
             return "equals a fresh start"
-        gap = "NaN" if math.isnan(self.gap) else f"{self.gap:.3g}"
-        return f"silently wrong (max |Δ log-prob| {gap})"
+        return arms.silently_wrong(self.gap)
 
 
 @dataclass(frozen=True)
@@ -125,19 +88,6 @@ class Situation:
     kernels: Callable[[], AbstractContextManager[object]] = nullcontext
 
 
-@dataclass(frozen=True)
-class Outputs:
-    """What an engine says, to the last bit."""
-
-    tokens: list[list[int]]
-    logprobs: list[float]
-
-    def gap(self, other: Outputs) -> float:
-        """Largest difference of two prompt log-probs; NaN where either is."""
-        pair = torch.tensor([self.logprobs, other.logprobs], dtype=torch.float64)
-        return (pair[0] - pair[1]).abs().max().item()
-
-
 def rows() -> list[tuple[str, str, str]]:
     """Run both arms, one after the other: situation, verdict on vLLM, verdict on flashquant."""
     native, ours = run(NATIVE), run(FLASHQUANT)
@@ -157,8 +107,8 @@ def run(arm: str) -> list[Row]:
     try:
         result = subprocess.run(
             command,
-            cwd=_ROOT,
-            env=_environment(),
+            cwd=arms.ROOT,
+            env=arms.environment(),
             capture_output=True,
             text=True,
             timeout=_PATIENCE,
@@ -174,9 +124,7 @@ def run(arm: str) -> list[Row]:
 
 def answer(arm: str) -> Iterator[Row]:
     """Live through every situation in this process."""
-    # flashquant's plugin asks for the AMX tiles; without them an attention dies with SIGILL.
-    if torch.cpu._is_amx_tile_supported():
-        torch.cpu._init_amx()
+    arms.enable_amx()
     engines: list[Any] = []  # vLLM tears global state down when one of several is collected
     with tempfile.TemporaryDirectory() as folder:
         for situation in situations(Path(folder)):
@@ -188,7 +136,7 @@ def situations(folder: Path) -> Iterator[Situation]:
     tied, qwen2 = Policies(folder, "tied"), Policies(folder, "qwen2")
     new = qwen2.tensors("b")
     w8a8_a, w8a8_b = (qwen2.served(policy, W8A8) for policy in "ab")
-    fp8_a, fp8_b = (make_fp8(qwen2.bf16(policy), folder / f"qwen2-{policy}-fp8") for policy in "ab")
+    fp8_a, fp8_b = (qwen2.served(policy, FP8) for policy in "ab")
     codes = tiny_models.tensors(w8a8_b)
     yield Situation(
         "tied embeddings, bf16", tied.bf16("a"), tied.bf16("b"), tied.tensors("b"), "bf16"
@@ -210,52 +158,21 @@ def onednn() -> AbstractContextManager[object]:
     return mock.patch.object(cpu, "check_cpu_sgl_kernel", return_value=False)
 
 
-def make_fp8(source: Path, path: Path) -> Path:
-    """Write the compressed-tensors fp8 sibling of a bf16 checkpoint, one scale an output channel.
-
-    Written without the library: scale = absmax / 448, code = e4m3(weight / scale), in float32.
-    """
-    largest = torch.tensor(448.0)
-    weights = tiny_models.tensors(source)
-    for name in [name for name in weights if name.endswith("_proj.weight")]:
-        rows = weights[name].float()
-        scale = rows.abs().amax(dim=1, keepdim=True) / largest
-        weights[name] = (rows / scale).clamp(-448, 448).to(torch.float8_e4m3fn)
-        weights[f"{name}_scale"] = scale
-    return _write(path, source, weights, {"quantization_config": _FP8_CHANNEL})
-
-
-def table(rows: list[tuple[str, str, str]]) -> str:
-    """The rows in markdown."""
-    lines = [TITLES, ("---",) * len(TITLES), *rows]
-    escaped = ([cell.replace("|", "\\|") for cell in cells] for cells in lines)
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in escaped)
-
-
 def _with_one_shard(policies: Policies, path: Path) -> Path:
     """Policy A with the one shard of B: what pushing it asks for, taken by its word."""
     shard = {_LONE_SHARD: policies.tensors("b")[_LONE_SHARD]}
-    return _write(path, policies.bf16("a"), policies.tensors("a") | shard, {})
-
-
-def _write(path: Path, source: Path, weights: dict[str, Tensor], config: dict[str, Any]) -> Path:
-    path.mkdir()
-    config = json.loads((source / "config.json").read_text()) | config
-    (path / "config.json").write_text(json.dumps(config))
-    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
-    return path
+    return arms.write_like(policies.bf16("a"), path, policies.tensors("a") | shard)
 
 
 def _judge(situation: Situation, arm: str, engines: list[Any]) -> Row:
     config = situation.config if arm == FLASHQUANT else None
     with situation.kernels():
-        fresh, live = _start(situation.new, config), _start(situation.old, config)
+        fresh, live = (arms.start(path, config) for path in (situation.new, situation.old))
         engines += fresh, live
-        expected, old = _outputs(fresh), _outputs(live)
-        if expected == old or not math.isfinite(expected.gap(old)):
-            raise AssertionError(f"{situation.name}: these two policies prove nothing")
-        error = _push(live, situation.push)
-        served = _outputs(live)
+        expected, old = arms.outputs(fresh), arms.outputs(live)
+        arms.check_distinct(situation.name, expected, old)
+        error = arms.push(live, situation.push.items())
+        served = arms.outputs(live)
     return Row(
         situation=situation.name,
         equals_fresh=served == expected,
@@ -263,61 +180,6 @@ def _judge(situation: Situation, arm: str, engines: list[Any]) -> Row:
         gap=served.gap(expected),
         error=error,
     )
-
-
-def _start(checkpoint: Path, config: str | None) -> Any:
-    """An engine as a user starts it; the plugin finds FLASHRL_CONFIG, or nothing."""
-    from vllm import LLM
-
-    with mock.patch.dict(os.environ, {"FLASHRL_CONFIG": config} if config else {}):
-        return LLM(
-            str(checkpoint),
-            skip_tokenizer_init=True,
-            enforce_eager=True,
-            kv_cache_memory_bytes=16 << 20,
-            max_model_len=128,
-            dtype="bfloat16",
-            enable_prefix_caching=False,
-        )
-
-
-def _push(llm: Any, weights: Mapping[str, Tensor]) -> str | None:
-    """vLLM's own call; the name of what it raised."""
-    try:
-        llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights.items())})
-    except Exception as error:
-        return type(error).__name__
-    return None
-
-
-def _outputs(llm: Any) -> Outputs:
-    """16 greedy tokens for each of 4 prompts, and every prompt log-prob."""
-    from vllm import SamplingParams
-
-    sampling = SamplingParams(max_tokens=16, temperature=0, ignore_eos=True, prompt_logprobs=0)
-    prompts = [{"prompt_token_ids": tokens} for tokens in _PROMPTS]
-    answers = llm.generate(prompts, sampling, use_tqdm=False)
-    return Outputs(
-        tokens=[list(answer.outputs[0].token_ids) for answer in answers],
-        logprobs=[
-            row[token].logprob
-            for answer in answers
-            for token, row in zip(
-                answer.prompt_token_ids[1:], answer.prompt_logprobs[1:], strict=True
-            )
-        ],
-    )
-
-
-def _environment() -> dict[str, str]:
-    """This process's, with everything decided that an arm must not inherit."""
-    # VLLM_CPU_KVCACHE_SPACE would override kv_cache_memory_bytes.
-    inherited = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in ("FLASHRL_CONFIG", "VLLM_CPU_KVCACHE_SPACE")
-    }
-    return inherited | _ENVIRONMENT
 
 
 def _private_stdout() -> TextIO:
@@ -339,7 +201,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.json and arguments.arm is None:
         parser.error("--json needs --arm")
     if arguments.arm is None:
-        print(table(rows()))
+        print(arms.table(TITLES, rows()))
     elif arguments.json:
         stdout = _private_stdout()
         json.dump([asdict(row) for row in answer(arguments.arm)], stdout)

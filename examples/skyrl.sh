@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # SkyRL 0.3.0: a GRPO run with int8 rollouts. Add your model and data; this is what flashquant adds.
 #
-# SkyRL asks for vLLM 0.23; on vLLM 0.32, which flashquant needs, colocated engines take weights by
-# CUDA IPC. Engines that are not colocated do not: SkyRL's broadcast calls a method of vLLM 0.23.
+# SkyRL asks for vLLM 0.23, flashquant for 0.27.1 or newer: colocated engines take weights by CUDA
+# IPC there. Engines that are not colocated do not: SkyRL's broadcast calls a method of vLLM 0.23.
 set -euo pipefail
 
 # For Ray's workers on this machine. On several, export it before `ray start` on each.

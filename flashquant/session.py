@@ -11,21 +11,23 @@ last of its shards has arrived, in whichever push. Inside a bracket (`begin` to
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
+from itertools import chain
 
 import torch
 from torch import Tensor
 
 from flashquant.agree import Ballot
+from flashquant.arrivals import Arrivals
 from flashquant.calibration import Calibration
 from flashquant.checks import Checks
 from flashquant.engine import Engine, Layer
-from flashquant.errors import IncompleteUpdate, MisfitTensor, ReloadError
+from flashquant.errors import MisfitTensor, ReloadError
 from flashquant.fit import check_dtype, check_finite, check_form, check_plain
 from flashquant.health import Health
 from flashquant.plan import Replay, TensorPlan, WritePlan
 from flashquant.quantize import as_stored
-from flashquant.report import ReloadReport, Status, some_of
+from flashquant.report import ReloadReport, Status
 from flashquant.routes import Routes
 from flashquant.schemes.absmax import row_absmax
 from flashquant.schemes.stored import holds_codes
@@ -62,7 +64,7 @@ class Session:
         self._checks = checks or Checks()
         self._routes = Routes(engine)
         self._homes: dict[str, Layer] = {}
-        self._refused: set[str] = set()
+        self._arrivals = Arrivals(engine)
         self._witness = Witness({})
         self._transactions = Transactions(ballot, lambda layers: self._witness.settle(layers))
 
@@ -124,9 +126,9 @@ class Session:
                 written = self._take(offered, update)
         except BaseException:
             if alone:  # a bracket that fails takes everything back, and owes nothing
-                self._refused |= offered.names
+                self._arrivals.note_refused(offered.names)
             raise
-        self._refused -= offered.names
+        self._arrivals.note_taken(offered.names, update.arrived)
         return written
 
     def begin(self, *, atomic: bool = True) -> None:
@@ -151,7 +153,7 @@ class Session:
 
         """
         with self._transactions.finish() as update:
-            self._check_complete(update, strict=strict)
+            self._arrivals.check_complete(update, self._routes.wanted, strict=strict)
             self._check_unmoved(update.before, *self._engine.layers)
 
     @property
@@ -169,21 +171,8 @@ class Session:
                 came again; they serve their old weights beside the new ones of others.
 
         """
-        waiting = self._waiting()
-        if waiting and not self.in_bracket:
-            raise IncompleteUpdate(
-                f"{len(waiting)} layers have arrived only in part and still serve their old "
-                f"weights, beside the new ones of others: {_missing_parts(waiting)}. Send what is "
-                "missing, or everything anew."
-            )
-        # Said once: a name that no engine knows cannot come again, and must not bar the rest.
-        if self._refused and not self.in_bracket:
-            refused, self._refused = self._refused, set()
-            raise IncompleteUpdate(
-                f"{len(refused)} tensors were in pushes that failed and have not come again, "
-                f"{some_of(sorted(refused))}: the engine serves what it had of them, beside the "
-                "new weights of others. Send them, or everything anew."
-            )
+        if not self.in_bracket:
+            self._arrivals.check_nothing_waits(self._routes.wanted)
 
     def abandon(self) -> None:
         """Close a bracket that will not be finished: roll it back, if it is still open."""
@@ -238,7 +227,7 @@ class Session:
             version=self.version,
             torn=self.health.torn,
             asleep=self.health.asleep,
-            pending=self._waiting(),
+            pending=self._arrivals.waiting(),
             digest=whole,
             ranks=(whole,),
             parameters=parameters,
@@ -371,25 +360,6 @@ class Session:
             if not update.bracket:
                 self._check_unmoved(before, layer)
 
-    def _check_complete(self, update: Update, *, strict: bool) -> None:
-        waiting = self._waiting()
-        if waiting:
-            raise IncompleteUpdate(
-                f"the update ended with {len(waiting)} layers half arrived, first "
-                f"{_missing_parts(waiting)}. Send every shard of a fused layer; the old weights "
-                "are still served."
-            )
-        missing = [target for target in self._routes.wanted if target not in update.arrived]
-        if strict and missing:
-            raise IncompleteUpdate(
-                f"the update ended without {len(missing)} of the engine's parameters: "
-                f"{some_of(missing)}. Send all of them, or pass strict=False to keep the old ones."
-            )
-
-    def _waiting(self) -> dict[str, tuple[str, ...]]:
-        """The layers that have arrived in part, and what each still waits for."""
-        return {layer.name: layer.missing for layer in self._engine.layers if layer.missing}
-
     def _footprints(self, *layers: Layer) -> dict[str, Footprint]:
         if not self._checks.ledger:
             return {}
@@ -415,18 +385,12 @@ class Session:
             phases=dict(update.seconds),
             layers_committed=len(update.committed),
             ignored=tuple(update.ignored),
-            pending=tuple(target for names in self._waiting().values() for target in names),
+            pending=tuple(chain.from_iterable(self._arrivals.waiting().values())),
             digest=whole,
             ranks=(whole,),
             clipped={name: c.fraction for name, c in sorted(pushed.items()) if c.fraction},
             peak=max((c.peak for c in pushed.values()), default=None),
         )
-
-
-def _missing_parts(waiting: Mapping[str, tuple[str, ...]]) -> str:
-    """The first layer that waits, and for what."""
-    layer, parameters = next(iter(waiting.items()))
-    return f"{layer}: {some_of(parameters)} is not complete"
 
 
 def _parameters(live: Iterable[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:

@@ -709,6 +709,29 @@ def test_weights_that_were_discarded_must_all_arrive_again(session):
     session.check_servable()
 
 
+def test_an_update_of_a_part_of_the_model_says_so(session, caplog):
+    """It may be meant; a bucket of whole layers that was lost looks just the same."""
+    session.begin()
+    session.push(only("norm.weight"))
+    session.finish()
+    assert "the update brought 1 of 2 parameters" in caplog.text
+    assert "keep what they had: qkv.weight" in caplog.text
+
+    caplog.clear()
+    session.push(only("norm.weight"))
+    session.check_nothing_waits()
+    session.check_nothing_waits()
+    assert caplog.text.count("the update brought 1 of 2 parameters") == 1
+
+
+def test_a_whole_update_in_pushes_says_nothing(session, caplog):
+    for name in ("norm.weight", "q.weight", "k.weight"):
+        session.push(only(name))
+    session.check_nothing_waits()
+
+    assert "the update brought" not in caplog.text
+
+
 # Several workers.
 
 

@@ -17,7 +17,6 @@ from torch import Tensor
 from flashquant.schemes.chunks import row_chunks
 from flashquant.schemes.int8 import int8_channel
 
-
 # A scale of absmax / 127.5 puts the maximum of each row between two codes: that is no clipping.
 _HELD = 128.5
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.versions import table
-from tests.versions.__main__ import README, RUN
+from tests.versions.__main__ import LOOKED_AT, README, RUN
 from tests.versions.table import BEGIN, END, Row
 from tests.versions.trial import LACKS, Outcome, Seams, outcome_of
 
@@ -89,4 +89,6 @@ def test_the_table_in_the_readme_speaks_of_every_version_and_of_no_failure():
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in between.splitlines()]
     failed = {row[0]: row[5] for row in rows if len(row) == len(table.HEADER)}
 
-    assert {version: failed.get(version) for version in RUN} == dict.fromkeys(RUN, "0")
+    assert failed.keys() >= {*RUN, *LOOKED_AT}
+    assert {failed[version] for version in RUN} <= {"0", ""}  # "": its seams were looked at
+    assert "0" in failed.values()

