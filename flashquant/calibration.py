@@ -1,8 +1,9 @@
 """A profile at work on one engine: its vectors, and the scales of the checkpoint it fits.
 
 The engine starts on the W8A8 checkpoint that the profile was made with, and takes its codes,
-scales and norms as they are. What passes by then is noted: the weight scales, which give the
-codes of every later push their meaning, and enough to tell whether profile and checkpoint
+scales and norms as they are. Or it starts on floats, which are stored like every later push,
+if the profile knows the weight scales. What passes by is noted: the weight scales, which give
+the codes of every later push their meaning, and enough to tell whether profile and checkpoint
 belong together.
 
 Limits
@@ -23,7 +24,9 @@ from torch import Tensor
 
 from flashquant.errors import MisfitTensor, ProfileError
 from flashquant.profiles import Entry, Profile, fingerprint
-from flashquant.schemes.smoothed import int8_frozen, int8_refreshed, scaled
+from flashquant.schemes.absmax import row_absmax
+from flashquant.schemes.chunks import row_chunks
+from flashquant.schemes.smoothed import int8_frozen, int8_refreshed, scaled, scaled_norm
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +36,8 @@ _SHOWN: Final = 4
 # FlashRL's output_scale is 1 / weight_scale for six of seven layers; only where a smoothing
 # of outputs is folded into it is it another number. Rounding alone is a hundred times less.
 _SAME: Final = 1e-4
+# How alike the maxima of rows are, as correlation: about 1 after any training, 0 by chance.
+_ALIKE: Final = 0.5
 
 
 def check_profile_fits(profile: Profile, weights: Iterable[tuple[str, Tensor]]) -> None:
@@ -55,6 +60,7 @@ class _Seen:
     forms: dict[str, tuple[tuple[int, ...], torch.dtype]] = field(default_factory=dict)
     weight_scales: dict[str, Tensor] = field(default_factory=dict)  # by the name of the weight
     fingerprints: dict[str, str] = field(default_factory=dict)
+    alike: dict[str, float] = field(default_factory=dict)  # of floats: to what was calibrated
 
 
 class Clipping(NamedTuple):
@@ -75,14 +81,22 @@ class Calibration:
         scales: `frozen` keeps the weight scales of the checkpoint, as FlashRL does; `refreshed`
             makes each anew from its channel at every push, and keeps only the smoothing.
         device: where the vectors live.
+        starts_on_floats: the checkpoint is none of codes.
         warn_above: the fraction of a weight that may be clipped before somebody is told.
 
     """
 
     def __init__(
-        self, profile: Profile, *, scales: Scales, device: torch.device, warn_above: float = 1.0
+        self,
+        profile: Profile,
+        *,
+        scales: Scales,
+        device: torch.device,
+        starts_on_floats: bool = False,
+        warn_above: float = 1.0,
     ) -> None:
         self.clipping: dict[str, Clipping] = {}
+        self.starts_on_floats = starts_on_floats
         self._warn_above = warn_above
         self._profile, self._scales, self._device = profile, scales, device
         self._entries = {name: profile.entries[name].to(device) for name in profile.entries}
@@ -95,13 +109,22 @@ class Calibration:
 
     def note(self, name: str, tensor: Tensor) -> None:
         """The checkpoint that the engine starts on holds this tensor."""
+        if self.starts_on_floats:
+            entry = self._entries.get(name)
+            if entry is not None and entry.weight_scale is not None:
+                self._seen.alike[name] = _likeness(tensor, self._vectors(entry, tensor.device))
+            return
+        if name in self._fingerprinted:
+            self._seen.fingerprints[name] = fingerprint(tensor)
+        self.note_stored(name, tensor)
+
+    def note_stored(self, name: str, tensor: Tensor) -> None:
+        """The engine starts with this tensor, read so or made of floats."""
         self._seen.forms[name] = (tuple(tensor.shape), tensor.dtype)
         weight = name.removesuffix("_scale")
         if weight != name and weight in self._entries:
             # A copy: loaders hand out views of files and of buffers.
             self._seen.weight_scales[weight] = tensor.detach().clone().to(self._device)
-        if name in self._fingerprinted:
-            self._seen.fingerprints[name] = fingerprint(tensor)
 
     def check_fit(self) -> None:
         """Every quantized layer has an entry, every entry a layer, and all of them agree.
@@ -117,8 +140,8 @@ class Calibration:
         more = f"; and {len(misfits) - _SHOWN} more" if len(misfits) > _SHOWN else ""
         raise ProfileError(
             f"{self._profile.source} does not fit this checkpoint: {listed}{more}. "
-            "Start the engine on the W8A8 checkpoint that it was made with "
-            "(`model:`), or make a profile for this one."
+            "Start the engine on the checkpoint that it was made with (`model:`), or make a "
+            "profile for this one."
         )
 
     def stored(self, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
@@ -134,22 +157,28 @@ class Calibration:
                 f"profile {self._profile.source}. Push the weights as the trainer has them, in "
                 "bfloat16, float16 or float32."
             )
-        entry = self._entries[name]
-        vectors = self._vectors(entry, tensor.device)
+        entry = self._vectors(self._entries[name], tensor.device)
+        columns, rows = entry.input_scale, entry.output_scale
         if entry.kind != torch.int8:
-            yield name, scaled(tensor, *vectors).to(entry.kind)
-        elif self._scales == "frozen":
-            frozen = int8_frozen(tensor, *vectors)
+            yield name, scaled_norm(tensor, columns, entry.offset).to(entry.kind)
+            return
+        scale = self._weight_scale(name, entry)
+        if self._scales == "frozen":
+            frozen = int8_frozen(tensor, columns, rows)
             self._note_clipping(
                 name, Clipping(frozen.clipped.item() / tensor.numel(), frozen.peak.item())
             )
-            yield name, frozen.codes
-            yield f"{name}_scale", self._seen.weight_scales[name]
+            codes = frozen.codes
         else:
-            of_checkpoint = self._seen.weight_scales[name].to(tensor.device)
-            codes, scales = int8_refreshed(tensor, *vectors, of_checkpoint)
-            yield name, codes
-            yield f"{name}_scale", scales
+            codes, scale = int8_refreshed(tensor, columns, rows, scale.to(tensor.device))
+        yield name, codes
+        yield f"{name}_scale", scale
+
+    def _weight_scale(self, name: str, entry: Entry) -> Tensor:
+        """`[N, 1]`: that of the checkpoint, or of the profile where there is no other."""
+        if self.starts_on_floats and entry.weight_scale is not None:
+            return entry.weight_scale.unsqueeze(1)
+        return self._seen.weight_scales[name]
 
     def _note_clipping(self, name: str, clipping: Clipping) -> None:
         """Say once that the scales no longer hold what is pushed."""
@@ -165,14 +194,16 @@ class Calibration:
                 clipping.peak,
             )
 
-    def _vectors(self, entry: Entry, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+    def _vectors(self, entry: Entry, device: torch.device) -> Entry:
         """Where the pushed tensor is: a trainer may push from the host."""
-        here = entry if device == self._device else entry.to(device)
-        return here.input_scale, here.output_scale
+        return entry if device == self._device else entry.to(device)
 
     def _misfits_of_checkpoint(self) -> Iterator[str]:
         if not self._seen.forms:
             yield "no weight of a checkpoint was loaded"
+        if self.starts_on_floats:
+            yield from self._strange_floats()
+            return
         base = self._profile.base
         for name, wanted in (base.fingerprint if base else {}).items():
             found = self._seen.fingerprints.get(name)
@@ -181,6 +212,16 @@ class Calibration:
                 yield f"{name} should be {wanted[:12]} (sha256), but the checkpoint {has}"
         if not self._fingerprinted and self._seen.forms:
             yield from self._unknown_scales()
+
+    def _strange_floats(self) -> Iterator[str]:
+        """A trained policy has other bits than what was calibrated, but the same large rows."""
+        strange = [name for name, alike in self._seen.alike.items() if alike < _ALIKE]
+        if 2 * len(strange) > len(self._seen.alike):
+            yield (
+                f"the rows of {len(strange)} of {len(self._seen.alike)} layers have other maxima "
+                f"than those that were calibrated (correlation {self._seen.alike[strange[0]]:.2f} "
+                f"in {strange[0]}), so it is another model"
+            )
 
     def _unknown_scales(self) -> Iterator[str]:
         """Nobody noted a fingerprint, but the checkpoint's scales are in the profile themselves."""
@@ -226,3 +267,24 @@ class Calibration:
                 yield f"{name} has no weight scale for each of its {shape[0]} rows"
             elif not (scale.isfinite() & (scale > 0)).all():
                 yield f"{name} has weight scales that are not finite and positive"
+            elif entry.weight_scale is not None and not torch.equal(
+                entry.weight_scale, scale.float().flatten()
+            ):
+                yield f"{name} has other weight scales than the profile was made with"
+
+
+def _likeness(weight: Tensor, entry: Entry) -> float:
+    """How the maxima of the smoothed rows go with those that were calibrated.
+
+    `output_scale` counts in calibrated scales, so that the maxima would be 127 everywhere;
+    what is compared is the pattern before that.
+    """
+    rows = entry.weight_scale
+    if rows is None or weight.dim() != 2 or weight.shape[0] != len(rows) or len(rows) < 2:
+        return 1.0  # of another shape; that is told elsewhere
+    found = [
+        row_absmax(scaled(weight[part], entry.input_scale, None)) for part in row_chunks(weight)
+    ]
+    smoothing = 1.0 if entry.output_scale is None else entry.output_scale * rows
+    pair = torch.stack([torch.cat(found).flatten() * smoothing, rows]).clamp_min(1e-30).log()
+    return float(torch.corrcoef(pair)[0, 1])

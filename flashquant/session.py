@@ -261,16 +261,21 @@ class Session:
 
     def _first(self, weights: NamedTensors) -> Iterator[tuple[str, Tensor]]:
         quantized = any(holds_codes(meta.dtype) for meta in self._engine.targets.values())
+        calibration = self._calibration
+        # A checkpoint of codes is taken as it is: it is smoothed already.
+        quantizes = calibration if calibration and calibration.starts_on_floats else None
         for name, tensor in weights:
             self._routes.note(name, tensor)
-            if self._calibration is not None:
-                self._calibration.note(name, tensor)
             if not quantized:
                 yield name, tensor
                 continue
             self._routes.learn(name, tensor)
-            # As it is: the checkpoint that a profile belongs to is smoothed already.
-            yield from self._as_stored(name, tensor, None)
+            if calibration is not None:
+                calibration.note(name, tensor)
+            for stored, values in self._as_stored(name, tensor, quantizes):
+                if quantizes is not None:
+                    quantizes.note_stored(stored, values)
+                yield stored, values
 
     def _take(self, weights: NamedTensors, update: Update) -> set[str]:
         """Plan, quantize, write and commit, one tensor at a time."""

@@ -50,6 +50,7 @@ class LiveEngine:
                 load_profile(profile["reference"]),
                 scales=profile["scales"],
                 device=self.device,
+                starts_on_floats=profile["starts_on_floats"],
                 warn_above=profile["warn_above"],
             )
             if profile

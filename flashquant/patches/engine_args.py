@@ -21,12 +21,14 @@ from flashquant.errors import ConfigError
 from flashquant.locate import Located, locate, locate_in_model, split_revision
 from flashquant.patches.point import PatchPoint
 from flashquant.profiles import load_profile
+from flashquant.smoothing import W8A8
 
 logger = logging.getLogger(__name__)
 
 ADDITIONAL_CONFIG_KEY = "flashquant"
 PROFILE_KEY = "profile"  # in it, where pushes are quantized by one
-_OWN_PROFILE = "profile.pt"  # the name FlashRL looks for in a model that an entry names
+# In a model that an entry names: the name that `profile make` gives, and FlashRL's.
+_OWN_PROFILES = ("profile.safetensors", "profile.pt")
 ENTRY = "flashquant_entry"  # of engine arguments: the entry they are for, whatever the rank
 
 # Where vLLM has an online load of a scheme, its name there.
@@ -40,33 +42,6 @@ _STORED = {"int8": ("int", 8, "channel"), "fp8_channel": ("float", 8, "channel")
 NOT_BUILT = {
     "fp8_tensor": "fp8_vllm stores one scale a layer, fp8_channel one an output channel",
     "int8_prune": "int8 without a profile quantizes each channel by its own maximum",
-}
-
-# vLLM has no online int8 for dense layers. A bf16 checkpoint is therefore served
-# as if it were a compressed-tensors W8A8 one, and quantized on its way in.
-W8A8 = {
-    "quant_method": "compressed-tensors",
-    "format": "int-quantized",
-    "ignore": ["lm_head"],
-    "config_groups": {
-        "group_0": {
-            "targets": ["Linear"],
-            "weights": {
-                "num_bits": 8,
-                "type": "int",
-                "strategy": "channel",
-                "symmetric": True,
-                "dynamic": False,
-            },
-            "input_activations": {
-                "num_bits": 8,
-                "type": "int",
-                "strategy": "token",
-                "symmetric": True,
-                "dynamic": True,
-            },
-        }
-    },
 }
 
 
@@ -121,7 +96,8 @@ def configure(args: Any, config: RolloutConfig, checks: Checks) -> None:
     checkpoint, _ = PretrainedConfig.get_config_dict(args.model, revision=args.revision)
     own = checkpoint.get("quantization_config")
     profile = _profile_of(config)
-    if profile is not None and own is None:
+    # Read here too: a file that cannot be is better known here than in a worker.
+    if profile is not None and not load_profile(profile.path).knows_weight_scales() and own is None:
         raise ConfigError(
             f"the profile {profile.reference} scales by what its W8A8 checkpoint holds, and "
             f"{args.model} is not quantized. Name that checkpoint under `model`, or leave "
@@ -141,10 +117,10 @@ def configure(args: Any, config: RolloutConfig, checks: Checks) -> None:
     decided: dict[str, Any] = {"scheme": config.scheme, "checks": checks.model_dump()}
     by = ""
     if profile is not None:
-        load_profile(profile.path)  # a file that cannot be read is better known here than there
         decided[PROFILE_KEY] = {
             "reference": profile.reference,
             "scales": config.scales,
+            "starts_on_floats": own is None,
             "warn_above": config.clipped_warning,
         }
         by = f" by {profile.reference}, scales {config.scales}"
@@ -175,7 +151,10 @@ def _profile_of(config: RolloutConfig) -> Located | None:
         return None
     if config.profile is not None:
         return locate(config.profile)
-    return None if config.model is None else locate_in_model(config.model, _OWN_PROFILE)
+    if config.model is None:
+        return None
+    found = (locate_in_model(config.model, name) for name in _OWN_PROFILES)
+    return next((profile for profile in found if profile is not None), None)
 
 
 def _set_quantization(args: Any, quantization: str, scheme: str) -> None:
@@ -189,13 +168,17 @@ def _set_quantization(args: Any, quantization: str, scheme: str) -> None:
 
 
 def _serve_as_w8a8(args: Any) -> None:
-    """Give a bf16 checkpoint the quantization config of its W8A8 twin."""
+    """Give a bf16 checkpoint the quantization config of its W8A8 twin.
+
+    vLLM has no online int8 for dense layers. A bf16 checkpoint is therefore served
+    as if it were a compressed-tensors W8A8 one, and quantized on its way in.
+    """
     if callable(args.hf_overrides):
         raise ConfigError(
             "int8 on a bf16 checkpoint adds a quantization_config to hf_overrides, which was given "
             "as a function. Pass hf_overrides as a dict, or serve a W8A8 checkpoint."
         )
-    args.hf_overrides = {**(args.hf_overrides or {}), "quantization_config": W8A8}
+    args.hf_overrides = {**(args.hf_overrides or {}), "quantization_config": dict(W8A8)}
     _set_quantization(args, "compressed-tensors", "int8")
 
 

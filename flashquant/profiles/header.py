@@ -5,8 +5,9 @@
               "fingerprint": {"model.norm.weight": "sha256 ..."}},
      "entries": {"model.layers.0.mlp.up_proj.weight": {"kind": "int8", "shape": [4864, 896]}}}
 
-The tensors beside it are `NAME.input_scale` and `NAME.output_scale`, float32, one number a
-channel; one that is missing stands for ones.
+The tensors beside it are `NAME.input_scale`, `NAME.output_scale` and `NAME.weight_scale`,
+float32, one number a channel. One that is missing stands for ones; a weight scale, for that of the
+checkpoint.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ class EntryHeader(_Strict):
 
     kind: Literal["int8", "bfloat16", "float16", "float32"]
     shape: list[PositiveInt | None] = Field(min_length=1, max_length=2)
+    offset: Literal[0, 1] = 0
 
 
 class Header(_Strict):

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Final
+from dataclasses import dataclass, replace
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -28,6 +28,9 @@ KINDS: Final[Mapping[str, torch.dtype]] = {
 }
 """What a weight is stored as: codes, or the dtype of a norm."""
 
+SIDES: Final = ("input_scale", "output_scale", "weight_scale")
+"""The vectors of an entry."""
+
 _MOST_CHANNELS: Final = 1 << 22  # no layer has as many; a file that claims more is no profile
 
 
@@ -36,9 +39,12 @@ class Entry:
     """How one weight is scaled before it is stored.
 
     Attributes:
-        kind: int8 for a linear layer `[N, K]`, the stored dtype for a norm `[K]`.
+        kind: int8 for a linear layer `[N, K]`, the stored dtype for a norm or a bias `[K]`.
         input_scale: float32, one number for each of the K columns; None stands for ones.
         output_scale: float32, one number for each of the N rows; None stands for ones.
+        weight_scale: float32, one number for each of the N rows: what a code is worth. None where
+            only the checkpoint knows (FlashRL's files).
+        offset: what the model adds to a norm before it multiplies by it; 1 in Gemma.
 
     Raises:
         ProfileError: a vector is not what it should be; says which, not of which weight.
@@ -48,18 +54,26 @@ class Entry:
     kind: torch.dtype
     input_scale: Tensor | None
     output_scale: Tensor | None
+    weight_scale: Tensor | None = None
+    offset: float = 0.0
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS.values():
             raise ProfileError(f"is stored as {self.kind}; known: {', '.join(KINDS)}")
-        if self.kind != torch.int8 and self.output_scale is not None:
-            raise ProfileError("is a norm and has an output_scale, but only the rows of codes do")
-        for side, vector in (
-            ("input_scale", self.input_scale),
-            ("output_scale", self.output_scale),
-        ):
-            if vector is not None:
-                _check_vector(side, vector)
+        for side, vector in self.vectors.items():
+            _check_vector(side, vector)
+            if self.kind != torch.int8 and side != "input_scale":
+                raise ProfileError(f"is a norm and has an {side}, but only the rows of codes do")
+        if self.offset not in (0, 1) or (self.offset and self.kind == torch.int8):
+            raise ProfileError(f"has an offset of {self.offset}; norms have 0 or 1, codes have 0")
+        if len({len(v) for v in (self.output_scale, self.weight_scale) if v is not None}) > 1:
+            raise ProfileError("has an output_scale and a weight_scale of different lengths")
+
+    @property
+    def vectors(self) -> dict[str, Tensor]:
+        """Those that are not ones, by the names of their fields."""
+        sides = {side: getattr(self, side) for side in SIDES}
+        return {side: vector for side, vector in sides.items() if vector is not None}
 
     @property
     def shape(self) -> tuple[int | None, ...]:
@@ -67,12 +81,13 @@ class Entry:
         columns = None if self.input_scale is None else len(self.input_scale)
         if self.kind != torch.int8:
             return (columns,)
-        return (None if self.output_scale is None else len(self.output_scale), columns)
+        rows = self.output_scale if self.output_scale is not None else self.weight_scale
+        return (None if rows is None else len(rows), columns)
 
     def to(self, device: torch.device) -> Entry:
         """The same entry with its vectors on a device."""
-        moved = (v if v is None else v.to(device) for v in (self.input_scale, self.output_scale))
-        return Entry(self.kind, *moved)
+        moved: dict[str, Any] = {side: v.to(device) for side, v in self.vectors.items()}
+        return replace(self, **moved)
 
 
 @dataclass(frozen=True)
@@ -89,6 +104,11 @@ class Profile:
     entries: Mapping[str, Entry]
     source: str
     base: Base | None = None
+
+    def knows_weight_scales(self) -> bool:
+        """Whether floats can be quantized by it alone, without the W8A8 checkpoint."""
+        codes = [entry for entry in self.entries.values() if entry.kind == torch.int8]
+        return bool(codes) and all(entry.weight_scale is not None for entry in codes)
 
 
 def fingerprint(tensor: Tensor) -> str:

@@ -18,10 +18,9 @@ from torch import Tensor
 
 from flashquant.errors import ProfileError
 from flashquant.profiles.header import EntryHeader, Header
-from flashquant.profiles.profile import KINDS, Entry, Profile
+from flashquant.profiles.profile import KINDS, SIDES, Entry, Profile
 
 _HEADER: Final = "flashquant_profile"
-_SIDES: Final = ("input_scale", "output_scale")
 
 
 class _Entries(Mapping[str, Entry]):
@@ -33,12 +32,12 @@ class _Entries(Mapping[str, Entry]):
 
     def __getitem__(self, name: str) -> Entry:
         header = self._headers[name]
-        vectors: list[Tensor | None] = [
+        columns, rows, worth = (
             self._file.get_tensor(key) if (key := f"{name}.{side}") in self._stored else None
-            for side in _SIDES
-        ]
+            for side in SIDES
+        )
         try:
-            entry = Entry(KINDS[header.kind], *vectors)
+            entry = Entry(KINDS[header.kind], columns, rows, worth, header.offset)
             if entry.shape != tuple(header.shape):
                 raise ProfileError(f"is {header.shape} by the header, {list(entry.shape)} by size")
         except ProfileError as refusal:
@@ -78,7 +77,7 @@ def read_stored(path: Path, source: str) -> Profile:
         problem = error.errors(include_url=False)[0]
         place = ".".join(map(str, problem["loc"]))
         raise ProfileError(f"{source}: header, {place}: {problem['msg']}") from None
-    known = {f"{name}.{side}" for name in header.entries for side in _SIDES}
+    known = {f"{name}.{side}" for name in header.entries for side in SIDES}
     if foreign := sorted(set(file.keys()) - known):
         raise ProfileError(
             f"{source} holds {foreign[0]!r}, which its header does not speak of. Make it anew."
@@ -103,11 +102,14 @@ def save_profile(profile: Profile, path: str | os.PathLike[str]) -> None:
     tensors: dict[str, Tensor] = {}
     for name, entry in profile.entries.items():
         headers[name] = EntryHeader.model_validate(
-            {"kind": names[entry.kind], "shape": list(entry.shape)}
+            {
+                "kind": names[entry.kind],
+                "shape": list(entry.shape),
+                "offset": int(entry.offset),
+            }
         )
-        for side in _SIDES:
-            if (vector := getattr(entry, side)) is not None:
-                tensors[f"{name}.{side}"] = vector.detach().clone()  # vectors may share memory
+        for side, vector in entry.vectors.items():
+            tensors[f"{name}.{side}"] = vector.detach().clone()  # vectors may share memory
     header = Header(base=profile.base, entries=headers)
     unfinished = target.with_name(f".{target.name}.{os.getpid()}")
     try:

@@ -49,6 +49,13 @@ def scaled(weight: Tensor, input_scale: Tensor | None, output_scale: Tensor | No
     return product if input_scale is None else product * input_scale
 
 
+def scaled_norm(weight: Tensor, input_scale: Tensor | None, offset: float) -> Tensor:
+    """The weight `[K]` of a norm that multiplies by `offset + weight`, in float32."""
+    if not offset:
+        return scaled(weight, input_scale, None)
+    return scaled(weight.float() + offset, input_scale, None) - offset
+
+
 def int8_frozen(weight: Tensor, input_scale: Tensor | None, output_scale: Tensor | None) -> Frozen:
     """The codes of a weight under scales that stay as they are: FlashRL's arithmetic.
 

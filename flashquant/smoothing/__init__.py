@@ -1,0 +1,31 @@
+"""Making int8 profiles: which factors a model can be smoothed by, and which serve it best.
+
+SmoothQuant (Xiao et al., 2022, arXiv:2211.10438) divides a channel of activations by s and
+multiplies the column of weights that reads it, so that large activations cost fewer codes:
+
+    x @ W.T  =  (x / s) @ (W * s).T
+
+Whoever made x is divided once and for all: a norm, or the rows of the layer before.
+
+    discovery   bf16 model            -> sites: who may be divided for whom, proved by running it
+    search      sites and activations -> s of each
+    twin        bf16 and W8A8 weights -> the s that somebody else has chosen
+    checkpoint  profile and weights   -> the W8A8 checkpoint in compressed-tensors format
+"""
+
+from __future__ import annotations
+
+from flashquant.smoothing.checkpoint import W8A8, Checkpoint, write_w8a8
+from flashquant.smoothing.factors import Factors, Producer, Site, profile_of
+from flashquant.smoothing.twin import factors_of_twins
+
+__all__ = [
+    "W8A8",
+    "Checkpoint",
+    "Factors",
+    "Producer",
+    "Site",
+    "factors_of_twins",
+    "profile_of",
+    "write_w8a8",
+]

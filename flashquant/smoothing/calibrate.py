@@ -1,0 +1,110 @@
+"""A bf16 model and some text become factors: load, find the sites, watch, choose."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flashquant.errors import ProfileError
+from flashquant.smoothing.checkpoint import Checkpoint
+from flashquant.smoothing.discovery import find_sites, linear_layers
+from flashquant.smoothing.factors import Factors
+from flashquant.smoothing.search import Chosen, choose, factors_of, watch
+
+_TOKENS_OF_A_PROOF = 48
+
+
+def calibrate(
+    source: Checkpoint,
+    texts: Iterable[str],
+    *,
+    tokens: int = 16384,
+    length: int = 512,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    note_progress: Callable[[str, float], None] = lambda phase, done: None,
+) -> tuple[Factors, list[str], list[Chosen]]:
+    """Choose how a bf16 model is smoothed for int8, from the model alone.
+
+    Args:
+        source: the model, with its tokenizer; transformers runs it.
+        texts: like those it will write; read until there are enough tokens.
+        tokens: to calibrate on.
+        length: of the windows that they are cut into.
+        device: where the model runs.
+        dtype: it runs in.
+        note_progress: is told the phase, and which part of it is done.
+
+    Returns:
+        The factors, the weights that are to be stored as codes, and what was chosen where.
+
+    Raises:
+        ProfileError: transformers is missing, or does not know the model or its tensors by the
+            names in the checkpoint; or there is no text.
+
+    """
+    model, tokenizer = _load(source.folder, device, dtype)
+    layers = [f"{name}.weight" for name in linear_layers(model)]
+    if strange := [name for name in layers if name not in source]:
+        raise ProfileError(
+            f"transformers calls a weight {strange[0]}, which the checkpoint does not hold: it "
+            "stores this architecture in another form (stacked experts?). Make the profile from a "
+            "W8A8 twin (--twin)."
+        )
+    windows = list(_windows(tokenizer, texts, tokens, length, device))
+    if not windows:
+        raise ProfileError(f"the text is shorter than one window of {length} tokens; give it more")
+    note_progress("finding what can be smoothed", 0)
+    sites = find_sites(model, windows[0][:, :_TOKENS_OF_A_PROOF])
+    seen = 0
+
+    def note_tokens(count: int) -> None:
+        nonlocal seen
+        seen += count
+        note_progress("running the text", seen / (len(windows) * length))
+
+    watched = watch(model, sites, windows, note_tokens)
+    parameters = dict(model.named_parameters())
+    chosen = []
+    with torch.no_grad():
+        for done, site in enumerate(sites):
+            note_progress("choosing strengths", done / len(sites))
+            chosen.append(choose(site, watched.pop(site), parameters))
+    note_progress("choosing strengths", 1)
+    return factors_of(chosen, parameters), layers, chosen
+
+
+def _load(folder: Path, device: str, dtype: torch.dtype) -> tuple[nn.Module, Any]:
+    try:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+    except ImportError as missing:
+        raise ProfileError(f"transformers is needed to run the model: {missing}") from missing
+    try:
+        load: Any = AutoModelForCausalLM.from_pretrained
+        model: Any = load(folder, dtype=dtype, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, ImportError) as refusal:
+        said = " ".join(str(refusal).split())[:300]
+        raise ProfileError(f"transformers does not load {folder}: {said}") from refusal
+    found: nn.Module = model.to(device).eval()
+    return found, tokenizer
+
+
+def _windows(
+    tokenizer: Any, texts: Iterable[str], tokens: int, length: int, device: str
+) -> Iterator[Tensor]:
+    """`[1, length]` each; texts follow each other, and what is left over is dropped."""
+    held: list[int] = []
+    given = 0
+    for text in texts:
+        held += tokenizer(text, verbose=False)["input_ids"]
+        while len(held) >= length and given < tokens:
+            yield torch.tensor([held[:length]], device=device)
+            held = held[length:]
+            given += length
+        if given >= tokens:
+            return
