@@ -233,14 +233,9 @@ def compare(engines: Mapping[str, Any], weights: Weights, asked: list[int]) -> d
                 ]
             ).double()
     count = len(asked) - len(windows)
-    size = sum(w.numel() for n, w in weights.items() if _drifts(n))
-    gaps = {}
-    for arm, total in sums.items():
-        report = reports[arm]
-        out = sum(part * weights[name].numel() for name, part in report.clipped.items())
-        change, kl, top1 = (total / count).tolist()
-        gaps[arm] = Gap(change, kl, top1, None if report.peak is None else out / size)
-    return gaps
+    return {
+        arm: Gap(*(total / count).tolist(), reports[arm].clipped) for arm, total in sums.items()
+    }
 
 
 def log_probs(llm: Any, window: list[int]) -> Tensor:

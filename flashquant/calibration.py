@@ -13,22 +13,19 @@ Limits
 
 from __future__ import annotations
 
-import logging
-import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Final, Literal, NamedTuple
+from typing import Final, Literal
 
 import torch
 from torch import Tensor
 
+from flashquant.drift import Clipping
 from flashquant.errors import MisfitTensor, ProfileError
 from flashquant.profiles import Entry, Profile, fingerprint
 from flashquant.schemes.absmax import row_absmax
 from flashquant.schemes.chunks import row_chunks
 from flashquant.schemes.smoothed import int8_frozen, int8_refreshed, scaled, scaled_norm
-
-logger = logging.getLogger(__name__)
 
 Scales = Literal["frozen", "refreshed"]
 
@@ -63,18 +60,12 @@ class _Seen:
     alike: dict[str, float] = field(default_factory=dict)  # of floats: to what was calibrated
 
 
-class Clipping(NamedTuple):
-    """How well frozen scales still hold one weight: 0 and about 1 where they do."""
-
-    fraction: float
-    peak: float  # max |w| / (127 * scale), of the smoothed weight
-
-
 class Calibration:
     """Stores pushed weights the way a profile says.
 
     Attributes:
         clipping: of each weight as it was last pushed; only of frozen scales.
+        warn_above: the fraction of a weight that may be clipped before somebody is told.
 
     Args:
         profile: as it was read.
@@ -97,7 +88,7 @@ class Calibration:
     ) -> None:
         self.clipping: dict[str, Clipping] = {}
         self.starts_on_floats = starts_on_floats
-        self._warn_above = warn_above
+        self.warn_above = warn_above
         self._profile, self._scales, self._device = profile, scales, device
         self._entries = {name: profile.entries[name].to(device) for name in profile.entries}
         self._fingerprinted = frozenset(profile.base.fingerprint) if profile.base else frozenset()
@@ -165,9 +156,7 @@ class Calibration:
         scale = self._weight_scale(name, entry)
         if self._scales == "frozen":
             frozen = int8_frozen(tensor, columns, rows)
-            self._note_clipping(
-                name, Clipping(frozen.clipped.item() / tensor.numel(), frozen.peak.item())
-            )
+            self.clipping[name] = Clipping(frozen.clipped, frozen.peak)
             codes = frozen.codes
         else:
             codes, scale = int8_refreshed(tensor, columns, rows, scale.to(tensor.device))
@@ -179,20 +168,6 @@ class Calibration:
         if self.starts_on_floats and entry.weight_scale is not None:
             return entry.weight_scale.unsqueeze(1)
         return self._seen.weight_scales[name]
-
-    def _note_clipping(self, name: str, clipping: Clipping) -> None:
-        """Say once that the scales no longer hold what is pushed."""
-        self.clipping[name] = clipping
-        if clipping.fraction > self._warn_above:
-            self._warn_above = math.inf
-            logger.warning(
-                "%.2f %% of %s has outgrown the frozen scales of its checkpoint (up to %.2f times) "
-                "and is clipped. Write `scales: refreshed`, or make a new profile. Later reports "
-                "tell of every layer; this is not said again.",
-                100 * clipping.fraction,
-                name,
-                clipping.peak,
-            )
 
     def _vectors(self, entry: Entry, device: torch.device) -> Entry:
         """Where the pushed tensor is: a trainer may push from the host."""

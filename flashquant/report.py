@@ -19,6 +19,25 @@ _DIGEST_SHOWN = 12
 
 
 @dataclass(frozen=True)
+class Drift:
+    """What an update did to the codes of one weight.
+
+    Attributes:
+        size: elements of the weight, unsharded.
+        changed: the fraction of its codes that are others than before, by a sample of 4,096;
+            None where there is nothing to compare with.
+        clipped: the fraction that frozen scales of a profile have clipped; None without.
+        peak: max |w| / (127 * scale), about 1 where frozen scales fit; None without.
+
+    """
+
+    size: int
+    changed: float | None = None
+    clipped: float | None = None
+    peak: float | None = None
+
+
+@dataclass(frozen=True)
 class ReloadReport:
     """What one reload did to one model.
 
@@ -35,10 +54,8 @@ class ReloadReport:
         pending: parameters that have not arrived, so their layers still serve old weights.
         digest: fingerprint of all live weights (hex), or None where it was not taken.
         ranks: the digest of each worker, by rank; they hold different shards.
-        clipped: weights that have outgrown the frozen scales of a profile, by name: which
-            fraction of each is clipped. Empty where the scales hold all, or are made anew.
-        peak: how far the furthest of them is out: max |w| / (127 * scale) over everything that
-            was pushed through frozen scales, about 1 where they fit; None without.
+        drift: of each weight that arrived as codes or was made into them here, by name; fp8
+            that vLLM itself quantizes is not among them.
 
     """
 
@@ -54,8 +71,22 @@ class ReloadReport:
     pending: tuple[str, ...]
     digest: str | None
     ranks: tuple[str | None, ...]
-    clipped: Mapping[str, float] = field(default_factory=dict)
-    peak: float | None = None
+    drift: Mapping[str, Drift] = field(default_factory=dict)
+
+    @property
+    def changed(self) -> float | None:
+        """The fraction of all codes that are others than before, by sample."""
+        return _mean((drift.size, drift.changed) for drift in self.drift.values())
+
+    @property
+    def clipped(self) -> float | None:
+        """The fraction of all weights that frozen scales of a profile have clipped."""
+        return _mean((drift.size, drift.clipped) for drift in self.drift.values())
+
+    @property
+    def peak(self) -> float | None:
+        """How far the furthest weight is out: max |w| / (127 * scale), under frozen scales."""
+        return max((d.peak for d in self.drift.values() if d.peak is not None), default=None)
 
     @classmethod
     def of_workers(cls, reports: Sequence[ReloadReport]) -> ReloadReport:
@@ -89,8 +120,10 @@ class ReloadReport:
         ]
         if self.undo_bytes:
             parts.append(f"undo log {_mb(self.undo_bytes)}")
+        if self.changed is not None:
+            parts.append(f"{self.changed:.1%} of codes changed")
         if self.clipped and self.peak is not None:
-            parts.append(f"{len(self.clipped)} weights clipped (up to {self.peak:.2f} times)")
+            parts.append(f"{self.clipped:.3%} clipped (up to {self.peak:.2f} times)")
         if self.ignored:
             parts.append(f"ignored {some_of(self.ignored)}")
         if self.pending:
@@ -191,6 +224,13 @@ def _digest_of(ranks: Sequence[str | None]) -> str | None:
         return ranks[0]
     known = {str(rank): part for rank, part in enumerate(ranks) if part is not None}
     return digest(known) if len(known) == len(ranks) else None
+
+
+def _mean(parts: Iterable[tuple[int, float | None]]) -> float | None:
+    """Of what is known, weighted by size."""
+    known = [(size, part) for size, part in parts if part is not None]
+    total = sum(size for size, _ in known)
+    return sum(size * part for size, part in known) / total if total else None
 
 
 def _mb(size: int) -> str:

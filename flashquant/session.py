@@ -11,7 +11,7 @@ last of its shards has arrived, in whichever push. Inside a bracket (`begin` to
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 
 import torch
@@ -21,6 +21,7 @@ from flashquant.agree import Ballot
 from flashquant.arrivals import Arrivals
 from flashquant.calibration import Calibration
 from flashquant.checks import Checks
+from flashquant.drift import Drifts
 from flashquant.engine import Engine, Layer
 from flashquant.errors import MisfitTensor, ReloadError
 from flashquant.fit import check_dtype, check_finite, check_form, check_plain
@@ -66,7 +67,8 @@ class Session:
         self._homes: dict[str, Layer] = {}
         self._arrivals = Arrivals(engine)
         self._witness = Witness({})
-        self._transactions = Transactions(ballot, lambda layers: self._witness.settle(layers))
+        self._drifts = Drifts(1.0 if calibration is None else calibration.warn_above)
+        self._transactions = Transactions(ballot, self._settle)
 
     @property
     def plan(self) -> WritePlan:
@@ -275,6 +277,7 @@ class Session:
             for stored, values in self._as_stored(name, tensor, quantizes):
                 if quantizes is not None:
                     quantizes.note_stored(stored, values)
+                self._drifts.start(stored, values)
                 yield stored, values
 
     def _take(self, weights: NamedTensors, update: Update) -> set[str]:
@@ -291,6 +294,7 @@ class Session:
                 self._check_fits(name, tensor, update)
             with update.phase("quantize"):
                 stored = dict(self._as_stored(name, tensor, self._calibration))
+                self._note_drift(stored, update)
             update.names.update(stored)
             for stored_name, values in stored.items():
                 entry = self._routes.of(stored_name, values)
@@ -317,6 +321,19 @@ class Session:
         self, name: str, tensor: Tensor, calibration: Calibration | None
     ) -> Iterator[tuple[str, Tensor]]:
         return as_stored(name, tensor, self.plan[name].targets, self._engine.targets, calibration)
+
+    def _note_drift(self, stored: Mapping[str, Tensor], update: Update) -> None:
+        clipping = {} if self._calibration is None else self._calibration.clipping
+        for name, values in stored.items():
+            noted = self._drifts.note(name, values, clipping.pop(name, None))
+            if noted is not None:
+                update.noted[name] = noted
+
+    def _settle(self, update: Update, stands: bool) -> None:
+        """An update is over: what is live is what it should be."""
+        if stands:
+            update.drift = self._drifts.settle(update.noted)
+        self._witness.settle(update.committed if stands else None)
 
     def _write(self, entry: TensorPlan, tensor: Tensor, update: Update) -> None:
         tensor = tensor.contiguous()
@@ -378,8 +395,6 @@ class Session:
         if self._checks.digest:
             with update.phase("digest"):
                 whole = self.digest()
-        clipping = self._calibration.clipping if self._calibration is not None else {}
-        pushed = {name: clipping[name] for name in update.names & clipping.keys()}
         return ReloadReport(
             version=self.version,
             tensors=update.tensors,
@@ -393,8 +408,7 @@ class Session:
             pending=tuple(chain.from_iterable(self._arrivals.waiting().values())),
             digest=whole,
             ranks=(whole,),
-            clipped={name: c.fraction for name, c in sorted(pushed.items()) if c.fraction},
-            peak=max((c.peak for c in pushed.values()), default=None),
+            drift=dict(update.drift),
         )
 
 

@@ -8,7 +8,7 @@ for long: whoever comes next finds a busy update, and takes it back.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from flashquant.agree import Ballot
@@ -32,13 +32,10 @@ class Transactions:
 
     """
 
-    def __init__(
-        self, ballot: Ballot | None, settle: Callable[[Iterable[str] | None], None]
-    ) -> None:
+    def __init__(self, ballot: Ballot | None, settle: Callable[[Update, bool], None]) -> None:
         """Args:
         ballot: the voice of this worker among several; None where it is the only one.
-        settle: told whenever an update is over, and which layers it may have changed
-            (None: any).
+        settle: told whenever an update is over, and whether it stands.
 
         """
         self.current: Update | None = None
@@ -169,7 +166,7 @@ class Transactions:
                 self.health.tear(update.at_stake)
             self.health.moved |= isinstance(failure, MovedTensor)
             self.health.restoring = False
-            self._settle(None)
+            self._settle(update, False)
             update.busy, update.over = False, True
             if not update.bracket:
                 self.current = None
@@ -186,6 +183,6 @@ class Transactions:
         if update.committed:
             self.version += 1
         self.health.heal(update.live)
-        self._settle(update.committed)
+        self._settle(update, True)
         update.busy, update.over = False, True
         self.current = None

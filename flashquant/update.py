@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from flashquant.drift import Noted
 from flashquant.plan import View
+from flashquant.report import Drift
 from flashquant.undo import UndoLog
 from flashquant.verify import Footprint
 from flashquant.write import Stage
@@ -44,6 +46,8 @@ class Update:
     bytes_in: int = 0
     bytes_out: int = 0
     seconds: dict[str, float] = field(default_factory=dict)  # by phase
+    noted: dict[str, Noted] = field(default_factory=dict)  # of codes, by name
+    drift: dict[str, Drift] = field(default_factory=dict)  # the same, once it stands
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

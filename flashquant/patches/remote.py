@@ -16,6 +16,8 @@ from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+from pydantic import TypeAdapter
+
 from flashquant import errors
 from flashquant.errors import PeerFailed, ReloadError, WorkerLost
 from flashquant.members import Member
@@ -23,6 +25,7 @@ from flashquant.patches import worker
 from flashquant.report import ReloadReport
 
 _T = TypeVar("_T")
+_REPORT = TypeAdapter(ReloadReport)  # a worker's answer comes as plain data
 
 _LOOK_EVERY = 0.05  # seconds
 _GRACE = 5.0  # seconds between a worker's death and the last answer that can still come
@@ -87,7 +90,9 @@ def _merged(answers: Sequence[Mapping[str, Any]]) -> ReloadReport:
     failures = {rank: answer for rank, answer in enumerate(answers) if "error" in answer}
     if failures:
         raise _failure(failures, len(answers))
-    return ReloadReport.of_workers([ReloadReport(**answer["report"]) for answer in answers])
+    return ReloadReport.of_workers(
+        [_REPORT.validate_python(answer["report"]) for answer in answers]
+    )
 
 
 def _failure(failures: Mapping[int, Mapping[str, str]], size: int) -> ReloadError:

@@ -13,7 +13,8 @@ from flashquant.checks import Checks
 from flashquant.config import FlashConfig, RolloutConfig
 from flashquant.errors import ConfigError, ProfileError
 from flashquant.patches import engine_args
-from flashquant.patches.engine_args import W8A8, configure, rank_of
+from flashquant.patches.engine_args import configure, rank_of
+from flashquant.smoothing import W8A8
 from tests import flashrl, tiny_models
 
 
@@ -122,6 +123,7 @@ def test_a_profile_travels_with_vllms_config(bf16: Path, w8a8: Path, named: bool
     assert args.additional_config["flashquant"]["profile"] == {
         "reference": reference,
         "scales": "frozen",
+        "starts_on_floats": False,
         "warn_above": 0.001,
     }
 

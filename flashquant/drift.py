@@ -1,0 +1,145 @@
+"""How pushed weights move through their codes: told by every report, cheap enough to leave on.
+
+An update of reinforcement learning is small, and a code is coarse: how many codes change at
+all says whether the rollouts see it. 4,096 codes of each weight are kept and compared, always at
+the same random places: the fraction is right to about 0.8 %, of a hundred weights to 0.1 %. What
+the kernels hold could not be asked, because packed memory shows no codes.
+
+How far a weight has outgrown frozen scales is counted exactly, while it is quantized.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final, NamedTuple
+
+import torch
+from torch import Tensor
+
+from flashquant.report import Drift
+from flashquant.schemes.stored import holds_codes
+
+logger = logging.getLogger(__name__)
+
+_SAMPLE: Final = 4096
+
+
+class Clipping(NamedTuple):
+    """How well frozen scales hold one weight, as scalars on its device.
+
+    Attributes:
+        outside: how many of its elements were clipped by a code or more.
+        peak: max |w| / (127 * scale); about 1 where they fit.
+
+    """
+
+    outside: Tensor
+    peak: Tensor
+
+
+@dataclass(frozen=True)
+class Noted:
+    """What an update under way brings of one weight; nothing of it counts until it stands."""
+
+    size: int
+    sample: Tensor
+    changed: Tensor | None
+    clipping: Clipping | None
+
+
+class Drifts:
+    """The codes that stand, by sample, and who is told when scales no longer hold.
+
+    Args:
+        warn_above: the fraction of a weight that may be clipped before somebody is told.
+
+    """
+
+    def __init__(self, warn_above: float = 1.0) -> None:
+        self._standing: dict[str, Tensor] = {}
+        self._warn_above = warn_above
+
+    def start(self, name: str, values: Tensor) -> None:
+        """The engine starts on these codes; other dtypes are passed over."""
+        if holds_codes(values.dtype):
+            self._standing[name] = _sampled(values)
+
+    def note(self, name: str, values: Tensor, clipping: Clipping | None) -> Noted | None:
+        """What a push makes of one weight; None for what is no codes. Waits for no device."""
+        if not holds_codes(values.dtype):
+            return None
+        sample, old = _sampled(values), self._standing.get(name)
+        changed = None
+        if old is not None and old.shape == sample.shape:
+            changed = sample.ne(old).float().mean()
+        return Noted(values.numel(), sample, changed, clipping)
+
+    def settle(self, noted: Mapping[str, Noted]) -> dict[str, Drift]:
+        """An update stands: what it brought is what the next one is compared with."""
+        self._standing |= {name: note.sample for name, note in noted.items()}
+        numbers = _on_host(
+            [n.changed for n in noted.values()]
+            + [n.clipping and n.clipping.outside for n in noted.values()]
+            + [n.clipping and n.clipping.peak for n in noted.values()]
+        )
+        count = len(noted)
+        drifts = {
+            name: Drift(
+                size=note.size,
+                changed=numbers[i],
+                clipped=None if (out := numbers[count + i]) is None else out / note.size,
+                peak=numbers[2 * count + i],
+            )
+            for i, (name, note) in enumerate(noted.items())
+        }
+        self._warn(drifts)
+        return drifts
+
+    def _warn(self, drifts: Mapping[str, Drift]) -> None:
+        """Say once that the scales no longer hold what is pushed."""
+        over = {
+            name: drift for name, drift in drifts.items() if (drift.clipped or 0) > self._warn_above
+        }
+        if not over:
+            return
+        self._warn_above = math.inf
+        worst = max(over, key=lambda name: over[name].clipped or 0)
+        logger.warning(
+            "%.2f %% of %s has outgrown the frozen scales of its checkpoint (up to %.2f times) "
+            "and is clipped, and %d more weights likewise. Write `scales: refreshed`, or make a "
+            "new profile. Later reports tell of every layer; this is not said again.",
+            100 * (over[worst].clipped or 0),
+            worst,
+            over[worst].peak,
+            len(over) - 1,
+        )
+
+
+@functools.cache
+def _places(size: int, device: torch.device) -> Tensor:
+    dice = torch.Generator().manual_seed(0)
+    return torch.randint(0, size, (_SAMPLE,), generator=dice).to(device)
+
+
+def _sampled(codes: Tensor) -> Tensor:
+    """Codes at the same places every time; all of them where they are few."""
+    flat = codes.detach().contiguous().view(torch.int8).flatten()
+    return flat.clone() if len(flat) <= _SAMPLE else flat[_places(len(flat), flat.device)]
+
+
+def _on_host(scalars: list[Tensor | None]) -> list[float | None]:
+    """All of them in one transfer a device."""
+    found: list[float | None] = [None] * len(scalars)
+    by_device: dict[torch.device, list[int]] = {}
+    for place, scalar in enumerate(scalars):
+        if scalar is not None:
+            by_device.setdefault(scalar.device, []).append(place)
+    for places in by_device.values():
+        together = torch.stack([s.float() for i in places if (s := scalars[i]) is not None])
+        for place, value in zip(places, together.tolist(), strict=True):
+            found[place] = value
+    return found
