@@ -149,18 +149,23 @@ def _table_of(choices: Iterable[Chosen]) -> Table:
         kinds.setdefault(kind_of(choice.site.producers[0].name), []).append(choice)
     table = Table("divided", "read by", "strength", "error", "without", box=None)
     for kind, found in kinds.items():
-        readers = ", ".join(kind_of(n).split(".*.")[-1] for n in found[0].site.consumers)
+        readers = ", ".join(map(_short, found[0].site.consumers))
         strengths = [choice.strength for choice in found if choice.strength is not None]
         span = f"{min(strengths)} to {max(strengths)}" if strengths else ""
         none = len(found) - len(strengths)
         table.add_row(
-            kind,
+            _short(kind),
             readers,
             ", ".join(filter(None, [span, f"none in {none}" if none else ""])),
             f"{sum(c.error for c in found) / len(found):.2%}",
             f"{sum(c.error_without for c in found) / len(found):.2%}",
         )
     return table
+
+
+def _short(name: str) -> str:
+    """`up_proj` of `model.layers.3.mlp.up_proj.weight`."""
+    return name.removesuffix(".weight").rpartition(".")[2]
 
 
 def _convert(old: str, new: str, model: str | None, revision: str | None) -> int:

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor
 from transformers import (
     LlamaConfig,
@@ -155,5 +156,6 @@ def add_tokenizer(path: Path) -> Path:
     """Give a checkpoint a tokenizer, which a server asks for: one word a token."""
     words = {f"w{number}": number for number in range(1000)}
     tokenizer = Tokenizer(WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0").save_pretrained(path)
     return path

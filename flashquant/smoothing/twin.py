@@ -25,10 +25,13 @@ from flashquant.errors import ProfileError
 from flashquant.smoothing.factors import Factors
 
 _BLOCK: Final = re.compile(r"^.*?\.\d+\.")
+_BIAS: Final = ".bias"  # goes the way of its weight
 # Of log2, in the middle of the channels: a factor that is none; one that is another's.
-_NONE: Final = 0.01
+_NONE: Final = 0.03
 _SAME: Final = 0.05
+_BF16: Final = 0.02  # of log2: no more than bf16 rounds
 _MOST_ROUNDING: Final = 0.2  # of a layer's norm; int8 has about 0.01, GPTQ somewhat more
+_AS_GOOD: Final = 1.25  # times the rounding that is left by factors of the layer's own
 _FITS: Final = 3  # rounds of least squares
 
 
@@ -41,6 +44,7 @@ class _Layer:
     twin: Tensor  # [N, K] float32, codes times scale
     columns: Tensor  # [K]
     rows: Tensor  # [N]
+    least: float = 0.0  # what is left over by factors of its own
 
     def fit_rows(self) -> None:
         moved = self.weight * self.columns
@@ -50,8 +54,14 @@ class _Layer:
         moved = self.weight * self.rows.unsqueeze(1)
         self.columns = _ratio((moved * self.twin).sum(0), moved.square().sum(0))
 
-    def rounding(self) -> float:
-        off = self.twin - self.weight * self.rows.unsqueeze(1) * self.columns
+    def alive_rows(self) -> Tensor:
+        return (self.weight != 0).any(1) & (self.twin != 0).any(1)
+
+    def alive_columns(self) -> Tensor:
+        return (self.weight != 0).any(0) & (self.twin != 0).any(0)
+
+    def rounding(self, columns: Tensor, rows: Tensor) -> float:
+        off = self.twin - self.weight * rows.unsqueeze(1) * columns
         return float(off.norm() / self.twin.norm().clamp_min(1e-30))
 
 
@@ -61,6 +71,7 @@ class _Vector:
 
     name: str
     by: Tensor
+    known: Tensor  # [K] bool; a norm that is zero does not say by what it was divided
     offset: float
 
 
@@ -98,7 +109,8 @@ def factors_of_twins(
         norms = [v for n in names if n not in scales for v in _divided(n, weights[n], twin[n])]
         _match_norms(layers, norms, factors)
         _match_layers(layers, factors)
-        _add_vectors(names, weights, norms, layers, factors)
+        _add_biases(names, weights, factors)
+        _check_all_is_explained(norms, layers, factors)
     return factors, scales
 
 
@@ -120,10 +132,11 @@ def _fitted(name: str, weight: Tensor, codes: Tensor, scale: Tensor) -> _Layer:
     for _ in range(_FITS):
         layer.fit_columns()
         layer.fit_rows()
-    if layer.rounding() > _MOST_ROUNDING:
+    layer.least = layer.rounding(layer.columns, layer.rows)
+    if layer.least > _MOST_ROUNDING:
         raise ProfileError(
-            f"{name} is no factor of rows and of columns away from its twin ({layer.rounding():.0%}"
-            " is left over), so they are not of the same model"
+            f"{name} is no factor of rows and of columns away from its twin ({layer.least:.0%} is "
+            "left over), so they are not of the same model"
         )
     return layer
 
@@ -133,20 +146,33 @@ def _divided(name: str, vector: Tensor, twin: Tensor) -> Iterator[_Vector]:
     if vector.dim() != 1 or torch.equal(vector, twin):
         return
     for offset in (0.0, 1.0):
-        yield _Vector(name, _ratio(vector.float() + offset, twin.float() + offset), offset)
+        over, under = vector.float() + offset, twin.float() + offset
+        yield _Vector(name, _ratio(over, under), (over != 0) & (under != 0), offset)
 
 
 def _match_norms(layers: list[_Layer], norms: list[_Vector], factors: Factors) -> None:
     """Columns are those of the norm before, which knows them to the bit."""
     for layer in layers:
-        fitting = [norm for norm in norms if len(norm.by) == len(layer.columns)]
-        if _is_none(layer.columns) or not fitting:
+        fitting = [
+            norm
+            for norm in norms
+            if len(norm.by) == len(layer.columns) and not norm.name.endswith(_BIAS)
+        ]
+        if _is_none(layer.columns):
+            layer.columns = torch.ones_like(layer.columns)
+            layer.fit_rows()
+            continue
+        if not fitting:
             continue
         norm = min(fitting, key=lambda norm: _apart(norm.by, layer.columns))
         if _apart(norm.by, layer.columns) > _SAME:
             continue
-        layer.columns = factors.columns[layer.name] = norm.by
-        factors.rows[norm.name] = 1 / norm.by
+        by = norm.by
+        if not norm.known.all():
+            own = layer.columns * _shared(by[norm.known], layer.columns[norm.known])
+            by = 1 / factors.rows.get(norm.name, 1 / torch.where(norm.known, by, own))
+        layer.columns = factors.columns[layer.name] = by
+        factors.rows[norm.name] = 1 / by
         if norm.offset:
             factors.offsets[norm.name] = norm.offset
         layer.fit_rows()
@@ -169,11 +195,7 @@ def _match_layers(layers: list[_Layer], factors: Factors) -> None:
         maker, part = min(parts, key=lambda p: _apart(1 / p[0].rows[p[1]], layer.columns))
         if _apart(1 / maker.rows[part], layer.columns) > _SAME:
             raise _unexplained(layer)
-        # Both sides were measured through rounding, over as many numbers as they are long.
-        least, most = len(maker.columns), len(layer.rows)
-        columns = layer.columns * _shared(1 / maker.rows[part], layer.columns)
-        log = maker.rows[part].log() * least - columns.log() * most
-        rows = torch.exp(log / (least + most))
+        rows = _agreed(maker, part, layer)
         shared = factors.rows.setdefault(maker.name, torch.ones(len(maker.rows)))
         shared[part] = rows
         factors.columns[layer.name] = 1 / rows
@@ -181,28 +203,45 @@ def _match_layers(layers: list[_Layer], factors: Factors) -> None:
         layer.fit_rows()
 
 
-def _add_vectors(
-    names: list[str],
-    weights: Mapping[str, Tensor],
-    norms: list[_Vector],
-    layers: list[_Layer],
-    factors: Factors,
-) -> None:
-    """Biases go with their weights; a norm that was divided for nobody is not understood."""
+def _agreed(maker: _Layer, part: slice, layer: _Layer) -> Tensor:
+    """`[K]`: the rows of one layer by which the columns of another are made up for.
+
+    Both sides were measured through rounding, over as many numbers as they are long; a row or a
+    column of zeros tells nothing.
+    """
+    known = maker.alive_rows()[part].float() * len(maker.columns)
+    also = layer.alive_columns().float() * len(layer.rows)
+    rows = maker.rows[part]
+    columns = layer.columns * _shared((1 / rows)[known > 0], layer.columns[known > 0])
+    log = rows.log() * known - columns.log() * also
+    return torch.exp(log / (known + also).clamp_min(1))
+
+
+def _add_biases(names: list[str], weights: Mapping[str, Tensor], factors: Factors) -> None:
+    """They go with their weights."""
     for name in names:
-        bias = f"{name.removesuffix('.weight')}.bias"
+        bias = f"{name.removesuffix('.weight')}{_BIAS}"
         if name in factors.rows and name.endswith(".weight") and bias in weights:
             factors.rows[bias] = factors.rows[name]
+
+
+def _check_all_is_explained(norms: list[_Vector], layers: list[_Layer], factors: Factors) -> None:
+    """What was divided is multiplied, in every channel; no factor was overlooked."""
     for norm in norms:
-        if norm.name not in factors.rows and not _is_none(norm.by):
+        if norm.name not in factors.rows and float(norm.by.log2().abs().max()) > _BF16:
             raise ProfileError(
                 f"{norm.name} is another one in the twin, and no layer makes up for it; the twin "
                 "is of another model, or smoothed in a way that is not understood"
             )
     for layer in layers:
-        if layer.name not in factors.rows and not _is_none(layer.rows):
+        columns = factors.columns.get(layer.name, torch.ones_like(layer.columns))
+        rows = factors.rows.get(layer.name, torch.ones_like(layer.rows))
+        left = layer.rounding(columns, rows)
+        if left > _AS_GOOD * layer.least + 1e-3:
             raise ProfileError(
-                f"the rows of {layer.name} are scaled in the twin, and no layer makes up for it"
+                f"rows or columns of {layer.name} are scaled in the twin ({left:.1%} is left over "
+                f"without, {layer.least:.1%} with factors of its own), and no norm and no other "
+                "layer makes up for it"
             )
 
 
