@@ -242,10 +242,14 @@ class Calibration:
                 yield f"{name} has no weight scale for each of its {shape[0]} rows"
             elif not (scale.isfinite() & (scale > 0)).all():
                 yield f"{name} has weight scales that are not finite and positive"
-            elif entry.weight_scale is not None and not torch.equal(
-                entry.weight_scale, scale.float().flatten()
-            ):
+            elif self._is_of_others(entry, scale):
                 yield f"{name} has other weight scales than the profile was made with"
+
+    def _is_of_others(self, entry: Entry, scale: Tensor) -> bool:
+        """Whether a checkpoint of codes has other scales than the profile says."""
+        if self.starts_on_floats or entry.weight_scale is None:
+            return False
+        return not torch.equal(entry.weight_scale, scale.float().flatten())
 
 
 def _likeness(weight: Tensor, entry: Entry) -> float:

@@ -7,12 +7,14 @@ the checkpoint that the arithmetic makes: its snapshot holds every one of them.
 from __future__ import annotations
 
 import random
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 import flashquant
@@ -20,6 +22,7 @@ from flashquant.errors import ConfigError, MisfitTensor, ProfileError
 from flashquant.profiles import Base, fingerprint, load_profile, save_profile
 from flashquant.profiles.profile import Profile
 from flashquant.schemes import int8_channel
+from flashquant.smoothing import Checkpoint, factors_of_twins, profile_of, write_w8a8
 from tests import flashrl, tiny_models
 from tests.engine.serving import Serving, serve
 from tests.engine.test_doors import DOORS, Weights
@@ -134,6 +137,90 @@ def test_refreshed_scales_fit_the_smoothed_weights(files: Files, tmp_path: Path)
     flashquant.reload_weights(live.llm, files.moved)
 
     live.snapshot().assert_same(serve(expected, "int8").start)
+
+
+@dataclass(frozen=True)
+class Made:
+    """A profile that was made here, and the W8A8 checkpoint of it."""
+
+    folder: Path
+    source: Checkpoint
+    profile: Profile
+
+    def config(self, scales: str = "frozen") -> str:
+        path = self.folder / f"{scales}.yaml"
+        where = str(self.folder / "made.safetensors")
+        return flashrl.config(path, fn="int8", profile=where, scales=scales)
+
+    def write(self, name: str, weights: Weights) -> Path:
+        """A bf16 checkpoint of other weights."""
+        path = self.folder / name
+        shutil.copytree(self.source.folder, path)
+        save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+        return path
+
+
+@pytest.fixture(scope="module")
+def made(files: Files, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """Read off the twin; how factors were chosen does not matter here."""
+    folder, source = tmp_path_factory.mktemp("made"), Checkpoint(files.bf16)
+    factors, scales = factors_of_twins(source, Checkpoint(files.w8a8))
+    profile = profile_of(factors, source.items(), dict.fromkeys(scales), "made")
+    save_profile(profile, folder / "made.safetensors")
+    write_w8a8(source, profile, folder / "w8a8")
+    return Made(folder, source, profile)
+
+
+def test_a_bf16_checkpoint_is_served_through_a_profile_that_knows_its_scales(
+    made: Made, files: Files
+) -> None:
+    """And holds what an engine does that starts on the W8A8 checkpoint of the two."""
+    live = serve(files.bf16, made.config())
+    twin = serve(made.folder / "w8a8", made.config())
+
+    live.start.assert_same(twin.start)
+    for serving in (live, twin):
+        flashquant.reload_weights(serving.llm, files.moved)
+
+    live.snapshot().assert_same(twin.snapshot())
+
+
+@pytest.mark.parametrize("scales", ["frozen", "refreshed"])
+def test_reload_equals_restart_through_a_made_profile(
+    made: Made, files: Files, scales: str
+) -> None:
+    live = serve(files.bf16, made.config(scales))
+
+    flashquant.reload_weights(live.llm, files.moved)
+
+    restarted = serve(made.write(f"moved-{scales}", files.moved), made.config(scales))
+    live.snapshot().assert_same(restarted.start)
+    flashquant.reload_weights(live.llm, tiny_models.tensors(files.bf16))
+    live.snapshot().assert_same(live.start)
+
+
+def test_a_report_tells_how_many_codes_changed(made: Made, files: Files) -> None:
+    live = serve(files.bf16, made.config())
+    flashquant.reload_weights(live.llm, files.moved)
+
+    again = flashquant.reload_weights(live.llm, files.moved)
+    back = flashquant.reload_weights(live.llm, tiny_models.tensors(files.bf16))
+
+    assert again.changed == 0
+    # Of the 5 % by which each weight moved, a code sees the larger part.
+    assert 0.3 < back.changed < 0.8
+    assert set(back.drift) == {n for n, e in made.profile.entries.items() if e.kind == torch.int8}
+    assert back.clipped == 0
+    assert back.peak == pytest.approx(1, abs=0.01)
+
+
+def test_the_profile_of_another_model_is_refused_by_a_bf16_checkpoint(
+    made: Made, tmp_path: Path
+) -> None:
+    other = tiny_models.make("qwen2", 77, tmp_path / "other")
+
+    with pytest.raises(ProfileError, match=r"have other maxima than .* so it is another model"):
+        _ = Serving(other, made.config()).llm
 
 
 def test_a_push_that_fails_leaves_codes_scales_and_norms(live: Serving, files: Files) -> None:
