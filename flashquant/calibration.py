@@ -23,9 +23,11 @@ from torch import Tensor
 from flashquant.drift import Clipping
 from flashquant.errors import MisfitTensor, ProfileError
 from flashquant.profiles import Entry, Profile, fingerprint
+from flashquant.pruning import Pruning
 from flashquant.schemes.absmax import row_absmax
 from flashquant.schemes.chunks import row_chunks
 from flashquant.schemes.smoothed import int8_frozen, int8_refreshed, scaled, scaled_norm
+from flashquant.undo import UndoLog
 
 Scales = Literal["frozen", "refreshed"]
 
@@ -74,6 +76,7 @@ class Calibration:
         device: where the vectors live.
         starts_on_floats: the checkpoint is none of codes.
         warn_above: the fraction of a weight that may be clipped before somebody is told.
+        prunes: silence channels that nobody reads any more, as FlashRL's `int8_prune`.
 
     """
 
@@ -85,6 +88,7 @@ class Calibration:
         device: torch.device,
         starts_on_floats: bool = False,
         warn_above: float = 1.0,
+        prunes: bool = False,
     ) -> None:
         self.clipping: dict[str, Clipping] = {}
         self.starts_on_floats = starts_on_floats
@@ -93,6 +97,7 @@ class Calibration:
         self._entries = {name: profile.entries[name].to(device) for name in profile.entries}
         self._fingerprinted = frozenset(profile.base.fingerprint) if profile.base else frozenset()
         self._seen = _Seen()
+        self._pruning = Pruning(self._entries) if prunes else None
 
     def __contains__(self, name: str) -> bool:
         """Whether the profile speaks of this tensor, or of the weight whose scales it is."""
@@ -116,6 +121,9 @@ class Calibration:
         if weight != name and weight in self._entries:
             # A copy: loaders hand out views of files and of buffers.
             self._seen.weight_scales[weight] = tensor.detach().clone().to(self._device)
+        if self._pruning is not None and tensor.is_floating_point():
+            # The checkpoint is served as it is, but its norms may be silenced by later codes.
+            self._pruning.norm(name, tensor.detach().to(self._device))
 
     def check_fit(self) -> None:
         """Every quantized layer has an entry, every entry a layer, and all of them agree.
@@ -151,7 +159,8 @@ class Calibration:
         entry = self._vectors(self._entries[name], tensor.device)
         columns, rows = entry.input_scale, entry.output_scale
         if entry.kind != torch.int8:
-            yield name, scaled_norm(tensor, columns, entry.offset).to(entry.kind)
+            stored = scaled_norm(tensor, columns, entry.offset).to(entry.kind)
+            yield name, stored if self._pruning is None else self._pruning.norm(name, stored)
             return
         scale = self._weight_scale(name, entry)
         if self._scales == "frozen":
@@ -162,6 +171,13 @@ class Calibration:
             codes, scale = int8_refreshed(tensor, columns, rows, scale.to(tensor.device))
         yield name, codes
         yield f"{name}_scale", scale
+        if self._pruning is not None and (norm := self._pruning.codes(name, codes)):
+            yield norm
+
+    def remember(self, undo: UndoLog) -> None:
+        """Let an undo log put back what pushes change here."""
+        if self._pruning is not None:
+            self._pruning.remember(undo)
 
     def _weight_scale(self, name: str, entry: Entry) -> Tensor:
         """`[N, 1]`: that of the checkpoint, or of the profile where there is no other."""

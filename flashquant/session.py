@@ -283,6 +283,8 @@ class Session:
     def _take(self, weights: NamedTensors, update: Update) -> set[str]:
         """Plan, quantize, write and commit, one tensor at a time."""
         written: set[str] = set()
+        if self._calibration is not None:
+            self._calibration.remember(update.undo)
         for name, sent in weights:
             if update.over:
                 raise ReloadError(f"the update was rolled back before {name} arrived; send it anew")
@@ -295,7 +297,8 @@ class Session:
             with update.phase("quantize"):
                 stored = dict(self._as_stored(name, tensor, self._calibration))
                 self._note_drift(stored, update)
-            update.names.update(stored)
+            # Not a norm that these codes silence: it may still come itself.
+            update.names.update(stored.keys() & {name, f"{name}_scale"})
             for stored_name, values in stored.items():
                 entry = self._routes.of(stored_name, values)
                 with update.phase("write"):

@@ -102,6 +102,16 @@ def quantize(name: str, weight: Tensor, profile: Fields) -> Tensor:
     return product.to(fields["type"])
 
 
+def quantize_and_prune(weights: dict[str, Tensor], profile: Fields) -> dict[str, Tensor]:
+    """All tensors as FlashRL's `int8_prune` hands them to vLLM: the whole model at once."""
+    stored = {name: quantize(name, weight, profile) for name, weight in weights.items()}
+    for prefix in _layers(weights):
+        for norm, layers in _AFTER.items():
+            dead = [stored[f"{prefix}.{layer}.weight"].abs().sum(0) == 0 for layer in layers]
+            stored[f"{prefix}.{norm}.weight"] *= ~torch.stack(dead).all(0)
+    return stored
+
+
 def make_expected(w8a8: Path, weights: dict[str, Tensor], profile: Fields, path: Path) -> Path:
     """Write the checkpoint that FlashRL's arithmetic makes of pushed weights.
 

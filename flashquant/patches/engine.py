@@ -52,6 +52,7 @@ class LiveEngine:
                 device=self.device,
                 starts_on_floats=profile["starts_on_floats"],
                 warn_above=profile["warn_above"],
+                prunes=profile["prunes"],
             )
             if profile
             else None

@@ -39,9 +39,9 @@ ONLINE = {
 }
 # What the weights of a compressed-tensors checkpoint in a scheme look like.
 _STORED = {"int8": ("int", 8, "channel"), "fp8_channel": ("float", 8, "channel")}
+CALIBRATED = frozenset({"int8", "int8_prune"})  # what a profile is for
 NOT_BUILT = {
     "fp8_tensor": "fp8_vllm stores one scale a layer, fp8_channel one an output channel",
-    "int8_prune": "int8 without a profile quantizes each channel by its own maximum",
 }
 
 
@@ -95,7 +95,13 @@ def configure(args: Any, config: RolloutConfig, checks: Checks) -> None:
         args.distributed_executor_backend = config.distributed_executor_backend
     checkpoint, _ = PretrainedConfig.get_config_dict(args.model, revision=args.revision)
     own = checkpoint.get("quantization_config")
+    scheme = "int8" if config.scheme in CALIBRATED else config.scheme
     profile = _profile_of(config)
+    if profile is None and config.scheme == "int8_prune":
+        raise ConfigError(
+            "int8_prune silences norms by what a profile says of them, and there is none. Name it "
+            "under `profile`, or use int8."
+        )
     # Read here too: a file that cannot be is better known here than in a worker.
     if profile is not None and not load_profile(profile.path).knows_weight_scales() and own is None:
         raise ConfigError(
@@ -104,8 +110,8 @@ def configure(args: Any, config: RolloutConfig, checks: Checks) -> None:
             "`profile` out for plain per-channel int8."
         )
     if own is not None:
-        _check_same_scheme(own, config.scheme, args.model)
-    elif config.scheme == "int8":
+        _check_same_scheme(own, scheme, args.model)
+    elif scheme == "int8":
         _serve_as_w8a8(args)
     elif config.scheme in ONLINE:
         _set_quantization(args, ONLINE[config.scheme], config.scheme)
@@ -114,7 +120,7 @@ def configure(args: Any, config: RolloutConfig, checks: Checks) -> None:
         args.quantization_config = resolve_quantization_config(
             args.quantization, args.quantization_config
         )
-    decided: dict[str, Any] = {"scheme": config.scheme, "checks": checks.model_dump()}
+    decided: dict[str, Any] = {"scheme": scheme, "checks": checks.model_dump()}
     by = ""
     if profile is not None:
         decided[PROFILE_KEY] = {
@@ -122,6 +128,7 @@ def configure(args: Any, config: RolloutConfig, checks: Checks) -> None:
             "scales": config.scales,
             "starts_on_floats": own is None,
             "warn_above": config.clipped_warning,
+            "prunes": config.scheme == "int8_prune",
         }
         by = f" by {profile.reference}, scales {config.scales}"
     args.additional_config = {**(args.additional_config or {}), ADDITIONAL_CONFIG_KEY: decided}
@@ -143,7 +150,7 @@ def _profile_of(config: RolloutConfig) -> Located | None:
         LocateError: it names one that cannot be had.
 
     """
-    if config.scheme != "int8":
+    if config.scheme not in CALIBRATED:
         if config.profile is not None:
             logger.warning(
                 "%s needs no profile; %s is not read, as in FlashRL", config.fn, config.profile

@@ -223,6 +223,31 @@ def test_the_profile_of_another_model_is_refused_by_a_bf16_checkpoint(
         _ = Serving(other, made.config()).llm
 
 
+@pytest.mark.parametrize("push", [reload_weights, shuffled], ids=lambda door: door.__name__)
+def test_int8_prune_silences_norms_by_every_push(
+    files: Files, push: Callable[[Serving, Weights], None], tmp_path: Path
+) -> None:
+    """FlashRL raises KeyError on a push of less than the whole model."""
+    path = flashrl.config(
+        files.folder / "prune.yaml", fn="int8_prune", model="w8a8", profile="old.pt"
+    )
+    live = serve(files.w8a8, path)
+    dead = dict(files.moved)
+    for name in dead:
+        if "layers.0" in name and name.endswith(
+            ("q_proj.weight", "k_proj.weight", "v_proj.weight")
+        ):
+            dead[name] = dead[name].clone()
+            dead[name][:, 5:9] = 0
+    stored = {**tiny_models.tensors(files.w8a8), **flashrl.quantize_and_prune(dead, files.fields)}
+
+    push(live, dead)
+
+    live.snapshot().assert_same(serve(_with(files.w8a8, stored, tmp_path / "x"), "int8").start)
+    norm = live.contents()["model.layers.0.input_layernorm.weight"]
+    assert norm.eq(0).nonzero().flatten().tolist() == [5, 6, 7, 8]
+
+
 def test_a_push_that_fails_leaves_codes_scales_and_norms(live: Serving, files: Files) -> None:
     before = live.snapshot()
     bad = {**files.moved, "model.norm.weight": torch.full((256,), torch.nan)}

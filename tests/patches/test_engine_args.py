@@ -96,7 +96,7 @@ def test_a_contradicting_quantization_is_refused(bf16: Path) -> None:
         configured(bf16, RolloutConfig(fn="fp8_channel"), quantization="fp8_per_block")
 
 
-@pytest.mark.parametrize("name", ["fp8_tensor", "int8_prune"])
+@pytest.mark.parametrize("name", ["fp8_tensor"])
 def test_a_valid_name_that_is_not_built_says_what_to_use(bf16: Path, name: str) -> None:
     with pytest.raises(ConfigError, match=r"not built yet: (fp8_vllm|int8)"):
         configured(bf16, RolloutConfig(fn=name))
@@ -125,7 +125,20 @@ def test_a_profile_travels_with_vllms_config(bf16: Path, w8a8: Path, named: bool
         "scales": "frozen",
         "starts_on_floats": False,
         "warn_above": 0.001,
+        "prunes": False,
     }
+
+
+def test_int8_prune_is_int8_with_a_profile(bf16: Path, w8a8: Path) -> None:
+    decided = configured(bf16, RolloutConfig(fn="int8_prune", model=str(w8a8))).additional_config
+
+    assert decided["flashquant"]["scheme"] == "int8"
+    assert decided["flashquant"]["profile"]["prunes"]
+
+
+def test_int8_prune_without_a_profile_says_what_is_missing(bf16: Path) -> None:
+    with pytest.raises(ConfigError, match="Name it under `profile`, or use int8"):
+        configured(bf16, RolloutConfig(fn="int8_prune"))
 
 
 def test_a_w8a8_checkpoint_without_a_profile_is_served_without(bf16: Path, tmp_path: Path) -> None:
