@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import flashquant
+from examples.demo import smollm2
 from flashquant.errors import ConfigError, MisfitTensor, ProfileError
 from flashquant.profiles import Base, fingerprint, load_profile, save_profile
 from flashquant.profiles.profile import Profile
@@ -119,6 +120,29 @@ def test_every_code_norm_and_scale_is_flashrls_arithmetic(
             assert not torch.equal(expected, files.moved[name])
     down = "model.layers.1.mlp.down_proj.weight_scale"
     assert torch.equal(held[down], stored[down])
+
+
+def test_smollm2_holds_flashrls_codes_to_the_bit(tmp_path: Path) -> None:
+    """Real weights; packed memory is compared by the digests of what was packed."""
+    source = smollm2.checkpoint(smollm2.default_cache_dir())
+    w8a8 = flashrl.make_smoothed(source, tmp_path / "w8a8")
+    fields = flashrl.make_profile(source, w8a8)
+    torch.save(fields, tmp_path / "profile.pt")
+    moved = {
+        name: (tensor * 1.02).to(tensor.dtype)
+        for name, tensor in tiny_models.tensors(source).items()
+    }
+    config = flashrl.config(
+        tmp_path / "a.yaml", fn="int8", model=str(w8a8), profile="profile.pt", scales="frozen"
+    )
+    live = serve(w8a8, config)
+    before = live.session.digests()
+
+    report = flashquant.reload_weights(live.llm, moved)
+
+    expected = serve(flashrl.make_expected(w8a8, moved, fields, tmp_path / "expected"), "int8")
+    assert live.session.digests() == expected.session.digests() != before
+    assert len(report.drift) == 7 * 30
 
 
 def test_refreshed_scales_fit_the_smoothed_weights(files: Files, tmp_path: Path) -> None:
