@@ -1,9 +1,9 @@
 """How pushed weights move through their codes: told by every report, cheap enough to leave on.
 
 An update of reinforcement learning is small, and a code is coarse: how many codes change at
-all says whether the rollouts see it. 4,096 codes of each weight are kept and compared, always at
-the same random places: the fraction is right to about 0.8 %, of a hundred weights to 0.1 %. What
-the kernels hold could not be asked, because packed memory shows no codes.
+all says whether the rollouts see it. About 1,024 codes of each weight are kept and compared,
+always the same, over all rows and columns: the fraction is right to 1.6 % or better, of a hundred
+weights to 0.2 %. What the kernels hold could not be asked: packed memory shows no codes.
 
 How far a weight has outgrown frozen scales is counted exactly, while it is quantized.
 """
@@ -25,7 +25,7 @@ from flashquant.schemes.stored import holds_codes
 
 logger = logging.getLogger(__name__)
 
-_SAMPLE: Final = 4096
+_SAMPLE: Final = 1024
 
 
 class Clipping(NamedTuple):
@@ -119,16 +119,19 @@ class Drifts:
         )
 
 
-@functools.cache
-def _places(size: int, device: torch.device) -> Tensor:
-    dice = torch.Generator().manual_seed(0)
-    return torch.randint(0, size, (_SAMPLE,), generator=dice).to(device)
-
-
 def _sampled(codes: Tensor) -> Tensor:
     """Codes at the same places every time; all of them where they are few."""
     flat = codes.detach().contiguous().view(torch.int8).flatten()
-    return flat.clone() if len(flat) <= _SAMPLE else flat[_places(len(flat), flat.device)]
+    return flat[:: _stride(len(flat), codes.shape[-1])].clone()
+
+
+@functools.cache
+def _stride(size: int, columns: int) -> int:
+    """A step that shares no divisor with a row, and so comes through every column."""
+    stride = max(1, size // _SAMPLE)
+    while math.gcd(stride, columns) > 1:
+        stride -= 1
+    return stride
 
 
 def _on_host(scalars: list[Tensor | None]) -> list[float | None]:

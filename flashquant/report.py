@@ -24,7 +24,7 @@ class Drift:
 
     Attributes:
         size: elements of the weight, unsharded.
-        changed: the fraction of its codes that are others than before, by a sample of 4,096;
+        changed: the fraction of its codes that are others than before, by a sample of 1,024;
             None where there is nothing to compare with.
         clipped: the fraction that frozen scales of a profile have clipped; None without.
         peak: max |w| / (127 * scale), about 1 where frozen scales fit; None without.

@@ -29,9 +29,21 @@ def test_the_fraction_of_changed_codes_is_told_by_a_sample(fraction: float):
     assert noted is not None
     drift = drifts.settle({"w": noted})["w"]
 
-    assert drift.changed == pytest.approx(fraction, abs=0.03)
+    assert drift.changed == pytest.approx(fraction, abs=0.04)
     assert drift.size == CODES.numel()
     assert (drift.clipped, drift.peak) == (None, None)
+
+
+@pytest.mark.parametrize("shape", [(576, 576), (1536, 576), (64, 4096), (4096, 128), (7, 1024)])
+def test_the_sample_comes_through_every_column(shape: tuple[int, int]):
+    drifts = Drifts()
+    drifts.start("w", torch.zeros(shape, dtype=torch.int8))
+
+    noted = drifts.note("w", torch.arange(shape[1]).remainder(2).char().repeat(shape[0], 1), None)
+    assert noted is not None
+
+    assert drifts.settle({"w": noted})["w"].changed == pytest.approx(0.5, abs=0.01)
+    assert 1024 <= len(noted.sample) <= 3 * 1024
 
 
 def test_of_a_small_weight_every_code_is_compared():
