@@ -94,10 +94,10 @@ class Rejection:
         _ordered("low", self.low, "high", self.high, positive=self.statistic != "k1")
 
     def keeps(self, log_ratio: Tensor, mask: Tensor, bound: float) -> Tensor:
-        """Which tokens stay, `[B, T]` or `[B, 1]`; what it says of masked ones means nothing."""
+        """Which tokens `[B, T]`, or sequences `[B, 1]`, stay; only unmasked tokens are judged."""
         if self.over in ("token", "any"):
-            stays = self._within(self._of_tokens(log_ratio, bound))
-            return stays if self.over == "token" else (stays | ~mask).all(-1, keepdim=True)
+            stays = self._within(self._of_tokens(log_ratio, bound)) | ~mask
+            return stays if self.over == "token" else stays.all(-1, keepdim=True)
         gather = row_sum if self.over == "sum" else row_mean
         if self.statistic == "ratio":
             return self._within(exponential(gather(log_ratio, mask), bound))
@@ -210,7 +210,8 @@ class Correction:
             log_ratio,
             mask,
             kept,
-            ratio=ratio,
+            # How far apart the policies are: whatever was rejected.
+            ratio=exponential(self._at_level(log_ratio, mask), self.safety_bound),
             weight=weight * self._units(kept),
             clipped=clipped,
             units=units,

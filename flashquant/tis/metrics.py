@@ -66,7 +66,7 @@ def measure(
         log_ratio: of each token, `[B, T]`, 0 where masked.
         mask: the tokens that were asked about.
         kept: those of them that no rejection took.
-        ratio: of each unit.
+        ratio: of each unit, of all its unmasked tokens.
         weight: of each unit, 0 where it was rejected.
         clipped: units whose ratio met the cap or the floor.
         units: which places hold one.

@@ -127,11 +127,10 @@ def _reduced(token_loss: Tensor, mask: Tensor, reduce: Reduce) -> Tensor:
 
 def _spread(advantages: Tensor, mask: Tensor) -> Tensor:
     """As `[B, T]`."""
-    if advantages.dim() == 1:
-        advantages = advantages[:, None]
-    if advantages.dim() != 2 or advantages.shape[0] != mask.shape[0]:
+    columns = advantages[:, None] if advantages.dim() == 1 else advantages
+    if columns.dim() != 2 or columns.shape[0] != mask.shape[0]:
         raise CorrectionError(
             f"advantages have shape {tuple(advantages.shape)} and the mask {tuple(mask.shape)}. "
             "Give [B, T], or [B] or [B, 1] for one a sequence."
         )
-    return advantages if advantages.shape[1] != 1 else advantages.expand(-1, mask.shape[-1])
+    return columns if columns.shape[1] != 1 else columns.expand(-1, mask.shape[-1])
