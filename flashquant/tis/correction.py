@@ -162,11 +162,11 @@ class Correction:
             _one_of("level", self.level, get_args(Level))
         elif self.normalize:
             raise CorrectionError("normalize=True, but level=None has no weights. Give a level.")
-        # exp(88) is the last that float32 holds, and chi2 squares it.
-        if not 0 < self.safety_bound <= 40:
+        # exp(88) is the last that float32 holds, and chi2 adds up squares.
+        if not 0 < self.safety_bound <= 30:
             raise CorrectionError(
-                f"safety_bound={self.safety_bound:g}, but is above 0 and at most 40, so that "
-                "squares of ratios fit into float32. 20 is usual."
+                f"safety_bound={self.safety_bound:g}, but is above 0 and at most 30, so that "
+                "squares of ratios add up in float32. 20 is usual."
             )
         _ordered("floor", self.floor, "cap", self.cap, positive=True)
         for name, value in self._ratio_bounds():

@@ -23,7 +23,7 @@ class Metrics:
         k1: mean of -log r over tokens: KL(rollout, trainer), unbiased, may be negative.
         k3: mean of r - 1 - log r over tokens: the same, never negative.
         chi2: mean of r^2 - 1 over units: what the variance of unbounded weights grows with.
-        ess: (sum w)^2 / (n * sum w^2) over units: which part of the batch is effectively there.
+        ess: (sum w)^2 / (n * sum w^2) over n units: which part of the batch is effectively there.
         ratio_max: the largest r of a unit, before any bound but the safety bound.
         weight_mean: mean w over units.
         clipped_fraction: units whose r was cut to the cap or raised to the floor.
@@ -90,11 +90,9 @@ def measure(
 
 
 def _effective_sample_size(weight: Tensor, units: Tensor) -> Tensor:
-    weight = torch.where(units, weight, 0.0)
-    # By the largest first: the squares of weights near exp(20) would not add up in float32.
-    weight = weight / _largest(weight).clamp(min=torch.finfo(torch.float32).tiny)
-    squares = units.sum() * weight.square().sum()
-    return weight.sum().square() / torch.where(squares > 0, squares, 1.0)
+    # Of means, not of sums: n times a sum of squares could leave float32.
+    squares = mean(weight.square(), units)
+    return mean(weight, units).square() / torch.where(squares > 0, squares, 1.0)
 
 
 def _largest(values: Tensor) -> Tensor:

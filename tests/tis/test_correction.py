@@ -339,15 +339,31 @@ def test_bf16_is_taken_at_its_exact_value(batch, correction):
     assert found.metrics.to_dict() == exact.metrics.to_dict()
 
 
+def test_bf16_is_subtracted_in_float32():
+    trainer = torch.tensor([[-3 / 256]], dtype=torch.bfloat16)
+    rollout = torch.tensor([[-8.0]], dtype=torch.bfloat16)  # their difference would be 8 in bf16
+
+    weights = Correction(cap=None)(trainer, rollout, torch.ones(1, 1)).weights
+
+    close(weights, [[math.exp(8 - 3 / 256)]], rtol=1e-5, atol=0)
+
+
 def test_long_sequences_are_summed_in_float32():
-    rollout = torch.full((1, 4096), -1.0, dtype=torch.bfloat16)
-    trainer = rollout + 2**-7  # one step of bf16; 4096 of them in bf16 would stop at 2 or so
+    rollout = torch.full((1, 2048), -1.0, dtype=torch.bfloat16)
+    trainer = rollout + 2**-7  # one step of bf16; 2048 of them in bf16 would stop at 2 or so
 
-    weights = Correction(level="sequence", cap=None, safety_bound=40)(
-        trainer, rollout, torch.ones(1, 4096)
-    ).weights
+    weights = Correction(level="sequence", cap=None)(trainer, rollout, torch.ones(1, 2048)).weights
 
-    close(weights[0, 0], math.exp(32), rtol=1e-5, atol=0)
+    close(weights[0, 0], math.exp(16), rtol=1e-5, atol=0)
+
+
+def test_metrics_of_a_large_batch_as_far_off_as_can_be_stay_in_float32():
+    far = torch.full((2048, 1024), 99.0)
+
+    metrics = Correction(cap=None, safety_bound=30)(far, 0 * far, 0 * far + 1).metrics
+
+    assert metrics.ess.item() == pytest.approx(1)
+    assert metrics.chi2.isfinite()
 
 
 def test_the_safety_bound_holds_for_what_is_exponentiated():
@@ -456,8 +472,8 @@ def test_token_ids_are_no_logprobs():
         ({"floor": 3.0}, "floor=3 is above cap=2"),
         ({"cap": 1e10}, "never be met. Use None"),
         ({"level": None, "normalize": True}, "Give a level"),
-        ({"safety_bound": 0.0}, "above 0 and at most 40"),
-        ({"safety_bound": 88.0}, "above 0 and at most 40"),
+        ({"safety_bound": 0.0}, "above 0 and at most 30"),
+        ({"safety_bound": 40.0}, "above 0 and at most 30"),
         ({"rejections": (Rejection("ratio", low=1e-12),)}, "low=1e-12.*never be met"),
     ],
 )
