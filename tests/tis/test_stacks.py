@@ -125,6 +125,26 @@ def test_verl_takes_several_rejections_and_all_must_pass(batch):
     agrees(correction, batch, lambda row, token: min(ratio(token), 2.0), counts)
 
 
+@pytest.mark.parametrize(
+    ("option", "kept"),
+    # Of each token k2 is 0.24 and k3 is 0.31.
+    [
+        ("seq_max_k2", True),
+        ("seq_mean_k2", True),
+        ("seq_sum_k2", False),
+        ("token_k2", True),
+        ("seq_max_k3", False),
+        ("seq_mean_k3", False),
+        ("seq_sum_k3", False),
+        ("token_k3", False),
+    ],
+)
+def test_verls_options_judge_what_their_names_say(option, kept):
+    correction = from_verl(rollout_rs=option, rollout_rs_threshold=0.3)
+
+    assert correction(*of_ratios([2.0, 2.0, None])).keep_mask.any() == kept
+
+
 def test_verls_bounds_of_k1_are_for_the_inverse_of_the_ratio():
     batch = of_ratios([0.3, 0.6, 1.9, 2.5])
 

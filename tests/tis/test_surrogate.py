@@ -280,6 +280,23 @@ def test_nan_on_masked_tokens_reaches_neither_value_nor_gradient(problem, correc
         assert torch.equal(gradient, clean_gradient)
 
 
+def test_nan_on_masked_tokens_is_stopped_where_it_enters():
+    """And not only at the end: torch's anomaly mode finds none on the way back."""
+    nan, mask = torch.tensor([[-1.0, math.nan]]), torch.tensor([[1, 0]])
+
+    value, _ = loss(
+        nan.clone().requires_grad_(),
+        old_logprobs=nan,
+        rollout_logprobs=nan.clone(),
+        advantages=nan,
+        mask=mask,
+        correction=Correction(),
+    )
+
+    with pytest.warns(UserWarning, match="Anomaly"), torch.autograd.detect_anomaly():
+        value.backward()
+
+
 @given(problem=problems(near=False), correction=st.sampled_from(CORRECTIONS))
 @bounded
 def test_the_loss_is_finite_however_far_the_policies_are_apart(problem, correction):
