@@ -4,6 +4,7 @@ FlashquantError
 ├── ConfigError                  a YAML file or an environment variable says something impossible
 │   └── LocateError              a reference leads to no file, or out of where it may lead
 ├── ProfileError                 a calibration profile does not fit its model, or cannot be read
+├── CorrectionError              a loss correction is set up, or fed, with what it cannot mean
 ├── PatchError                   a seam in the engine is missing, taken, or shaped differently
 │   └── UnsupportedEngine        the engine, or a kernel in it, is none that flashquant knows
 └── ReloadError                  a push of weights did not go through
@@ -37,6 +38,10 @@ class LocateError(ConfigError):
 
 class ProfileError(FlashquantError, ValueError):
     """A calibration profile does not fit its model, or cannot be read."""
+
+
+class CorrectionError(FlashquantError, ValueError):
+    """A loss correction is set up, or fed, with what it cannot mean."""
 
 
 class PatchError(FlashquantError):

@@ -52,7 +52,7 @@ def _run(
     # Other processes write to the same pipe, and not always whole lines: vLLM's write the name of
     # the process and what it says one after the other.
     _, said, result = answer.stdout.rpartition("RESULT ")
-    assert said, answer.stderr[-4000:]
+    assert said, f"exit code {answer.returncode}\n{answer.stderr[-4000:]}"
     return dict(json.JSONDecoder().raw_decode(result)[0])
 
 
