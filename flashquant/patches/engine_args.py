@@ -19,6 +19,7 @@ from flashquant.checks import Checks, checks_from_env
 from flashquant.config import FlashConfig, RolloutConfig, config_from_env
 from flashquant.errors import ConfigError
 from flashquant.locate import Located, locate, locate_in_model, split_revision
+from flashquant.patches.logprobs import configure_logprobs
 from flashquant.patches.point import PatchPoint
 from flashquant.profiles import load_profile
 from flashquant.smoothing import W8A8
@@ -50,6 +51,7 @@ def _create_model_config(original: Any, args: Any) -> Any:
     if flash is not None:
         entry = vars(args).get(ENTRY) or flash.for_rank(rank_of(args, flash, os.environ))
         configure(args, entry, checks_from_env(os.environ))
+        configure_logprobs(args, os.environ)
     return original(args)
 
 
