@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import Progress, TaskID
-from rich.table import Table
+from rich.table import Column, Table
 
 from flashquant.errors import ProfileError
 
@@ -186,7 +186,8 @@ def _inspect(reference: str, plot: str | None) -> int:
     from flashquant.profiles import load_profile
 
     profile = load_profile(reference)
-    table = Table("weight", "stored as", "shape", "columns", "rows", box=None)
+    weight = Column("weight", overflow="fold")
+    table = Table(weight, "stored as", "shape", "columns", "rows", box=None)
     for name, entry in profile.entries.items():
         shape = " x ".join("?" if size is None else str(size) for size in entry.shape)
         kind = str(entry.kind).removeprefix("torch.")
