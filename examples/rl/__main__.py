@@ -1,0 +1,176 @@
+"""`python -m examples.rl`: the arms, one after another, and the picture at the end."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from examples.rl import plot
+from examples.rl.record import Record
+from examples.rl.rollout import ENGINE_ENVIRONMENT
+from examples.rl.settings import ARMS, Arm, Settings, arm
+
+QUICK_ARMS = ("bf16", "int8+tis", "coarse+tis", "coarse")
+QUICK_STEPS = 30
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run what was asked for; all arms of a seed before the next seed."""
+    arguments = parse(argv)
+    os.environ.update(ENGINE_ENVIRONMENT)  # before torch counts the threads it may have
+    console = Console()
+    settings = replace(Settings(), steps=arguments.steps)
+    arms = [arm(name) for name in arguments.arms]
+    records = experiment(arms, arguments, settings, console)
+    lines = [line for record in records for line in record.read()]
+    picture = arguments.out / "learning.png"
+    plot.draw(lines, picture)
+    console.print(summary(lines))
+    console.print(f"the picture: {picture}")
+    return 0
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.rl",
+        description="DAPO on addition: a small decoder, vLLM rollouts in several schemes.",
+    )
+    parser.add_argument("--arms", nargs="+", metavar="ARM", help=f"among {', '.join(ARMS)}")
+    parser.add_argument("--seeds", type=int, help="how many, counted from 0")
+    parser.add_argument("--steps", type=int, help="of RL")
+    parser.add_argument("--out", type=Path, default=Path("rl-results"), metavar="DIR")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoints")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help=f"one seed, {QUICK_STEPS} steps, {len(QUICK_ARMS)} arms",
+    )
+    arguments = parser.parse_args(argv)
+    quick = arguments.quick
+    arguments.arms = arguments.arms or list(QUICK_ARMS if quick else ARMS)
+    arguments.seeds = arguments.seeds or (1 if quick else 5)
+    arguments.steps = arguments.steps or (QUICK_STEPS if quick else Settings().steps)
+    unknown = [name for name in arguments.arms if name not in ARMS]
+    if unknown:
+        parser.error(f"there is no arm {unknown[0]!r}. Choose among {', '.join(ARMS)}.")
+    return arguments
+
+
+def experiment(
+    arms: list[Arm], arguments: argparse.Namespace, settings: Settings, console: Console
+) -> list[Record]:
+    """Every run, drawn as it goes."""
+    # Here, and not above: both are slow to import, and `--help` needs neither.
+    from examples.rl.rollout import Engine
+    from examples.rl.train import Run
+
+    records, engines = [], {}
+    with bars(console) as progress:
+        starts = {
+            calculator: start(calculator, arguments.out, settings, progress)
+            for calculator in sorted({one.calculator for one in arms})
+        }
+        for seed in range(arguments.seeds):
+            for one in arms:
+                # Engines live until the end: vLLM takes the others down with one that dies.
+                if one.scheme not in engines:
+                    folder = arguments.out / start_name(one.calculator)
+                    engines[one.scheme] = Engine(one.scheme, folder)
+                record = Record(arguments.out / one.name / f"seed-{seed}")
+                run = Run(
+                    one,
+                    seed,
+                    settings,
+                    model=copy.deepcopy(starts[one.calculator]),
+                    engine=engines[one.scheme],
+                    record=record,
+                )
+                bar = progress.add_task(f"{one.name}, seed {seed}", total=settings.steps, note="")
+                run.go(resume=arguments.resume, progress=drawer(progress, bar))
+                records.append(record)
+    return records
+
+
+def start_name(calculator: bool) -> str:
+    return "start-calculator" if calculator else "start"
+
+
+def start(calculator: bool, out: Path, settings: Settings, progress: Progress) -> Any:
+    """The supervised start of one kind of episode."""
+    from examples.rl.model import cached_warm_start
+
+    name = start_name(calculator)
+    bar = progress.add_task(f"supervised {name}", total=settings.warm_steps, note="")
+    model = cached_warm_start(
+        settings,
+        out / name,
+        calculator=calculator,
+        progress=lambda step, right: progress.update(
+            bar, completed=step, note=f"accuracy {right:.2f}"
+        ),
+    )
+    progress.update(bar, completed=settings.warm_steps)
+    return model
+
+
+def drawer(progress: Progress, bar: Any) -> Any:
+    """What draws one step of one run."""
+
+    def draw(step: int, line: dict[str, Any]) -> None:
+        progress.update(bar, completed=step, note=f"reward {line['reward']:.2f}")
+
+    return draw
+
+
+def bars(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description:<26}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=console,
+    )
+
+
+def summary(lines: list[dict[str, Any]]) -> Table:
+    """Each arm at its last look."""
+    table = Table(title="at the last step, mean over seeds")
+    for heading in ("arm", "seeds", "accuracy", "lowest", "KL (k3)", "ESS", "sync, s"):
+        table.add_column(heading, justify="left" if heading == "arm" else "right")
+    for name in dict.fromkeys(line["arm"] for line in lines):
+        own = [line for line in lines if line["arm"] == name]
+        table.add_row(name, *cells(own))
+    return table
+
+
+def cells(lines: list[dict[str, Any]]) -> list[str]:
+    """What the table says of one arm: its end, and its means over all steps."""
+    last = max(line["step"] for line in lines)
+    ends = [line["accuracy"] for line in lines if line["step"] == last]
+
+    def mean(metric: str) -> float:
+        values = [line[metric] for line in lines if line.get(metric) is not None]
+        return sum(values) / len(values) if values else float("nan")
+
+    return [
+        f"{len(ends)}",
+        f"{sum(ends) / len(ends):.3f}",
+        f"{min(ends):.3f}",
+        f"{mean('k3'):.1e}",
+        f"{mean('ess'):.3f}",
+        f"{mean('sync_seconds'):.3f}",
+    ]
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
