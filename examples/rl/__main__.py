@@ -15,7 +15,7 @@ from rich.table import Table
 
 from examples.rl import plot
 from examples.rl.record import Record
-from examples.rl.rollout import ENGINE_ENVIRONMENT
+from examples.rl.rollout import ENGINE_ENVIRONMENT, ENGINE_FORBIDDEN
 from examples.rl.settings import ARMS, Arm, Settings, arm
 
 QUICK_ARMS = ("bf16", "int8+tis", "coarse+tis", "coarse")
@@ -25,7 +25,8 @@ QUICK_STEPS = 30
 def main(argv: list[str] | None = None) -> int:
     """Run what was asked for; all arms of a seed before the next seed."""
     arguments = parse(argv)
-    os.environ.update(ENGINE_ENVIRONMENT)  # before torch counts the threads it may have
+    os.environ.update(ENGINE_ENVIRONMENT)  # before anything imports vLLM
+    os.environ.pop(ENGINE_FORBIDDEN, None)
     console = Console()
     settings = replace(Settings(), steps=arguments.steps)
     arms = [arm(name) for name in arguments.arms]

@@ -77,8 +77,6 @@ class Engine:
     """One live vLLM; arms and seeds of one scheme share it, since a push replaces every weight."""
 
     def __init__(self, scheme: str, checkpoint: Path, *, seats: int = 256) -> None:
-        os.environ.update(ENGINE_ENVIRONMENT)
-        os.environ.pop(ENGINE_FORBIDDEN, None)
         os.environ["FLASHRL_CONFIG"] = scheme
         from vllm import LLM
 
