@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from examples.rl import plot
+from examples.rl import judge, plot
 from examples.rl.record import Record
 from examples.rl.rollout import ENGINE_ENVIRONMENT, ENGINE_FORBIDDEN
 from examples.rl.settings import ARMS, Arm, Settings, arm
@@ -145,19 +145,28 @@ def bars(console: Console) -> Progress:
 
 def summary(lines: list[dict[str, Any]]) -> Table:
     """Each arm at its last look."""
-    table = Table(title="at the last step, mean over seeds")
-    for heading in ("arm", "seeds", "accuracy", "lowest", "KL (k3)", "ESS", "sync, s"):
+    table = Table(title="the last three looks, mean over seeds")
+    for heading in (
+        "arm",
+        "seeds",
+        "accuracy",
+        "lowest",
+        "vs bf16, 95 %",
+        "KL (k3)",
+        "ESS",
+        "sync, s",
+    ):
         table.add_column(heading, justify="left" if heading == "arm" else "right")
     for name in dict.fromkeys(line["arm"] for line in lines):
         own = [line for line in lines if line["arm"] == name]
-        table.add_row(name, *cells(own))
+        interval = judge.difference(lines, name, "bf16") if name != "bf16" else None
+        table.add_row(name, *cells(own, interval))
     return table
 
 
-def cells(lines: list[dict[str, Any]]) -> list[str]:
+def cells(lines: list[dict[str, Any]], interval: judge.Interval | None) -> list[str]:
     """What the table says of one arm: its end, and its means over all steps."""
-    last = max(line["step"] for line in lines)
-    ends = [line["accuracy"] for line in lines if line["step"] == last]
+    ends = list(judge.ends(lines, lines[0]["arm"]).values())
 
     def mean(metric: str) -> float:
         values = [line[metric] for line in lines if line.get(metric) is not None]
@@ -167,6 +176,7 @@ def cells(lines: list[dict[str, Any]]) -> list[str]:
         f"{len(ends)}",
         f"{sum(ends) / len(ends):.3f}",
         f"{min(ends):.3f}",
+        "" if interval is None else str(interval),
         f"{mean('k3'):.1e}",
         f"{mean('ess'):.3f}",
         f"{mean('sync_seconds'):.3f}",

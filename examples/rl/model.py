@@ -17,7 +17,7 @@ from examples.rl.task import Problem
 
 _HEAD = 64
 _WARM_BATCH = 64
-_WARM_LOOK = 50
+_WARM_LOOK = 10
 _WARM_RAMP = 50  # without it, some starts never find the digits
 # Seeds of what is never trained on, apart from the seeds that a run counts through.
 _HELD_OUT_SEED = 1_000_003
