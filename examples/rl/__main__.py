@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -27,6 +28,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
     os.environ.update(ENGINE_ENVIRONMENT)  # before anything imports vLLM
     os.environ.pop(ENGINE_FORBIDDEN, None)
+    # Tiny layers: a second thread costs more than it brings, and would change the last bits.
+    torch.set_num_threads(1)
     console = Console()
     settings = replace(Settings(), steps=arguments.steps)
     arms = [arm(name) for name in arguments.arms]

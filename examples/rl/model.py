@@ -158,12 +158,14 @@ def cached_warm_start(
     progress: Callable[[int, float], None],
 ) -> LlamaForCausalLM:
     """The supervised start, made once a folder; all arms and seeds begin from the same weights."""
-    path = folder / "model-fp32.safetensors"
+    # Not beside the bf16 one: vLLM reads every safetensors file of a folder.
+    path = folder / "float32" / "model.safetensors"
     if path.is_file():
         model = fresh(settings)
         model.load_state_dict(load_file(path))
         return model
     model = warm_start(settings, calculator=calculator, progress=progress)
     save(model, folder)
+    path.parent.mkdir(exist_ok=True)
     save_file({n: p.detach().clone() for n, p in model.named_parameters()}, path)
     return model

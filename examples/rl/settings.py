@@ -44,8 +44,8 @@ ARMS = {
         Arm("int8", "int8"),
         Arm("fp8+tis", "fp8_vllm", cap=2.0),
         Arm("fp8", "fp8_vllm"),
-        Arm("coarse+tis", "bf16", cap=2.0, bits=3),
-        Arm("coarse", "bf16", bits=3),
+        Arm("coarse+tis", "bf16", cap=2.0, bits=2),
+        Arm("coarse", "bf16", bits=2),
         Arm("int8+tis+tool", "int8", cap=2.0, calculator=True),
     )
 }
@@ -88,7 +88,7 @@ class Settings:
     prompts: int = 32
     group: int = 8
     updates: int = 2
-    rate: float = 3e-4
+    rate: float = 1e-4
     evaluate_every: int = 5
     held_out: int = 256
     checkpoint_every: int = 20
