@@ -2,14 +2,13 @@
 
     FLASHRL_CONFIG=int8 python -m examples.plain_loop
 
-REINFORCE on SmolLM2 (the reward: fewer letters), without a stack around it. Two lines are
-flashquant's: the variable above, and `flashquant.reload_weights`.
+REINFORCE on SmolLM2 (the reward: fewer letters), without a stack around it. flashquant's are the
+variable above, `reload_weights`, and the weights of the loss.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 from typing import Any
 
 import torch
@@ -21,8 +20,7 @@ from vllm import LLM, SamplingParams
 import flashquant
 from examples.demo import smollm2
 from examples.demo.outcome import PROMPTS
-
-_CAP = 2.0
+from flashquant import tis
 
 
 def main() -> None:
@@ -39,8 +37,6 @@ def engine(checkpoint: str) -> LLM:
     return LLM(
         checkpoint,
         dtype="bfloat16",  # of everything that is not quantized
-        # Log-probs of the distribution that was sampled from, temperature included.
-        logprobs_mode="processed_logprobs",
         enforce_eager=True,
         max_model_len=128,
         max_num_seqs=16,
@@ -71,18 +67,15 @@ def learn(model: PreTrainedModel, request: Any) -> None:
         answer = len(request.prompt_token_ids)
         predictions = model(input_ids=tokens).logits[0, answer - 1 : -1].log_softmax(-1)
         logprobs = predictions.gather(1, tokens[0, answer:, None]).squeeze(1)
-        weights = truncated_ratio(logprobs, rollout_logprobs(output))
+        rollout = rollout_logprobs(output)
+        mask = torch.ones_like(rollout[None], dtype=torch.bool)  # no tool has spoken
+        weights = tis.truncated_importance_weights(logprobs[None], rollout[None], mask).weights[0]
         (-(weights * advantage * logprobs).mean()).backward()
 
 
 def rollout_logprobs(output: Any) -> Tensor:
     steps = zip(output.token_ids, output.logprobs, strict=True)
     return torch.tensor([logprobs[token].logprob for token, logprobs in steps])
-
-
-def truncated_ratio(trainer: Tensor, rollout: Tensor) -> Tensor:
-    """min(pi_trainer / pi_rollout, cap): the tokens came from a policy that is a little off."""
-    return (trainer.detach() - rollout).clamp(max=math.log(_CAP)).exp()
 
 
 if __name__ == "__main__":

@@ -79,8 +79,8 @@ class RolloutConfig(BaseModel):
     so that FlashRL's files stay valid; the write plan makes both unnecessary.
 
     `scales` says what a reload through a profile does with the weight scales of the
-    checkpoint: `frozen` keeps them, as FlashRL does; `refreshed` makes each anew from
-    its channel, and keeps only the smoothing of the profile. `clipped_warning` is the
+    checkpoint: `refreshed` makes each anew from its channel, and keeps only the smoothing
+    of the profile; `frozen` keeps them, as FlashRL does. `clipped_warning` is the
     fraction of a weight that frozen scales may clip before the log warns.
     """
 
@@ -89,7 +89,7 @@ class RolloutConfig(BaseModel):
     fn: str = "int8"  # as FlashRL reads an entry that leaves it out
     model: str | None = None
     profile: str | None = None
-    scales: Literal["frozen", "refreshed"] = "frozen"
+    scales: Literal["frozen", "refreshed"] = "refreshed"
     clipped_warning: float = Field(default=0.001, ge=0, le=1)
     load_format: str | None = None
     quantization: str | None = None

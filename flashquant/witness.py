@@ -12,6 +12,7 @@ or counted. Two traces remain, and both are looked at:
 from __future__ import annotations
 
 import logging
+import operator
 from collections.abc import Iterable, Mapping
 
 from torch import Tensor
@@ -19,6 +20,8 @@ from torch import Tensor
 from flashquant.report import some_of
 
 logger = logging.getLogger(__name__)
+
+_VERSION = operator.attrgetter("_version")
 
 
 class Witness:
@@ -34,6 +37,8 @@ class Witness:
             layer: tuple(item for item in items if not item[1].is_inference())
             for layer, items in live.items()
         }
+        self._flat = tuple(tensor for items in self._live.values() for _, tensor in items)
+        self._known: tuple[int, ...] = ()  # the counters of all of them, as last looked at
         self._versions: dict[str, tuple[int, ...]] = {}
         self._digests: Mapping[str, str] = {}
         self._foreign: set[str] = set()
@@ -46,9 +51,13 @@ class Witness:
 
     def look(self) -> None:
         """Compare the version counters with those that the last update left."""
+        now_all = _versions(self._flat)
+        if now_all == self._known:  # before every forward pass: nothing but this
+            return
+        self._known = now_all
         found = set()
         for layer, items in self._live.items():
-            before, now = self._versions[layer], _versions(items)
+            before, now = self._versions[layer], _versions(tensor for _, tensor in items)
             if now != before:
                 self._versions[layer] = now
                 found |= {
@@ -73,7 +82,7 @@ class Witness:
         """An update of our own is over: these layers, or any, may have changed by it."""
         self._digests = {}
         for layer in self._live if layers is None else layers:
-            self._versions[layer] = _versions(self._live[layer])
+            self._versions[layer] = _versions(tensor for _, tensor in self._live[layer])
             if layers is not None:
                 self._foreign -= {name for name, _ in self._live[layer]}
 
@@ -91,5 +100,5 @@ class Witness:
             )
 
 
-def _versions(items: Iterable[tuple[str, Tensor]]) -> tuple[int, ...]:
-    return tuple(tensor._version for _, tensor in items)
+def _versions(tensors: Iterable[Tensor]) -> tuple[int, ...]:
+    return tuple(map(_VERSION, tensors))

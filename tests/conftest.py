@@ -1,7 +1,8 @@
-"""What has to be decided before anything imports vLLM, in the one process of the tests.
+"""What has to be decided before anything imports vLLM, in a process of tests.
 
 Several engines live in it side by side, in process and eager: starting the first
-takes ten seconds, each further one half a second.
+takes ten seconds, each further one half a second. `make test` has two such processes, and
+gives each of them whole files.
 """
 
 from __future__ import annotations
@@ -9,7 +10,10 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections import Counter
 from typing import Any
+
+import pytest
 
 os.environ.pop("FLASHRL_CONFIG", None)
 os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # would override kv_cache_memory_bytes
@@ -26,11 +30,34 @@ os.environ.update(
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """How much was thrown at the engines, and by which seed."""
+_injected: Counter[str] = Counter()  # faults, by the engine they were thrown at
+_seeds: set[int] = set()
+
+
+def pytest_sessionfinish(session: Any) -> None:
+    """How much was thrown at the engines of this process, and by which seed."""
     suite = sys.modules.get("tests.engine.faults")
-    if suite is not None and suite.INJECTED:
-        counts = ", ".join(f"{name} {count}" for name, count in suite.INJECTED.items())
+    if suite is None:
+        return
+    if (told := getattr(session.config, "workeroutput", None)) is not None:
+        told["injected"], told["seed"] = dict(suite.INJECTED), suite.SEED
+    else:
+        _injected.update(suite.INJECTED)
+        _seeds.add(suite.SEED)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """The same, of a process that pytest-xdist has started."""
+    told = getattr(node, "workeroutput", {})
+    _injected.update(told.get("injected", {}))
+    _seeds.update({told["seed"]} if "seed" in told else ())
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Everybody's, in one line."""
+    if _injected:
+        counts = ", ".join(f"{name} {count}" for name, count in _injected.items())
         terminalreporter.write_line(
-            f"faults injected: {sum(suite.INJECTED.values())} (seed {suite.SEED}): {counts}"
+            f"faults injected: {_injected.total()} (seed {min(_seeds)}): {counts}"
         )

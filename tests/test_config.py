@@ -257,10 +257,10 @@ def test_a_name_that_leads_out_is_told_where_it_is_written(write):
     assert str(refused.value).startswith(f"{path}, configs[1].profile: '../p.pt' has '..' in it")
 
 
-def test_scales_are_frozen_unless_the_file_says_otherwise(write):
-    text = "configs: [{fn: int8}, {fn: int8, scales: refreshed}]"
+def test_scales_are_refreshed_unless_the_file_says_otherwise(write):
+    text = "configs: [{fn: int8}, {fn: int8, scales: frozen}]"
 
-    assert [entry.scales for entry in load_config(write(text)).configs] == ["frozen", "refreshed"]
+    assert [entry.scales for entry in load_config(write(text)).configs] == ["refreshed", "frozen"]
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,14 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.engine.checkpoints import Policies
+from tests.engine.programs.engine import RESULT_FILE
 from tests.engine.serving import WEIGHT_VERSIONS, Serving, serve
 
 pytestmark = pytest.mark.engine
@@ -33,27 +35,26 @@ def _run(
     program: str, policies: Policies, launcher: tuple[str, ...] = (), **environment: str
 ) -> dict[str, Any]:
     """What a program of `tests/engine/programs` answers in a process of its own."""
-    answer = subprocess.run(
-        [
-            sys.executable,
-            *launcher,
-            "-m",
-            f"tests.engine.programs.{program}",
-            str(policies.bf16("a")),
-            str(policies.bf16("b")),
-        ],
-        cwd=ROOT,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=500,
-        check=False,
-    )
-    # Other processes write to the same pipe, and not always whole lines: vLLM's write the name of
-    # the process and what it says one after the other.
-    _, said, result = answer.stdout.rpartition("RESULT ")
-    assert said, f"exit code {answer.returncode}\n{answer.stderr[-4000:]}"
-    return dict(json.JSONDecoder().raw_decode(result)[0])
+    with tempfile.TemporaryDirectory() as scratch:
+        file = Path(scratch, "result.json")
+        ended = subprocess.run(
+            [
+                sys.executable,
+                *launcher,
+                "-m",
+                f"tests.engine.programs.{program}",
+                str(policies.bf16("a")),
+                str(policies.bf16("b")),
+            ],
+            cwd=ROOT,
+            env={**os.environ, **environment, RESULT_FILE: str(file)},
+            capture_output=True,
+            text=True,
+            timeout=500,
+            check=False,
+        )
+        assert file.exists(), f"exit code {ended.returncode}\n{ended.stderr[-4000:]}"
+        return dict(json.loads(file.read_text()))
 
 
 def test_workers_in_other_processes_hold_what_an_engine_in_this_one_holds(

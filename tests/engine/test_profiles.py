@@ -43,6 +43,7 @@ class Files:
     moved: Weights
 
     def config(self, profile: str, **entry: str) -> str:
+        entry = {"scales": "frozen", **entry}
         path = self.folder / f"{profile}{''.join(entry.values())}.yaml"
         return flashrl.config(path, fn="int8", model="w8a8", profile=profile, **entry)
 
@@ -253,7 +254,11 @@ def test_int8_prune_silences_norms_by_every_push(
 ) -> None:
     """FlashRL raises KeyError on a push of less than the whole model."""
     path = flashrl.config(
-        files.folder / "prune.yaml", fn="int8_prune", model="w8a8", profile="old.pt"
+        files.folder / "prune.yaml",
+        fn="int8_prune",
+        model="w8a8",
+        profile="old.pt",
+        scales="frozen",
     )
     live = serve(files.w8a8, path)
     dead = dict(files.moved)

@@ -122,7 +122,7 @@ def test_a_profile_travels_with_vllms_config(bf16: Path, w8a8: Path, named: bool
     assert args.model == str(w8a8)
     assert args.additional_config["flashquant"]["profile"] == {
         "reference": reference,
-        "scales": "frozen",
+        "scales": "refreshed",
         "starts_on_floats": False,
         "warn_above": 0.001,
         "prunes": False,
