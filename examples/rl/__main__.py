@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from examples.rl import judge, plot
-from examples.rl.record import Record
+from examples.rl.record import AlreadyRecorded, Record
 from examples.rl.rollout import ENGINE_ENVIRONMENT, ENGINE_FORBIDDEN
 from examples.rl.settings import ARMS, Arm, Settings, arm
 
@@ -33,7 +33,11 @@ def main(argv: list[str] | None = None) -> int:
     console = Console()
     settings = replace(Settings(), steps=arguments.steps)
     arms = [arm(name) for name in arguments.arms]
-    records = experiment(arms, arguments, settings, console)
+    try:
+        records = experiment(arms, arguments, settings, console)
+    except AlreadyRecorded as refusal:
+        console.print(f"[bold red]error[/]: {refusal}")
+        return 1
     lines = [line for record in records for line in record.read()]
     picture = arguments.out / "learning.png"
     plot.draw(lines, picture)

@@ -160,7 +160,8 @@ def cached_warm_start(
     """The supervised start, made once a folder; all arms and seeds begin from the same weights."""
     # Not beside the bf16 one: vLLM reads every safetensors file of a folder.
     path = folder / "float32" / "model.safetensors"
-    if path.is_file():
+    made_with, wanted = folder / "made_with.json", json.dumps(_start_settings(settings))
+    if path.is_file() and made_with.is_file() and made_with.read_text() == wanted:
         model = fresh(settings)
         model.load_state_dict(load_file(path))
         return model
@@ -168,4 +169,11 @@ def cached_warm_start(
     save(model, folder)
     path.parent.mkdir(exist_ok=True)
     save_file({n: p.detach().clone() for n, p in model.named_parameters()}, path)
+    made_with.write_text(wanted)
     return model
+
+
+def _start_settings(settings: Settings) -> dict[str, float]:
+    """What the supervised start depends on."""
+    names = ("hidden", "layers", "warm_accuracy", "warm_steps", "warm_rate", "held_out")
+    return {name: getattr(settings, name) for name in names}

@@ -16,6 +16,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 
+class AlreadyRecorded(RuntimeError):
+    """There is a run where another one is to be written."""
+
+
 class Record:
     """The folder of one arm and one seed."""
 
@@ -24,10 +28,17 @@ class Record:
         self._lines = folder / "metrics.jsonl"
         folder.mkdir(parents=True, exist_ok=True)
 
-    def clear(self) -> None:
-        """Begin anew."""
-        shutil.rmtree(self.folder)
-        self.folder.mkdir()
+    def begin(self) -> None:
+        """Begin anew, where nothing was recorded yet.
+
+        Raises:
+            AlreadyRecorded: a run has been here.
+
+        """
+        if self._lines.exists() or self._checkpoints():
+            raise AlreadyRecorded(
+                f"{self.folder} holds a run already. Go on with --resume, or name another --out."
+            )
 
     def write(self, line: dict[str, Any]) -> None:
         """Append the metrics of one step."""
@@ -61,7 +72,7 @@ class Record:
         """
         found = self._checkpoints()
         if not found:
-            self.clear()
+            self._lines.unlink(missing_ok=True)
             return 0
         step = int(found[-1].name.removeprefix("step-"))
         model.load_state_dict(load_file(found[-1] / "model.safetensors"))

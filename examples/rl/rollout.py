@@ -89,8 +89,6 @@ class Engine:
             str(checkpoint),
             dtype="bfloat16",
             skip_tokenizer_init=True,
-            # Log-probs of the distribution that was sampled from.
-            logprobs_mode="processed_logprobs",
             enable_prefix_caching=False,
             enforce_eager=True,
             max_model_len=_MAX_LENGTH,

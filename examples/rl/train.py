@@ -58,7 +58,7 @@ class Run:
     def _begin(self, resume: bool) -> int:
         if resume:
             return self._record.resume(self._model, self._optimizer)
-        self._record.clear()
+        self._record.begin()
         return 0
 
     def _step(self, step: int) -> dict[str, Any]:

@@ -30,7 +30,8 @@ def test_the_interval_is_student_s_over_paired_seeds() -> None:
     assert found is not None
     assert found.mean == pytest.approx(0.2)
     assert found.half_width == pytest.approx(0.2484, abs=1e-4)
-    assert found.contains_zero
+    assert found.is_within(abs(found.mean) + found.half_width)
+    assert not found.is_within(found.half_width)
 
 
 def test_one_seed_has_no_interval() -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from examples.rl import plot
-from examples.rl.record import Record
+from examples.rl.record import AlreadyRecorded, Record
 from examples.rl.settings import ARMS, UnknownArm, arm
 
 
@@ -77,6 +77,16 @@ def test_only_the_newest_checkpoint_is_kept(tmp_path: Path) -> None:
     record.save(9, model, optimizer)
     record.save(10, model, optimizer)
     assert [folder.name for folder in (tmp_path / "run").iterdir()] == ["step-000010"]
+
+
+def test_a_run_that_was_recorded_is_not_written_over(tmp_path: Path) -> None:
+    """Hours of somebody's compute."""
+    record = Record(tmp_path / "run")
+    record.begin()
+    record.write({"step": 1})
+    with pytest.raises(AlreadyRecorded, match="--resume"):
+        record.begin()
+    assert record.read() == [{"step": 1}]
 
 
 def test_the_picture_is_made(tmp_path: Path) -> None:
