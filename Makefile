@@ -27,7 +27,7 @@ demo: $(STAMP) ## run the demo (DEMO_ARGS="...")
 
 # Engines use one thread: two processes are as fast as two machines.
 test: $(STAMP) ## run the tests (PYTEST_ARGS="-m 'not engine'")
-	$(PY) -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 versions: $(STAMP) ## run the engine tests on every vLLM we claim, and write the table (VERSIONS_ARGS="...")
 	nice -n 5 $(PY) -m tests.versions $(VERSIONS_ARGS)
