@@ -22,8 +22,10 @@ help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | \
 	  while IFS="$$(printf '\t')" read -r target text; do printf '  make %-8s %s\n' "$$target" "$$text"; done
 
-demo: $(STAMP) ## run the demo (DEMO_ARGS="...")
+demo: $(STAMP) ## push into SmolLM2, then a short RL run with its plot (DEMO_ARGS="...")
 	$(PY) -m examples.demo $(DEMO_ARGS)
+	@rm -rf .demo-cache/rl
+	$(PY) -m examples.rl --quick --out .demo-cache/rl
 
 # Engines use one thread: two processes are as fast as two machines.
 test: $(STAMP) ## run the tests (PYTEST_ARGS="-m 'not engine'")

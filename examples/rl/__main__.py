@@ -53,7 +53,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         description="DAPO on addition: a small decoder, vLLM rollouts in several schemes.",
     )
     parser.add_argument("--arms", nargs="+", metavar="ARM", help=f"among {', '.join(ARMS)}")
-    parser.add_argument("--seeds", type=int, help="how many, counted from 0")
+    parser.add_argument("--seeds", type=int, help="how many")
+    parser.add_argument("--first-seed", type=int, default=0, help="of them (default: 0)")
     parser.add_argument("--steps", type=int, help="of RL")
     parser.add_argument("--out", type=Path, default=Path("rl-results"), metavar="DIR")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoints")
@@ -87,7 +88,7 @@ def experiment(
             calculator: start(calculator, arguments.out, settings, progress)
             for calculator in sorted({one.calculator for one in arms})
         }
-        for seed in range(arguments.seeds):
+        for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
             for one in arms:
                 # Engines live until the end: vLLM takes the others down with one that dies.
                 if one.scheme not in engines:
@@ -152,7 +153,7 @@ def bars(console: Console) -> Progress:
 
 def summary(lines: list[dict[str, Any]]) -> Table:
     """Each arm at its last look."""
-    table = Table(title="the last three looks, mean over seeds")
+    table = Table(title="the last three looks, mean over seeds", box=None)
     for heading in (
         "arm",
         "seeds",
