@@ -64,7 +64,7 @@ def int8_frozen(weight: Tensor, input_scale: Tensor | None, output_scale: Tensor
     """
     codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     clipped = torch.zeros((), dtype=torch.int64, device=weight.device)
-    peak = torch.zeros((), device=weight.device)
+    peak = torch.zeros((), dtype=torch.float32, device=weight.device)
     for rows in row_chunks(weight):
         factor = None if output_scale is None else output_scale[rows]
         smoothed = scaled(weight[rows], input_scale, factor)

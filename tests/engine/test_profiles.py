@@ -311,7 +311,7 @@ def _without(files: Files, name: str) -> str:
 
 
 def _fewer_rows(files: Files, name: str) -> str:
-    fields = {**files.fields[name], "output_scale": torch.ones(7, 1)}
+    fields = {**files.fields[name], "output_scale": torch.ones(7, 1, dtype=torch.float32)}
     torch.save({**files.fields, name: fields}, files.folder / "fewer.pt")
     return files.config("fewer.pt")
 
