@@ -186,7 +186,7 @@ class _Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch lea
         return [
             storage
             for storage in self.origins
-            if storage not in self._own | in_sight and not self._seen[storage].expired()
+            if storage not in self._own | in_sight and not self._seen[storage].expired()  # type: ignore[no-untyped-call]
         ]
 
     def _follow_write(self, func: Any, into: Tensor, read: frozenset[str]) -> None:
@@ -210,7 +210,9 @@ class _Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch lea
     def _note(self, tensor: Tensor) -> int:
         storage = storage_of(tensor)
         if storage not in self._seen:
-            self._seen[storage] = StorageWeakRef(tensor.untyped_storage())
+            self._seen[storage] = StorageWeakRef(  # type: ignore[no-untyped-call]
+                tensor.untyped_storage()
+            )
         return storage
 
     def _origins_of(self, values: Any) -> frozenset[str]:
