@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from flashquant.patches.storages import Storage, storages
+from flashquant.schemes import int8_channel
 
 Process = Callable[[Any], None]
 
@@ -24,9 +25,9 @@ class Method:
         self._process(layer)
 
 
-def after(process: Process) -> dict[str, Storage]:
+def after(process: Process, **own: Tensor) -> dict[str, Storage]:
     """How the weight and the scale of a layer are stored once it has been processed so."""
-    own = {
+    own = own or {
         "weight": torch.randint(-127, 128, (4, 8), dtype=torch.int8),
         "scale": torch.rand(4, 1),
     }
@@ -34,7 +35,7 @@ def after(process: Process) -> dict[str, Storage]:
     for name, tensor in own.items():
         setattr(twin, name, as_parameter(tensor.detach()))
     vars(twin)["quant_method"] = Method(process)
-    return storages(twin, own)
+    return storages(twin, own, int8_channel)
 
 
 def as_parameter(tensor: Tensor) -> nn.Parameter:
@@ -187,3 +188,41 @@ def test_what_is_only_computed_on_the_way_counts_for_nothing() -> None:
         transpose(layer)
 
     assert after(process)["weight"].kind == "rows"
+
+
+FLOATS = torch.randn(4, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+
+
+def quantize(layer: Any, weight: Tensor | None = None) -> None:
+    codes, scales = int8_channel(layer.weight if weight is None else weight)
+    layer.weight, layer.weight_scale = as_parameter(codes.t()), as_parameter(scales)
+
+
+def test_the_codes_that_we_would_write_take_rows_of_codes() -> None:
+    assert after(quantize, weight=FLOATS)["weight"] == Storage(
+        "codes", ("weight", "weight_scale"), "weight, weight_scale is made of it"
+    )
+
+
+def other_scales(layer: Any) -> None:
+    quantize(layer)
+    layer.weight_scale = as_parameter(layer.weight_scale * 2)
+
+
+def other_order(layer: Any) -> None:
+    quantize(layer)
+    layer.weight = as_parameter(layer.weight.contiguous())
+
+
+def another_leaf(layer: Any) -> None:
+    quantize(layer)
+    layer.azp_adj = layer.weight.sum(dim=0)
+
+
+def smoothed_by_the_bias(layer: Any) -> None:
+    quantize(layer, layer.weight * layer.bias)
+
+
+@pytest.mark.parametrize("process", [other_scales, other_order, another_leaf, smoothed_by_the_bias])
+def test_anything_else_that_is_made_of_floats_is_packed(process: Process) -> None:
+    assert after(process, weight=FLOATS, bias=torch.ones(8))["weight"].kind == "packed"

@@ -1,0 +1,246 @@
+"""A GPU that is not there: vLLM chooses and packs for it, on CPU tensors.
+
+vLLM's Python for CUDA is in the CPU wheel too. What it asks of the platform is answered for
+the GPU in question, in its model executor only; the few device operations that packing itself
+calls are replaced by stand-ins. Nothing can run on such a model, but everything its kernels
+would read is there, laid out by vLLM's own code.
+
+A stand-in either is vLLM's own reference of the operation (Marlin's repack), or is marked
+`opaque`: it moves and mixes bytes in a fixed way that is not the device's. What follows from an
+opaque one is that the layout is packed and carried over in place, not which bytes it has.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import torch
+import vllm.envs
+from torch import Tensor
+from vllm import _custom_ops as ops
+from vllm import platforms
+from vllm.platforms.interface import DeviceCapability, PlatformEnum
+from vllm.utils import deep_gemm
+
+_REAL = platforms.current_platform
+_CACHED = type(functools.cache(lambda: None))
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A GPU, and what is installed beside vLLM.
+
+    Attributes:
+        capability: 80 is Ampere, 89 Ada, 90 Hopper, 100 and 120 Blackwell.
+        has: of `flashinfer`, `deep_gemm`.
+        without: names of kernels that VLLM_DISABLED_KERNELS switches off.
+        settings: more of vLLM's environment variables, as it understands them.
+
+    """
+
+    name: str
+    capability: int
+    has: frozenset[str] = frozenset()
+    without: tuple[str, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    enum: PlatformEnum = PlatformEnum.CUDA
+    fnuz: bool = False
+
+
+class _Platform:
+    """vLLM's platform object, with the questions answered that a GPU answers otherwise."""
+
+    def __init__(self, machine: Machine) -> None:
+        self._machine = machine
+        self._enum = machine.enum
+
+    def __getattr__(self, name: str) -> Any:
+        # Bound to this object, so that what it asks in turn is answered for the machine too.
+        function = getattr(getattr(type(_REAL), name, None), "__func__", None)
+        return functools.partial(function, self) if function else getattr(_REAL, name)
+
+    def get_device_capability(self, device_id: int = 0) -> DeviceCapability:
+        return DeviceCapability(*divmod(self._machine.capability, 10))
+
+    def is_cuda(self) -> bool:
+        return self._enum == PlatformEnum.CUDA
+
+    def is_rocm(self) -> bool:
+        return self._enum == PlatformEnum.ROCM
+
+    def is_cpu(self) -> bool:
+        return False
+
+    def is_cuda_alike(self) -> bool:
+        return True
+
+    def supports_fp8(self) -> bool:
+        return self._machine.capability >= 89
+
+    def support_deep_gemm(self) -> bool:
+        return self._machine.capability // 10 in (9, 10, 12)
+
+    def is_fp8_fnuz(self) -> bool:
+        return self._machine.fnuz
+
+    def fp8_dtype(self) -> torch.dtype:
+        return torch.float8_e4m3fnuz if self._machine.fnuz else torch.float8_e4m3fn
+
+
+@contextmanager
+def pretending(machine: Machine) -> Iterator[None]:
+    """While this lasts, vLLM's model executor believes that it is on `machine`."""
+    with _forgetting(), ExitStack() as stack:
+        put = functools.partial(_put, stack)
+        platform = _Platform(machine)
+        for module in _users_of_the_platform():
+            put(module, "current_platform", platform)
+        # Not the environment: vLLM stops reading it once an engine has been started.
+        for name, value in {"VLLM_DISABLED_KERNELS": machine.without, **machine.settings}.items():
+            stack.enter_context(mock.patch.object(vllm.envs, name, value))
+        for name, value in _device_operations(machine).items():
+            put(ops, name, value)
+        for module, name, value in _libraries(machine):
+            put(module, name, value)
+        put(torch.accelerator, "empty_cache", lambda: None)
+        yield
+
+
+@contextmanager
+def _forgetting() -> Iterator[None]:
+    """What vLLM has cached meanwhile is about a machine that is not there."""
+    caches = {
+        id(value): value
+        for name, module in list(sys.modules.items())
+        if name.startswith("vllm.")
+        for value in list(vars(module).values())
+        if isinstance(value, _CACHED)
+    }
+    before = {key: cache.cache_info().currsize for key, cache in caches.items()}
+    try:
+        yield
+    finally:
+        for key, cache in caches.items():
+            if cache.cache_info().currsize != before[key]:
+                cache.cache_clear()
+
+
+def _put(stack: ExitStack, owner: Any, name: str, value: Any) -> None:
+    stack.enter_context(mock.patch.object(owner, name, value, create=not hasattr(owner, name)))
+
+
+def _users_of_the_platform() -> list[Any]:
+    """What loads, chooses and packs; not attention, which stays on the CPU's own."""
+    rooms = (
+        "vllm.model_executor.kernels",
+        "vllm.model_executor.layers.fused_moe",
+        "vllm.model_executor.layers.linear",
+        "vllm.model_executor.layers.quantization",
+        "vllm.model_executor.layers.utils",
+        "vllm.model_executor.layers.vocab_parallel_embedding",
+        "vllm.utils.deep_gemm",
+        "vllm.utils.flashinfer",
+    )
+    return [
+        module
+        for name, module in list(sys.modules.items())
+        if name.startswith(rooms) and getattr(module, "current_platform", None) is _REAL
+    ]
+
+
+def _device_operations(machine: Machine) -> dict[str, Any]:
+    """What vLLM's compiled part for CUDA answers or does, and its part for the CPU does not."""
+    return {
+        "cutlass_scaled_mm_supports_fp8": lambda capability: capability >= 89,
+        "cutlass_scaled_mm_supports_block_fp8": lambda capability: capability >= 90,
+        "cutlass_group_gemm_supported": lambda capability: capability // 10 in (9, 10),
+        "gptq_marlin_repack": _gptq_marlin_repack,
+    }
+
+
+def _libraries(machine: Machine) -> list[tuple[Any, str, Any]]:
+    from vllm.model_executor.kernels.linear.scaled_mm import cutlass
+    from vllm.model_executor.kernels.linear.scaled_mm import deep_gemm as deep_gemm_kernel
+    from vllm.model_executor.kernels.linear.scaled_mm import flashinfer as flashinfer_kernel
+    from vllm.model_executor.layers.quantization.online.fp8 import Fp8PerTensorOnlineLinearMethod
+    from vllm.model_executor.layers.quantization.utils import fp8_utils
+    from vllm.model_executor.layers.quantization.utils.quant_utils import (
+        kFp8DynamicTensorSym,
+        kFp8DynamicTokenSym,
+    )
+
+    cuda = machine.enum == PlatformEnum.CUDA
+    fast_fp8 = cuda and machine.capability >= 89
+    has_deep_gemm = "deep_gemm" in machine.has and machine.capability // 10 in (9, 10, 12)
+    has_flashinfer = "flashinfer" in machine.has
+    found: list[tuple[Any, str, Any]] = [
+        # Decided by vLLM while it is imported:
+        (cutlass, "CUTLASS_BLOCK_FP8_SUPPORTED", cuda and machine.capability >= 90),
+        (
+            Fp8PerTensorOnlineLinearMethod,
+            "activation_quant_key",
+            kFp8DynamicTokenSym if fast_fp8 else kFp8DynamicTensorSym,
+        ),
+        (flashinfer_kernel, "has_flashinfer", lambda: has_flashinfer),
+        (
+            flashinfer_kernel,
+            "is_flashinfer_fp8_blockscale_gemm_supported",
+            lambda: has_flashinfer and machine.capability == 90,
+        ),
+        (deep_gemm.DeepGemmQuantScaleFMT, "_oracle_cache", _scale_format(machine)),
+        (fp8_utils, "transform_sf_into_required_layout", _transform_sf(machine)),
+    ]
+    for module in (deep_gemm, deep_gemm_kernel, fp8_utils):
+        found.append((module, "is_deep_gemm_supported", lambda: has_deep_gemm))
+        found.append((module, "is_deep_gemm_e8m0_used", lambda: has_deep_gemm and _e8m0()))
+    return found
+
+
+def _scale_format(machine: Machine) -> Any:
+    formats = deep_gemm.DeepGemmQuantScaleFMT
+    if "deep_gemm" not in machine.has or not _e8m0():
+        return formats.FLOAT32
+    return formats.UE8M0 if machine.capability >= 100 else formats.FLOAT32_CEIL_UE8M0
+
+
+def _e8m0() -> bool:
+    return bool(vllm.envs.VLLM_USE_DEEP_GEMM_E8M0)
+
+
+def _gptq_marlin_repack(
+    b_q_weight: Tensor,
+    perm: Tensor | None = None,
+    size_k: int = 0,
+    size_n: int = 0,
+    num_bits: int = 8,
+    is_a_8bit: bool = False,
+) -> Tensor:
+    """Marlin's repack, by vLLM's own reference for its tests of the operation."""
+    from vllm.model_executor.layers.quantization.utils import marlin_utils_test as reference
+
+    # Four codes of a column in one int32, least significant first.
+    codes = b_q_weight.t().contiguous().view(torch.uint8).t().to(torch.int32)
+    order = reference.get_weight_perm(num_bits, is_a_8bit)
+    packed: Tensor = reference.marlin_weights(codes, size_k, size_n, num_bits, order, is_a_8bit)
+    return packed
+
+
+def _transform_sf(machine: Machine) -> Any:
+    """Opaque: DeepGEMM's layout of scales, which on Hopper is the one they come in."""
+
+    def transform(
+        sf: Tensor, mn: int, k: int, recipe: Any, num_groups: int, is_sfa: bool = False
+    ) -> Tensor:
+        if machine.capability < 100:
+            return sf
+        rows = sf.repeat_interleave(recipe[1], dim=-2)[..., :mn, :]
+        exponents = rows.contiguous().view(torch.int32) >> 23
+        return exponents.transpose(-1, -2).contiguous().transpose(-1, -2)
+
+    return transform
