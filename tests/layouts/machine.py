@@ -51,6 +51,7 @@ class Machine:
     settings: Mapping[str, Any] = field(default_factory=dict)
     enum: PlatformEnum = PlatformEnum.CUDA
     fnuz: bool = False
+    cutlass_fp8: bool = True  # CUDA 12.4 or newer
 
 
 class _Platform:
@@ -156,11 +157,12 @@ def _users_of_the_platform() -> list[Any]:
 
 def _device_operations(machine: Machine) -> dict[str, Any]:
     """What vLLM's compiled part for CUDA answers or does, and its part for the CPU does not."""
+    new = machine.cutlass_fp8
     return {
-        "cutlass_scaled_mm_supports_fp8": lambda capability: capability >= 89,
+        "cutlass_scaled_mm_supports_fp8": lambda capability: capability >= 89 and new,
         "cutlass_scaled_mm_supports_block_fp8": lambda capability: capability >= 90,
         "cutlass_group_gemm_supported": lambda capability: capability // 10 in (9, 10),
-        "gptq_marlin_repack": _gptq_marlin_repack,
+        "gptq_marlin_repack": gptq_marlin_repack,
     }
 
 
@@ -176,7 +178,7 @@ def _libraries(machine: Machine) -> list[tuple[Any, str, Any]]:
     )
 
     cuda = machine.enum == PlatformEnum.CUDA
-    fast_fp8 = cuda and machine.capability >= 89
+    fast_fp8 = cuda and machine.capability >= 89 and machine.cutlass_fp8
     has_deep_gemm = "deep_gemm" in machine.has and machine.capability // 10 in (9, 10, 12)
     has_flashinfer = "flashinfer" in machine.has
     found: list[tuple[Any, str, Any]] = [
@@ -213,21 +215,29 @@ def _e8m0() -> bool:
     return bool(vllm.envs.VLLM_USE_DEEP_GEMM_E8M0)
 
 
-def _gptq_marlin_repack(
+def gptq_marlin_repack(
     b_q_weight: Tensor,
+    size_k: int,
+    size_n: int,
+    num_bits: int,
     perm: Tensor | None = None,
-    size_k: int = 0,
-    size_n: int = 0,
-    num_bits: int = 8,
-    is_a_8bit: bool = False,
+    **_: Any,
 ) -> Tensor:
     """Marlin's repack, by vLLM's own reference for its tests of the operation."""
+    packed: Tensor = _marlin_reference(b_q_weight, size_k, size_n, num_bits)
+    return packed
+
+
+@torch.library.custom_op("flashquant_tests::marlin_reference", mutates_args=())
+def _marlin_reference(b_q_weight: Tensor, size_k: int, size_n: int, num_bits: int) -> Tensor:
+    """One operation to those who watch, like the one it stands for."""
     from vllm.model_executor.layers.quantization.utils import marlin_utils_test as reference
 
     # Four codes of a column in one int32, least significant first.
     codes = b_q_weight.t().contiguous().view(torch.uint8).t().to(torch.int32)
-    order = reference.get_weight_perm(num_bits, is_a_8bit)
-    packed: Tensor = reference.marlin_weights(codes, size_k, size_n, num_bits, order, is_a_8bit)
+    packed: Tensor = reference.marlin_weights(
+        codes, size_k, size_n, num_bits, reference.get_weight_perm(num_bits)
+    )
     return packed
 
 
