@@ -16,6 +16,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from flashquant.plan import View
 from flashquant.trace import storage_of, tensors_in, written_by
 
 # Memory that nobody has written yet, or somebody past torch.
@@ -67,7 +68,8 @@ class Origins(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leav
         read = self._origins_of((args, kwargs))
         result = func(*args, **kwargs)
         results = [value for value in tree_leaves(result) if value is not None]
-        written = [] if _only_views(func) else list(written_by(func, args, kwargs))
+        unchanged = _only_views(func) or _copies_onto_itself(func, args)
+        written = [] if unchanged else list(written_by(func, args, kwargs))
         for tensor in written:
             self._follow_write(func, tensor, read)
         for tensor in tensors_in(results):
@@ -131,3 +133,11 @@ class Origins(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leav
 def _only_views(func: Any) -> bool:
     """Whether an operation changes what a tensor shows, not what is in its memory."""
     return torch.Tag.inplace_view in func.tags
+
+
+def _copies_onto_itself(func: Any, args: tuple[Any, ...]) -> bool:
+    """Whether a tensor is copied to where it is, as `replace_parameter` does with one kept."""
+    if func is not torch.ops.aten.copy_.default:
+        return False
+    into, source = args[:2]
+    return storage_of(into) == storage_of(source) and View.of(into) == View.of(source)

@@ -63,7 +63,8 @@ def storages(
         own: its parameters by name, each in memory of its own, which this call may change.
             Their values count: where they are all zeros, a change in place may not show,
             nor whether two ways to quantize are the same.
-        quantize: what would make codes and scales of a parameter of floats, `[N, K]`.
+        quantize: what would make codes and scales of a parameter of floats, `[N, K]`, or of
+            each `[N, K]` where several are stacked.
 
     """
     held = {storage_of(leaf) for _, leaf in _tensor_leaves(twin)}
@@ -113,13 +114,25 @@ def _quantized(
     for name, tensor in own.items():
         mine = found[name].leaves
         alone = len(mine) == 2 and all(made.made_of(path) == {name} for path in mine)
-        if found[name].kind != "packed" or not tensor.is_floating_point() or not alone:
+        if found[name].kind != "packed" or not _is_weight(tensor) or not alone:
             continue
-        expected = quantize(tensor.detach())
+        expected = _per_expert(quantize, tensor.detach())
         for order in (mine, mine[::-1]):
             if all(_holds(leaves[path], e) for path, e in zip(order, expected, strict=True)):
                 codes[name] = Storage("codes", order, found[name].reason)
     return codes
+
+
+def _is_weight(tensor: Tensor) -> bool:
+    """Whether this is something to be quantized."""
+    return tensor.is_floating_point() and tensor.element_size() > 1 and tensor.dim() in (2, 3)
+
+
+def _per_expert(quantize: Quantize, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes and scales of a weight, or of stacked ones `[experts, N, K]`, one after another."""
+    each = weight if weight.dim() == 3 else weight[None]
+    codes, scales = zip(*map(quantize, each), strict=True)
+    return torch.stack(codes), torch.stack(scales)
 
 
 class _Made:

@@ -6,7 +6,8 @@ VLLM_DISABLED_KERNELS does.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tests.layouts.machine import Machine
@@ -30,6 +31,7 @@ class Case:
         kernel: the class that vLLM chooses.
         weight: how the weight is stored, by `flashquant.patches.storages`.
         kind: of the tiny model.
+        options: more engine arguments.
         opaque: the stand-in that packs, where it does not give the bytes that the device would.
 
     """
@@ -40,6 +42,12 @@ class Case:
     weight: str
     kind: str = "qwen2"
     opaque: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def parameter(self) -> str:
+        """The one that `weight` is about."""
+        return "w13_weight" if self.kind == "qwen3-moe" else "weight"
 
     @property
     def id(self) -> str:
@@ -115,5 +123,46 @@ LINEAR = (
         "fp8_block",
         "BlockWiseTorchFP8ScaledMMLinearKernel",
         "packed",
+    ),
+)
+
+
+def _experts(machine: Machine, scheme: str, kernel: str, weight: str, **more: Any) -> Case:
+    return Case(machine, scheme, kernel, weight, kind="qwen3-moe", **more)
+
+
+_TRITON = "TritonExperts"
+_TRTLLM = "flashinfer.utils.get_shuffle_matrix_a_row_indices"
+
+EXPERTS = (
+    _experts(AMPERE, "fp8_vllm", "MarlinExperts", "packed"),
+    _experts(AMPERE, "fp8_block", "MarlinExperts", "packed"),
+    *(_experts(machine, "fp8_vllm", _TRITON, "codes") for machine in _FP8),
+    _experts(ADA, "fp8_channel", _TRITON, "codes"),
+    _experts(HOPPER, "fp8_channel", "TritonOrCutlassExperts", "codes"),
+    _experts(BLACKWELL, "fp8_channel", "TritonOrCutlassExperts", "codes"),
+    _experts(RTX_BLACKWELL, "fp8_channel", _TRITON, "codes"),
+    *(_experts(machine, "fp8_block", _TRITON, "packed") for machine in _FP8),
+    _experts(
+        HOPPER_ALL,
+        "fp8_block",
+        "TritonOrDeepGemmExperts",
+        "packed",
+        options={"moe_backend": "deep_gemm"},
+    ),
+    _experts(
+        HOPPER_ALL,
+        "fp8_block",
+        "FlashInferExperts",
+        "packed",
+        options={"moe_backend": "flashinfer_cutlass"},
+    ),
+    _experts(BLACKWELL_ALL, "fp8_block", "TrtLlmFp8ExpertsMonolithic", "packed", opaque=_TRTLLM),
+    _experts(
+        replace(BLACKWELL, has=frozenset({"deep_gemm"})),
+        "fp8_block",
+        "TritonOrDeepGemmExperts",
+        "packed",
+        opaque=_DEEP_GEMM,
     ),
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,15 +29,15 @@ class Layout:
     """What one case came to.
 
     Attributes:
-        kernel: the class that vLLM chose for the layers it quantizes.
-        stored: each kind of parameter of those layers, by its name in the layer.
+        kernels: the classes that vLLM chose for the layers it quantizes.
+        stored: each kind of parameter of the layers that are the case's, by its name in them.
         compared: bytes that kernels would read, all of them equal to vLLM's own load.
         different: the tensors that are not.
         moved: the tensors that are not where they were.
 
     """
 
-    kernel: str
+    kernels: frozenset[str]
     stored: Mapping[str, Storage]
     compared: int
     different: tuple[str, ...]
@@ -48,7 +48,7 @@ def look(case: Case, policies: Policies) -> Layout:
     """Start on A, push B, A and B again; compare with vLLM's own load of B, without flashquant."""
     live = _load(case, policies, "a", config_name(case.scheme))
     before = footprints(models.tensors(live).items())
-    stored, kernel = _stored(case, live), _kernel(live)
+    stored, kernels = _stored(case, live), frozenset(map(_kernel, live.modules())) - {""}
     for policy in "bab":
         with pretending(case.machine):
             live.load_weights(policies.tensors(policy).items())
@@ -61,7 +61,7 @@ def look(case: Case, policies: Policies) -> Layout:
     ]
     moved = [name for name, tensor in mine.items() if Footprint.of(tensor) != before[name]]
     compared = sum(tensor.nbytes for tensor in fresh.values())
-    return Layout(kernel, stored, compared, tuple(sorted(different)), tuple(moved))
+    return Layout(kernels, stored, compared, tuple(sorted(different)), tuple(moved))
 
 
 def _load(case: Case, policies: Policies, policy: str, scheme: str | None) -> nn.Module:
@@ -72,7 +72,9 @@ def _load(case: Case, policies: Policies, policy: str, scheme: str | None) -> nn
         stored = "int8_w8a8" if case.scheme == "int8" else case.scheme
         checkpoint = policies.served(policy, stored)
         options = {"quantization": ONLINE[stored]} if stored in ONLINE else {}
-    return models.load(case.machine, models.configured(checkpoint, scheme, **options))
+    return models.load(
+        case.machine, models.configured(checkpoint, scheme, **options, **case.options)
+    )
 
 
 def _stored(case: Case, live: nn.Module) -> dict[str, Storage]:
@@ -81,7 +83,7 @@ def _stored(case: Case, live: nn.Module) -> dict[str, Storage]:
     found: dict[str, Storage] = {}
     for layer in engine.layers:
         for blueprint in layer._blueprints:
-            if next(_kernels(blueprint.module), None) is None:
+            if _kernel(blueprint.module) != case.kernel:
                 continue
             values = _random_values(blueprint)
             with pretending(case.machine), engine._context():
@@ -106,19 +108,16 @@ def _random(meta: Tensor, dice: torch.Generator) -> Tensor:
     return (spread.abs() if meta.dtype == torch.float32 else spread).to(meta.dtype)
 
 
-def _kernel(live: nn.Module) -> str:
-    chosen = {name for module in live.modules() for name in _kernels(module)}
-    return ", ".join(sorted(chosen))
-
-
-def _kernels(module: nn.Module) -> Iterator[str]:
-    """The names of the kernels that the processors of a module hold."""
+def _kernel(module: nn.Module) -> str:
+    """The name of the kernel that the processors of a module hold, if it is quantized."""
     processors = [value for value in vars(module).values() if is_processor(value)]
     for processor in processors:
         if type(processor).__module__.startswith("vllm.model_executor.kernels.linear"):
-            yield type(processor).__name__
-        else:
-            processors += [value for value in vars(processor).values() if is_processor(value)]
+            return type(processor).__name__
+        if (experts := getattr(processor, "experts_cls", None)) is not None:
+            return str(experts.__name__)
+        processors += [value for value in vars(processor).values() if is_processor(value)]
+    return ""
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

@@ -15,8 +15,9 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from types import FunctionType, ModuleType
 from typing import Any
 from unittest import mock
 
@@ -25,11 +26,18 @@ import vllm.envs
 from torch import Tensor
 from vllm import _custom_ops as ops
 from vllm import platforms
+from vllm.model_executor.layers.fused_moe.oracle import fp8, int8
 from vllm.platforms.interface import DeviceCapability, PlatformEnum
-from vllm.utils import deep_gemm
+from vllm.utils import deep_gemm, flashinfer
 
 _REAL = platforms.current_platform
 _CACHED = type(functools.cache(lambda: None))
+
+# Imported while pretending, they would keep what they were told.
+for _backends in (fp8, int8):
+    for _backend in vars(_backends)[f"{_backends.__name__.rpartition('.')[2].title()}MoeBackend"]:
+        with suppress(ValueError, ImportError):  # one that has no kernels, or not here
+            _backends.backend_to_kernel_cls(_backend)
 
 
 @dataclass(frozen=True)
@@ -107,8 +115,9 @@ def pretending(machine: Machine) -> Iterator[None]:
             stack.enter_context(mock.patch.object(vllm.envs, name, value))
         for name, value in _device_operations(machine).items():
             put(ops, name, value)
-        for module, name, value in _libraries(machine):
+        for module, name, value in [*_constants(machine), *_answers(machine)]:
             put(module, name, value)
+        stack.enter_context(mock.patch.dict(sys.modules, _flashinfer()))
         put(torch.accelerator, "empty_cache", lambda: None)
         yield
 
@@ -166,47 +175,60 @@ def _device_operations(machine: Machine) -> dict[str, Any]:
     }
 
 
-def _libraries(machine: Machine) -> list[tuple[Any, str, Any]]:
+def _constants(machine: Machine) -> list[tuple[Any, str, Any]]:
+    """What vLLM decides while it is imported, or once and for all."""
     from vllm.model_executor.kernels.linear.scaled_mm import cutlass
-    from vllm.model_executor.kernels.linear.scaled_mm import deep_gemm as deep_gemm_kernel
-    from vllm.model_executor.kernels.linear.scaled_mm import flashinfer as flashinfer_kernel
     from vllm.model_executor.layers.quantization.online.fp8 import Fp8PerTensorOnlineLinearMethod
-    from vllm.model_executor.layers.quantization.utils import fp8_utils
-    from vllm.model_executor.layers.quantization.utils.quant_utils import (
-        kFp8DynamicTensorSym,
-        kFp8DynamicTokenSym,
-    )
+    from vllm.model_executor.layers.quantization.utils import quant_utils
 
     cuda = machine.enum == PlatformEnum.CUDA
-    fast_fp8 = cuda and machine.capability >= 89 and machine.cutlass_fp8
-    has_deep_gemm = "deep_gemm" in machine.has and machine.capability // 10 in (9, 10, 12)
-    has_flashinfer = "flashinfer" in machine.has
-    found: list[tuple[Any, str, Any]] = [
-        # Decided by vLLM while it is imported:
+    per_token = cuda and machine.capability >= 89 and machine.cutlass_fp8
+    keys = quant_utils.kFp8DynamicTokenSym, quant_utils.kFp8DynamicTensorSym
+    return [
         (cutlass, "CUTLASS_BLOCK_FP8_SUPPORTED", cuda and machine.capability >= 90),
-        (
-            Fp8PerTensorOnlineLinearMethod,
-            "activation_quant_key",
-            kFp8DynamicTokenSym if fast_fp8 else kFp8DynamicTensorSym,
-        ),
-        (flashinfer_kernel, "has_flashinfer", lambda: has_flashinfer),
-        (
-            flashinfer_kernel,
-            "is_flashinfer_fp8_blockscale_gemm_supported",
-            lambda: has_flashinfer and machine.capability == 90,
-        ),
+        (Fp8PerTensorOnlineLinearMethod, "activation_quant_key", keys[0 if per_token else 1]),
         (deep_gemm.DeepGemmQuantScaleFMT, "_oracle_cache", _scale_format(machine)),
-        (fp8_utils, "transform_sf_into_required_layout", _transform_sf(machine)),
+        (deep_gemm, "_get_mk_alignment_for_contiguous_layout_impl", lambda: 128),
     ]
-    for module in (deep_gemm, deep_gemm_kernel, fp8_utils):
-        found.append((module, "is_deep_gemm_supported", lambda: has_deep_gemm))
-        found.append((module, "is_deep_gemm_e8m0_used", lambda: has_deep_gemm and _e8m0()))
-    return found
+
+
+def _answers(machine: Machine) -> Iterator[tuple[Any, str, Any]]:
+    """Functions that look for a library, wherever they have been imported to."""
+    has_flashinfer, has_deep_gemm = "flashinfer" in machine.has, _has_deep_gemm(machine)
+    answers = {
+        deep_gemm.is_deep_gemm_supported: lambda: has_deep_gemm,
+        deep_gemm.is_deep_gemm_e8m0_used: lambda: has_deep_gemm and _e8m0(),
+        deep_gemm.has_deep_gemm: lambda: has_deep_gemm,
+        deep_gemm.transform_sf_into_required_layout: _transform_sf(machine),
+        flashinfer.has_flashinfer: lambda: has_flashinfer,
+        flashinfer.has_flashinfer_trtllm_fused_moe: lambda: has_flashinfer,
+        flashinfer.has_flashinfer_cutlass_fused_moe: lambda: has_flashinfer,
+        flashinfer.is_flashinfer_fp8_blockscale_gemm_supported: lambda: (
+            has_flashinfer and machine.capability == 90
+        ),
+    }
+    for name, module in list(sys.modules.items()):
+        if name.startswith("vllm."):
+            for attribute, value in list(vars(module).items()):
+                if isinstance(value, FunctionType | _CACHED) and value in answers:
+                    yield module, attribute, answers[value]
+
+
+def _has_deep_gemm(machine: Machine) -> bool:
+    return "deep_gemm" in machine.has and machine.capability // 10 in (9, 10, 12)
+
+
+def _flashinfer() -> dict[str, Any]:
+    """Opaque: the order of rows that FlashInfer's kernels by TensorRT-LLM want."""
+    package, utils = ModuleType("flashinfer"), ModuleType("flashinfer.utils")
+    rows = {"get_shuffle_matrix_a_row_indices": lambda x, tile: torch.arange(len(x)).flip(0)}
+    vars(utils).update(rows)
+    return {"flashinfer": package, "flashinfer.utils": utils}
 
 
 def _scale_format(machine: Machine) -> Any:
     formats = deep_gemm.DeepGemmQuantScaleFMT
-    if "deep_gemm" not in machine.has or not _e8m0():
+    if not _has_deep_gemm(machine) or not _e8m0():
         return formats.FLOAT32
     return formats.UE8M0 if machine.capability >= 100 else formats.FLOAT32_CEIL_UE8M0
 

@@ -71,12 +71,26 @@ def test_a_view_with_new_strides_in_the_old_object_takes_rows() -> None:
     assert after(process)["weight"].kind == "rows"
 
 
+def test_a_parameter_that_is_copied_onto_itself_takes_rows() -> None:
+    """vLLM's `replace_parameter` does that where a layout already is what it should be."""
+
+    def process(layer: Any) -> None:
+        layer.weight.data.copy_(layer.weight)
+
+    assert after(process)["weight"].kind == "rows"
+
+
 def pack(layer: Any) -> None:
     layer.weight = as_parameter(layer.weight.t().contiguous())
 
 
 def overwrite_in_place(layer: Any) -> None:
     layer.weight.data.copy_(layer.weight.flip(0))
+
+
+def shift_in_place(layer: Any) -> None:
+    flat = layer.weight.view(-1)
+    flat[1:].copy_(flat[:-1].clone())
 
 
 def overwrite_past_torch(layer: Any) -> None:
@@ -123,6 +137,7 @@ def drop(layer: Any) -> None:
     [
         (pack, "weight is made of it"),
         (overwrite_in_place, r"aten.copy_.default writes into it"),
+        (shift_in_place, r"aten.copy_.default writes into it"),
         (overwrite_past_torch, "its bytes change"),
         (keep_a_sum, "azp_adj is made of it"),
         (keep_a_number, "aten._local_scalar_dense.default takes it out"),
@@ -226,3 +241,12 @@ def smoothed_by_the_bias(layer: Any) -> None:
 @pytest.mark.parametrize("process", [other_scales, other_order, another_leaf, smoothed_by_the_bias])
 def test_anything_else_that_is_made_of_floats_is_packed(process: Process) -> None:
     assert after(process, weight=FLOATS, bias=torch.ones(8))["weight"].kind == "packed"
+
+
+def test_stacked_experts_take_rows_of_codes_each() -> None:
+    def process(layer: Any) -> None:
+        codes, scales = zip(*map(int8_channel, layer.weight), strict=True)
+        layer.weight = as_parameter(torch.stack(codes))
+        layer.weight_scale = as_parameter(torch.stack(scales))
+
+    assert after(process, weight=FLOATS.view(2, 2, 8))["weight"].kind == "codes"
