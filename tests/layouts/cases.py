@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from vllm.platforms.interface import PlatformEnum
+
 from tests.layouts.machine import Machine
 
 _BOTH = frozenset({"flashinfer", "deep_gemm"})
@@ -30,7 +32,8 @@ class Case:
             that holds codes.
         kernel: the class that vLLM chooses.
         weight: how the weight is stored, by `flashquant.patches.storages`.
-        kind: of the tiny model.
+        kind: of the tiny model; the widths of `odd` are no multiples of 16, those of `odd-k`
+            only of 8, on the side that is summed over.
         options: more engine arguments.
         opaque: the stand-in that packs, where it does not give the bytes that the device would.
 
@@ -157,12 +160,40 @@ EXPERTS = (
         "packed",
         options={"moe_backend": "flashinfer_cutlass"},
     ),
-    _experts(BLACKWELL_ALL, "fp8_block", "TrtLlmFp8ExpertsMonolithic", "packed", opaque=_TRTLLM),
+    _experts(BLACKWELL_ALL, "fp8_block", "TrtLlmFp8ExpertsModular", "packed", opaque=_TRTLLM),
     _experts(
         replace(BLACKWELL, has=frozenset({"deep_gemm"})),
         "fp8_block",
         "TritonOrDeepGemmExperts",
         "packed",
         opaque=_DEEP_GEMM,
+    ),
+)
+
+MI300 = Machine("MI300", 94, enum=PlatformEnum.ROCM, fnuz=True)
+MI350 = Machine("MI350", 95, enum=PlatformEnum.ROCM)
+_ROW_WISE = "RowWiseTorchFP8ScaledMMLinearKernel"
+
+# What pads, scales or encodes weights on its way.
+CORNERS = (
+    Case(HOPPER, "fp8_vllm", _CUTLASS_FP8, "codes", kind="odd"),
+    Case(HOPPER, "fp8_channel", _CUTLASS_FP8, "codes", kind="odd-k"),
+    Case(HOPPER, "fp8_channel_stored", _CUTLASS_FP8, "rows", kind="odd-k"),
+    Case(HOPPER, "int8", _CUTLASS_INT8, "rows", kind="odd"),
+    Case(HOPPER, "fp8_block", _CUTLASS_BLOCK, "packed", kind="odd"),
+    Case(AMPERE, "fp8_vllm", _MARLIN, "packed", kind="odd"),
+    Case(MI300, "fp8_channel", _ROW_WISE, "packed"),
+    Case(MI300, "fp8_channel_stored", _ROW_WISE, "packed"),
+    Case(MI350, "fp8_channel", _ROW_WISE, "codes"),
+    Case(MI350, "fp8_channel_stored", _ROW_WISE, "rows"),
+    Case(MI350, "fp8_block", "TritonFp8BlockScaledMMKernel", "packed"),
+)
+
+# What vLLM itself cannot load, and what it says.
+REFUSED = (
+    (Case(AMPERE, "fp8_channel", "", ""), "requires a kernel that honors per-token activation"),
+    (
+        Case(HOPPER, "fp8_channel", _CUTLASS_FP8, "", kind="odd"),
+        "Overwriting existing tensor attribute: weight_loader",
     ),
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,12 +17,27 @@ from flashquant.patches.loading import session_of
 from flashquant.patches.storages import Storage, storages
 from flashquant.schemes import fp8_channel, fp8_tensor
 from flashquant.verify import Footprint, footprints
+from tests import tiny_models
 from tests.engine.checkpoints import Policies, config_name
 from tests.layouts import models
 from tests.layouts.cases import Case
 from tests.layouts.machine import pretending
 
 _QUANTIZERS = {"fp8_vllm": fp8_tensor, "fp8_channel": fp8_channel}
+
+
+_ODD = {"odd": 516, "odd-k": 520}
+
+
+class Odd(Policies):
+    """Of a model in which not everything is a multiple of 16, let alone of 64 or 128."""
+
+    def bf16(self, policy: str) -> Path:
+        path = self.folder / f"{self.kind}-{policy}"
+        if not path.exists():
+            inner = _ODD[self.kind]
+            tiny_models.make("qwen2", "ab".index(policy), path, intermediate=inner)
+        return path
 
 
 @dataclass(frozen=True)
@@ -44,15 +60,21 @@ class Layout:
     moved: tuple[str, ...]
 
 
-def look(case: Case, policies: Policies) -> Layout:
-    """Start on A, push B, A and B again; compare with vLLM's own load of B, without flashquant."""
-    live = _load(case, policies, "a", config_name(case.scheme))
+def look(case: Case, folder: Path) -> Layout:
+    """Start on A, push B, A and B again; compare with vLLM's own load of B, without flashquant.
+
+    Args:
+        case: what to look at.
+        folder: where tiny checkpoints are made, or lie already.
+
+    """
+    live = load(case, folder, "a", config_name(case.scheme))
     before = footprints(models.tensors(live).items())
     stored, kernels = _stored(case, live), frozenset(map(_kernel, live.modules())) - {""}
     for policy in "bab":
         with pretending(case.machine):
-            live.load_weights(policies.tensors(policy).items())
-    fresh = models.tensors(_load(case, policies, "b", None))
+            live.load_weights(_policies(case, folder).tensors(policy).items())
+    fresh = models.tensors(load(case, folder, "b", None))
     mine = models.tensors(live)
     different = [
         name
@@ -64,8 +86,9 @@ def look(case: Case, policies: Policies) -> Layout:
     return Layout(kernels, stored, compared, tuple(sorted(different)), tuple(moved))
 
 
-def _load(case: Case, policies: Policies, policy: str, scheme: str | None) -> nn.Module:
+def load(case: Case, folder: Path, policy: str, scheme: str | None) -> nn.Module:
     """With flashquant in a scheme, or as vLLM alone would, from what it calls the same."""
+    policies = _policies(case, folder)
     if scheme is not None:
         checkpoint, options = policies.served(policy, case.scheme), {}
     else:
@@ -75,6 +98,10 @@ def _load(case: Case, policies: Policies, policy: str, scheme: str | None) -> nn
     return models.load(
         case.machine, models.configured(checkpoint, scheme, **options, **case.options)
     )
+
+
+def _policies(case: Case, folder: Path) -> Policies:
+    return (Odd if case.kind in _ODD else Policies)(folder, case.kind)
 
 
 def _stored(case: Case, live: nn.Module) -> dict[str, Storage]:

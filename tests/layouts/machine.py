@@ -117,8 +117,9 @@ def pretending(machine: Machine) -> Iterator[None]:
             put(ops, name, value)
         for module, name, value in [*_constants(machine), *_answers(machine)]:
             put(module, name, value)
-        stack.enter_context(mock.patch.dict(sys.modules, _flashinfer()))
+        stack.enter_context(mock.patch.dict(sys.modules, {**_flashinfer(), **_rocm(machine)}))
         put(torch.accelerator, "empty_cache", lambda: None)
+        put(torch.accelerator, "current_device_index", lambda: torch.device("cpu"))
         yield
 
 
@@ -224,6 +225,18 @@ def _flashinfer() -> dict[str, Any]:
     rows = {"get_shuffle_matrix_a_row_indices": lambda x, tile: torch.arange(len(x)).flip(0)}
     vars(utils).update(rows)
     return {"flashinfer": package, "flashinfer.utils": utils}
+
+
+def _rocm(machine: Machine) -> dict[str, Any]:
+    """Which AMD GPU it is; vLLM's own module asks a driver that is not here."""
+    module = ModuleType("vllm.platforms.rocm")
+    chips = {94: "on_gfx942", 95: "on_gfx950"}
+    questions = ("on_gfx942", "on_gfx950", "on_gfx12x", "on_gfx1250", "on_gfx9", "on_mi3xx")
+    for question in questions:
+        answer = question == chips.get(machine.capability)
+        vars(module)[question] = functools.partial(bool, answer)
+    vars(module)["get_cdna_version"] = lambda: 3
+    return {module.__name__: module} if machine.enum == PlatformEnum.ROCM else {}
 
 
 def _scale_format(machine: Machine) -> Any:
