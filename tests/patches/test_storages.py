@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from flashquant.patches.storages import Storage, storages
+from flashquant.schemes import int8_channel
 
 Process = Callable[[Any], None]
 
@@ -24,9 +25,9 @@ class Method:
         self._process(layer)
 
 
-def after(process: Process) -> dict[str, Storage]:
+def after(process: Process, **own: Tensor) -> dict[str, Storage]:
     """How the weight and the scale of a layer are stored once it has been processed so."""
-    own = {
+    own = own or {
         "weight": torch.randint(-127, 128, (4, 8), dtype=torch.int8),
         "scale": torch.rand(4, 1),
     }
@@ -34,7 +35,7 @@ def after(process: Process) -> dict[str, Storage]:
     for name, tensor in own.items():
         setattr(twin, name, as_parameter(tensor.detach()))
     vars(twin)["quant_method"] = Method(process)
-    return storages(twin, own)
+    return storages(twin, own, int8_channel)
 
 
 def as_parameter(tensor: Tensor) -> nn.Parameter:
@@ -70,12 +71,26 @@ def test_a_view_with_new_strides_in_the_old_object_takes_rows() -> None:
     assert after(process)["weight"].kind == "rows"
 
 
+def test_a_parameter_that_is_copied_onto_itself_takes_rows() -> None:
+    """vLLM's `replace_parameter` does that where a layout already is what it should be."""
+
+    def process(layer: Any) -> None:
+        layer.weight.data.copy_(layer.weight)
+
+    assert after(process)["weight"].kind == "rows"
+
+
 def pack(layer: Any) -> None:
     layer.weight = as_parameter(layer.weight.t().contiguous())
 
 
 def overwrite_in_place(layer: Any) -> None:
     layer.weight.data.copy_(layer.weight.flip(0))
+
+
+def shift_in_place(layer: Any) -> None:
+    flat = layer.weight.view(-1)
+    flat[1:].copy_(flat[:-1].clone())
 
 
 def overwrite_past_torch(layer: Any) -> None:
@@ -122,6 +137,7 @@ def drop(layer: Any) -> None:
     [
         (pack, "weight is made of it"),
         (overwrite_in_place, r"aten.copy_.default writes into it"),
+        (shift_in_place, r"aten.copy_.default writes into it"),
         (overwrite_past_torch, "its bytes change"),
         (keep_a_sum, "azp_adj is made of it"),
         (keep_a_number, "aten._local_scalar_dense.default takes it out"),
@@ -187,3 +203,50 @@ def test_what_is_only_computed_on_the_way_counts_for_nothing() -> None:
         transpose(layer)
 
     assert after(process)["weight"].kind == "rows"
+
+
+FLOATS = torch.randn(4, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+
+
+def quantize(layer: Any, weight: Tensor | None = None) -> None:
+    codes, scales = int8_channel(layer.weight if weight is None else weight)
+    layer.weight, layer.weight_scale = as_parameter(codes.t()), as_parameter(scales)
+
+
+def test_the_codes_that_we_would_write_take_rows_of_codes() -> None:
+    assert after(quantize, weight=FLOATS)["weight"] == Storage(
+        "codes", ("weight", "weight_scale"), "weight, weight_scale is made of it"
+    )
+
+
+def other_scales(layer: Any) -> None:
+    quantize(layer)
+    layer.weight_scale = as_parameter(layer.weight_scale * 2)
+
+
+def other_order(layer: Any) -> None:
+    quantize(layer)
+    layer.weight = as_parameter(layer.weight.contiguous())
+
+
+def another_leaf(layer: Any) -> None:
+    quantize(layer)
+    layer.azp_adj = layer.weight.sum(dim=0)
+
+
+def smoothed_by_the_bias(layer: Any) -> None:
+    quantize(layer, layer.weight * layer.bias)
+
+
+@pytest.mark.parametrize("process", [other_scales, other_order, another_leaf, smoothed_by_the_bias])
+def test_anything_else_that_is_made_of_floats_is_packed(process: Process) -> None:
+    assert after(process, weight=FLOATS, bias=torch.ones(8))["weight"].kind == "packed"
+
+
+def test_stacked_experts_take_rows_of_codes_each() -> None:
+    def process(layer: Any) -> None:
+        codes, scales = zip(*map(int8_channel, layer.weight), strict=True)
+        layer.weight = as_parameter(torch.stack(codes))
+        layer.weight_scale = as_parameter(torch.stack(scales))
+
+    assert after(process, weight=FLOATS.view(2, 2, 8))["weight"].kind == "codes"
