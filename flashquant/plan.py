@@ -11,6 +11,7 @@ a laptop.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -95,13 +96,23 @@ class TensorPlan:
     dtype: torch.dtype
     steps: tuple[Step, ...]
 
-    @property
+    @functools.cached_property
     def targets(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(step.target for step in self.steps))
 
-    @property
+    @functools.cached_property
     def needs_loader(self) -> bool:
         return any(isinstance(step, Replay) for step in self.steps)
+
+    @functools.cached_property
+    def turns_rows(self) -> bool:
+        """Whether the rows of the tensor become columns: its last two dimensions are exchanged."""
+        writes = (step for step in self.steps if isinstance(step, Write))
+        return any(
+            (write.source_view.stride[-1] == 1) != (write.target_view.stride[-1] == 1)
+            for write in writes
+            if len(write.target_view.shape) > 1 and write.target_view.shape[-1] > 1
+        )
 
 
 class WritePlan:

@@ -36,7 +36,7 @@ from flashquant.transaction import Transactions
 from flashquant.undo import UndoLog
 from flashquant.update import Update
 from flashquant.verify import Footprint, check_unmoved, digest, digests, footprints
-from flashquant.weights import NamedTensors, Offered, Weights, named_tensors
+from flashquant.weights import NamedTensors, Offered, Weights, few_at_a_time, named_tensors
 from flashquant.witness import Witness
 
 
@@ -266,7 +266,7 @@ class Session:
         calibration = self._calibration
         # A checkpoint of codes is taken as it is: it is smoothed already.
         quantizes = calibration if calibration and calibration.starts_on_floats else None
-        for name, tensor in weights:
+        for name, tensor in self._learned(weights) if quantized else weights:
             self._routes.note(name, tensor)
             if not quantized:
                 yield name, tensor
@@ -278,7 +278,14 @@ class Session:
                 if quantizes is not None:
                     quantizes.note_stored(stored, values)
                 self._drifts.start(stored, values)
+                self._routes.note_made(stored, values)
                 yield stored, values
+
+    def _learned(self, weights: NamedTensors) -> Iterator[tuple[str, Tensor]]:
+        """The same tensors, planned several in one run of the loader."""
+        for few in few_at_a_time(weights):
+            self._routes.learn_together(few)
+            yield from few
 
     def _take(self, weights: NamedTensors, update: Update) -> set[str]:
         """Plan, quantize, write and commit, one tensor at a time."""
@@ -323,7 +330,7 @@ class Session:
     def _as_stored(
         self, name: str, tensor: Tensor, calibration: Calibration | None
     ) -> Iterator[tuple[str, Tensor]]:
-        return as_stored(name, tensor, self.plan[name].targets, self._engine.targets, calibration)
+        return as_stored(name, tensor, self.plan[name], self._engine.targets, calibration)
 
     def _note_drift(self, stored: Mapping[str, Tensor], update: Update) -> None:
         clipping = {} if self._calibration is None else self._calibration.clipping

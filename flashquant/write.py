@@ -25,6 +25,7 @@ class Stage:
         self._shape, self._stride, self._dtype = shape, stride, dtype
         self._memory: Tensor | None = None
         self._arrived: dict[View, Tensor | None] = {}
+        self._filled = 0  # elements; experts come one by one, and counting them anew is quadratic
 
     @property
     def numel(self) -> int:
@@ -56,7 +57,7 @@ class Stage:
     @property
     def complete(self) -> bool:
         """Whether every element has arrived; windows of a plan never overlap."""
-        return sum(view.numel for view in self._arrived) >= self.numel
+        return self._filled >= self.numel
 
     def memory(self, device: torch.device) -> Tensor:
         """The staged tensor, allocated at the first shard."""
@@ -71,6 +72,8 @@ class Stage:
         self._memory = memory
 
     def arrived(self, view: View, maxima: Tensor | None = None) -> None:
+        if view not in self._arrived:
+            self._filled += view.numel
         self._arrived[view] = maxima
 
     def remember(self, views: set[View], undo: UndoLog, *, values: bool) -> None:
@@ -83,7 +86,7 @@ class Stage:
 
         """
         memory = self._memory
-        mine = {view: maxima for view, maxima in self._arrived.items() if view in views}
+        mine = {view: self._arrived[view] for view in views if view in self._arrived}
         if not mine or memory is None:
             return
         copies = {view: view.into(memory).clone() for view in mine} if values else {}
@@ -92,19 +95,23 @@ class Stage:
             for view, old in copies.items():
                 view.into(memory).copy_(old)
             self._memory = memory
-            self._arrived |= mine
+            for view, maxima in mine.items():
+                self.arrived(view, maxima)
 
         undo.remember_how(bring_back, live=False)
 
     def forget(self, view: View) -> None:
         """Treat one window as not sent: its call failed."""
-        self._arrived.pop(view, None)
+        if view in self._arrived:
+            del self._arrived[view]
+            self._filled -= view.numel
         if not self._arrived:
             self._memory = None
 
     def clear(self) -> None:
         """Free the memory; the layer has been committed."""
         self._arrived.clear()
+        self._filled = 0
         self._memory = None
 
 
