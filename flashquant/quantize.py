@@ -1,7 +1,7 @@
 """A trainer's tensor becomes what the engine's checkpoint-format parameters hold.
 
     q_proj.weight bf16  ->  q_proj.weight int8, q_proj.weight_scale float32
-    experts.0.up_proj.weight bf16  ->  the same two; and of all experts at once, stacked
+    experts.0.up_proj.weight bf16  ->  the same two; or those of all experts, stacked
     norm.weight bf16    ->  norm.weight bf16
 
 Where there is a calibration, what it speaks of is stored its way, norms included.
@@ -10,7 +10,8 @@ Codes pass through: what is quantized already is never quantized again.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
@@ -18,56 +19,112 @@ from flashquant.calibration import Calibration
 from flashquant.errors import UnsupportedEngine
 from flashquant.fit import check_finite
 from flashquant.plan import TensorPlan
-from flashquant.schemes.stored import holds_codes, quantizer
+from flashquant.schemes.stored import Quantize, holds_codes, quantizer
+
+
+class Recipe:
+    """How the tensors of one name are stored, whenever they come.
+
+    Attributes:
+        name: of the tensor, as the trainer sends it.
+        scale_name: of the scales that are made of it.
+        dtypes: of the parameters it lands in.
+        calibration: of an engine that is served through a profile, if that speaks of it.
+
+    """
+
+    def __init__(
+        self,
+        name: str,
+        entry: TensorPlan,
+        parameters: Mapping[str, Tensor],
+        calibration: Calibration | None = None,
+    ) -> None:
+        """Args:
+        entry: its plan.
+        parameters: every checkpoint-format parameter, on meta.
+
+        """
+        self.name, self.scale_name = name, f"{name}_scale"
+        self.dtypes = tuple(parameters[target].dtype for target in entry.targets)
+        self.calibration = calibration if calibration and name in calibration else None
+        codes = (t for t in entry.targets if holds_codes(parameters[t].dtype))
+        self._codes = next(codes, None)
+        self._entry = entry
+        self._parameters = parameters
+
+    @property
+    def makes_codes(self) -> bool:
+        """Whether floats become codes."""
+        return self._codes is not None
+
+    @functools.cached_property
+    def quantize(self) -> Quantize:
+        """What makes codes and scales of the tensor, as it comes.
+
+        Raises:
+            UnsupportedEngine: the parameters store codes in none of our schemes, or it cannot
+                be told what becomes of its rows.
+
+        """
+        if self._codes is None:
+            raise ValueError(f"{self.name} is stored as it comes")
+        if self._entry.needs_loader:
+            raise UnsupportedEngine(
+                f"the engine's loader does more than copy {self.name} into {self._codes}, so "
+                "flashquant cannot tell its output channels, of which each has a scale. Serve "
+                "this model in bf16."
+            )
+        scales = self._parameters.get(f"{self._codes}_scale")
+        quantize = quantizer(self._parameters[self._codes], scales, self._codes)
+        if self._entry.turns_rows:
+            return functools.partial(_turned, quantize)
+        return quantize if len(self._entry.shape) == 2 else functools.partial(_stacked, quantize)
 
 
 def as_stored(
-    name: str,
-    tensor: Tensor,
-    entry: TensorPlan,
-    parameters: Mapping[str, Tensor],
-    calibration: Calibration | None = None,
-) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensor itself, or its codes and its scales, each under its checkpoint name.
+    recipe: Recipe, tensor: Tensor, into: Tensor | None = None
+) -> Iterable[tuple[str, Tensor]]:
+    """The tensor itself, or its codes and its scales, each under its checkpoint name.
 
     Args:
-        name: of the tensor, as the trainer sends it.
-        tensor: `[N, K]` or `[E, N, K]` where it is to be quantized, unsharded; transposed where
+        recipe: of its name.
+        tensor: `[N, K]` where it is to be quantized, or `[E, N, K]`, unsharded; transposed where
             the engine's loader transposes it.
-        entry: its plan.
-        parameters: every checkpoint-format parameter, on meta.
-        calibration: of an engine that is served through a profile.
+        into: `[N, K]`, where the codes are to be written; new memory if not given.
 
     Raises:
         MisfitTensor: values that are not finite, or would not be once stored.
         UnsupportedEngine: the parameters store codes in none of our schemes.
 
     """
-    tensor = tensor.contiguous()
-    if calibration is not None and name in calibration:
-        check_finite(name, tensor)  # before: codes of NaN would be zeros
-        for stored, values in calibration.stored(name, tensor):
-            check_finite(stored, values, [values.dtype])
-            yield stored, values
-        return
-    codes = [target for target in entry.targets if holds_codes(parameters[target].dtype)]
-    if not codes or not tensor.is_floating_point() or tensor.element_size() == 1:
-        check_finite(name, tensor, [parameters[target].dtype for target in entry.targets])
-        yield name, tensor
-        return
-    first = codes[0]
-    quantize = quantizer(parameters[first], parameters.get(f"{first}_scale"), first)
-    if entry.needs_loader:
-        raise UnsupportedEngine(
-            f"the engine's loader does more than copy {name} into {first}, so flashquant cannot "
-            "tell its output channels, of which each has a scale. Serve this model in bf16."
-        )
-    if entry.turns_rows:
-        values, scales = quantize(tensor.mT.contiguous())
-        values = values.mT
-    else:
-        values, scales = quantize(tensor)
+    tensor, name = tensor.contiguous(), recipe.name
+    if recipe.calibration is not None:
+        stored = list(recipe.calibration.stored(name, tensor, into))
+        for stored_name, values in stored:
+            check_finite(stored_name, values, [values.dtype])
+        return stored
+    if not (recipe.makes_codes and is_float(tensor)):
+        check_finite(name, tensor, recipe.dtypes)
+        return ((name, tensor),)
+    codes, scales = recipe.quantize(tensor, into)
     # A row that holds NaN or Inf has such an absolute maximum, so its scale tells.
     check_finite(name, scales)
-    yield name, values
-    yield f"{name}_scale", scales
+    return ((name, codes), (recipe.scale_name, scales))
+
+
+def _stacked(quantize: Quantize, weight: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Of experts that come stacked, `[E, N, K]`; or of the one matrix `[N, K]`."""
+    codes, scales = quantize(weight.reshape(-1, weight.shape[-1]), None)
+    return codes.reshape(weight.shape), scales.reshape(*weight.shape[:-1], 1)
+
+
+def _turned(quantize: Quantize, weight: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Of what comes transposed, `[K, N]` or `[E, K, N]`; the scales are `[..., N, 1]`."""
+    codes, scales = _stacked(quantize, weight.mT.contiguous(), None)
+    return codes.mT, scales
+
+
+def is_float(tensor: Tensor) -> bool:
+    """Whether these are a trainer's weights, rather than codes."""
+    return tensor.is_floating_point() and tensor.dtype.itemsize > 1

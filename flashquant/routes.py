@@ -27,10 +27,12 @@ class Routes:
         self._engine = engine
         self._checkpoint: dict[str, tuple[torch.Size, torch.dtype]] = {}
         self._made: dict[str, tuple[torch.Size, torch.dtype]] = {}  # of it: scales, most of all
+        self._wanted: dict[str, None] | None = None
 
     def note(self, name: str, tensor: Tensor) -> None:
         """The checkpoint that the engine starts on holds this tensor."""
         self._checkpoint[name] = (tensor.shape, tensor.dtype)
+        self._wanted = None
 
     def note_made(self, name: str, tensor: Tensor) -> None:
         """A tensor of the checkpoint was stored as this one, or as several; so will pushes be."""
@@ -93,6 +95,11 @@ class Routes:
         """
         if not self._checkpoint:
             return dict.fromkeys(self._engine.targets)
+        if self._wanted is None:
+            self._wanted = self._filled()
+        return self._wanted
+
+    def _filled(self) -> dict[str, None]:
         return dict.fromkeys(
             target
             for name, form in self._checkpoint.items()

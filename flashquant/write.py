@@ -25,11 +25,8 @@ class Stage:
         self._shape, self._stride, self._dtype = shape, stride, dtype
         self._memory: Tensor | None = None
         self._arrived: dict[View, Tensor | None] = {}
-        self._filled = 0  # elements; experts come one by one, and counting them anew is quadratic
-
-    @property
-    def numel(self) -> int:
-        return self._shape.numel()
+        self._elements = 0  # of these windows, which never overlap
+        self.numel = shape.numel()
 
     @property
     def dim(self) -> int:
@@ -45,6 +42,11 @@ class Stage:
         return bool(self._arrived)
 
     @property
+    def count(self) -> int:
+        """How many windows have arrived."""
+        return len(self._arrived)
+
+    @property
     def windows(self) -> set[View]:
         """The windows that have arrived."""
         return set(self._arrived)
@@ -56,8 +58,12 @@ class Stage:
 
     @property
     def complete(self) -> bool:
-        """Whether every element has arrived; windows of a plan never overlap."""
-        return self._filled >= self.numel
+        """Whether every element has arrived."""
+        return self._elements >= self.numel
+
+    def holds(self, view: View) -> bool:
+        """Whether this window has arrived."""
+        return view in self._arrived
 
     def memory(self, device: torch.device) -> Tensor:
         """The staged tensor, allocated at the first shard."""
@@ -73,7 +79,7 @@ class Stage:
 
     def arrived(self, view: View, maxima: Tensor | None = None) -> None:
         if view not in self._arrived:
-            self._filled += view.numel
+            self._elements += view.numel
         self._arrived[view] = maxima
 
     def remember(self, views: set[View], undo: UndoLog, *, values: bool) -> None:
@@ -86,7 +92,7 @@ class Stage:
 
         """
         memory = self._memory
-        mine = {view: self._arrived[view] for view in views if view in self._arrived}
+        mine = {view: maxima for view, maxima in self._arrived.items() if view in views}
         if not mine or memory is None:
             return
         copies = {view: view.into(memory).clone() for view in mine} if values else {}
@@ -104,14 +110,14 @@ class Stage:
         """Treat one window as not sent: its call failed."""
         if view in self._arrived:
             del self._arrived[view]
-            self._filled -= view.numel
+            self._elements -= view.numel
         if not self._arrived:
             self._memory = None
 
     def clear(self) -> None:
         """Free the memory; the layer has been committed."""
         self._arrived.clear()
-        self._filled = 0
+        self._elements = 0
         self._memory = None
 
 
@@ -133,5 +139,7 @@ def write(
         window.fill_(step.value)
         maxima = torch.tensor([[abs(step.value)]])
     else:
-        window.copy_(step.source_view.into(incoming))
+        source = step.source_view.into(incoming)
+        if source.data_ptr() != window.data_ptr():  # else it was quantized where it belongs
+            window.copy_(source)
     stage.arrived(step.target_view, maxima)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from flashquant.errors import UnsupportedEngine
-from flashquant.schemes.fp8 import fp8_channel
-from flashquant.schemes.int8 import int8_channel
+from flashquant.schemes.quick import fp8_channel, int8_channel
 
-Quantize = Callable[[Tensor], tuple[Tensor, Tensor]]
+# Rows, and where their codes are to be written (None: in new memory), to codes and scales.
+Quantize = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
 
 _CODES = {torch.int8: int8_channel, torch.float8_e4m3fn: fp8_channel}
 
@@ -42,10 +41,4 @@ def quantizer(codes: Tensor, scales: Tensor | None, name: str) -> Quantize:
             "flashquant quantizes into one scale an output channel, [..., N, 1]. Serve a "
             "checkpoint with channel scales, or a bf16 one with FLASHRL_CONFIG=fp8_vllm."
         )
-    return functools.partial(_each_row, _CODES[codes.dtype])
-
-
-def _each_row(quantize: Quantize, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantize the rows of `[N, K]`, or of experts that come stacked, `[E, N, K]`."""
-    values, scales = quantize(weight.reshape(-1, weight.shape[-1]))
-    return values.reshape(weight.shape), scales.reshape(*weight.shape[:-1], 1)
+    return _CODES[codes.dtype]
