@@ -30,7 +30,7 @@ _MLA: dict[str, Any] = {
     "n_routed_experts": EXPERTS,
     "n_shared_experts": 1,
     "first_k_dense_replace": 1,
-    "kv_lora_rank": 128,
+    "kv_lora_rank": 512,  # with the 64 below, the only size of the CPU's MLA kernel
     "q_lora_rank": 128,
     "qk_nope_head_dim": HEAD_DIM,
     "qk_rope_head_dim": HEAD_DIM,

@@ -56,15 +56,20 @@ class Snapshot:
 
     def assert_same(self, other: Snapshot) -> None:
         """Bit for bit: every tensor the kernels read, every token, every log-prob."""
-        assert self.contents.keys() == other.contents.keys()
+        assert self.different_from(other) == []
+
+    def different_from(self, other: Snapshot) -> list[str]:
+        """The names of what is not the same, or `outputs`, or `digest`."""
+        names = self.contents.keys() | other.contents.keys()
         different = [
             name
-            for name, tensor in self.contents.items()
-            if not same_bits(tensor, other.contents[name])
+            for name in sorted(names)
+            if name not in self.contents
+            or name not in other.contents
+            or not same_bits(self.contents[name], other.contents[name])
         ]
-        assert different == []
-        assert self.outputs == other.outputs
-        assert self.digest == other.digest
+        different += ["outputs"] if self.outputs != other.outputs else []
+        return different + (["digest"] if self.digest != other.digest else [])
 
 
 @dataclass
@@ -141,8 +146,6 @@ class Serving:
         """
         found: dict[str, Tensor] = {}
         for name, module in self.model.named_modules():
-            if name.endswith(".attn"):
-                continue  # the KV cache
             for path, leaf in kernel_state.leaves(module).items():
                 if isinstance(leaf, Tensor):
                     found[f"{name}.{path}"] = leaf.detach().clone()
