@@ -46,7 +46,7 @@ def judge(architecture: str, scheme: str, folder: Path, kernels: str = "amx") ->
             complaint = _differences(architecture, scheme, folder, kernels)
     except FlashquantError as error:
         return Cell(architecture, scheme, REFUSED, f"{type(error).__name__}: {error}")
-    except Exception as error:  # noqa: BLE001  (whatever an engine dies of: `control` looks again)
+    except Exception as error:  # whatever an engine dies of: `control` looks again
         return Cell(architecture, scheme, WRONG, f"{type(error).__name__}: {error}")
     return Cell(architecture, scheme, WRONG if complaint else EXACT, complaint)
 
@@ -64,8 +64,11 @@ def _differences(architecture: str, scheme: str, folder: Path, kernels: str) -> 
         expected = (live if which == "a" else fresh).start
         if different := live.snapshot().different_from(expected):
             return f"after {push.__name__} of {which}: {different}"
-    moved = [name for name, where in footprints(live.tensors().items()).items()
-             if before.get(name) != where]
+    moved = [
+        name
+        for name, where in footprints(live.tensors().items()).items()
+        if before.get(name) != where
+    ]
     return f"moved: {moved[:3]}" if moved else ""
 
 

@@ -136,7 +136,8 @@ class Serving:
         return self.snapshot()
 
     def snapshot(self) -> Snapshot:
-        return Snapshot(self.contents(), self.outputs(), self.session.digest())
+        outputs = self.outputs()  # first: a rotary cache takes its dtype from the first query
+        return Snapshot(self.contents(), outputs, self.session.digest())
 
     def contents(self) -> dict[str, Tensor]:
         """A copy of everything the kernels read, packed memory included, by full name.
