@@ -271,7 +271,7 @@ class LiveLayer:
         for tensor, target, view in self._stale:
             if target in started:
                 undo.remember(tensor)
-                tensor.copy_(view.into(self._stages[target].memory(self._device)))
+                tensor.copy_(view.into(self._stages[target].memory(self.device)))
 
     def _maxima(self, blueprint: LayerBlueprint) -> shards.Maxima:
         """What is known of the whole tensors of which this module holds shards."""
