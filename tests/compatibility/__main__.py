@@ -6,13 +6,14 @@ import argparse
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 
 from tests.architectures import ARCHITECTURES
 from tests.compatibility import table, workers
-from tests.compatibility.trial import DIED, SCHEMES, WRONG, Cell
+from tests.compatibility.trial import DIED, ENGINE, REFUSED, SCHEMES, WRONG, Cell
 from tests.compatibility.workers import Asked
 from tests.versions.table import put_into
 
@@ -43,13 +44,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _look(asked: Sequence[Asked], folder: Path) -> dict[Asked, Cell]:
-    """Every cell; those whose engine died are tried once more without flashquant."""
+    """Every cell; what is not served is tried once more without flashquant."""
     found = _by_asked(_say(cell) for cell in _run("judge", asked, folder))
-    died = [one for one, cell in found.items() if cell.verdict == DIED]
-    for one, cell in _by_asked(_run("blame", died, folder)).items():
-        why = f"{found[one].why} ({cell.why})" if cell.verdict == WRONG else cell.why
-        found[one] = _say(Cell(*one, cell.verdict, why))
+    unserved = [one for one, cell in found.items() if cell.verdict in (DIED, REFUSED)]
+    for one, alone in _by_asked(_run("blame", unserved, folder)).items():
+        found[one] = _say(_verdict(found[one], alone))
     return found
+
+
+def _verdict(cell: Cell, alone: Cell) -> Cell:
+    """Of a cell that is not served, by what vLLM alone does."""
+    if alone.verdict == ENGINE:
+        if cell.verdict == DIED:
+            return alone
+        return replace(alone, why=f"{cell.why} vLLM alone: {alone.why}")
+    if cell.verdict == REFUSED:
+        return cell
+    return replace(alone, why=f"{cell.why} ({alone.why})")
 
 
 def _run(verb: str, asked: Sequence[Asked], folder: Path) -> Iterable[Cell]:

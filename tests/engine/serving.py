@@ -236,4 +236,45 @@ def choosing(kernels: str) -> Iterator[None]:
             if (kernel := getattr(cpu, name, None)) is not None:  # the first, since 0.31
                 says = classmethod(lambda *_: answer)
                 stack.enter_context(mock.patch.object(kernel, "is_supported", says))
+        stack.enter_context(_experts_and_mla(kernels == "amx"))
         yield
+
+
+@contextmanager
+def _experts_and_mla(has_amx: bool) -> Iterator[None]:
+    """The same for experts of codes, and for the attention that DeepSeek has.
+
+    Not for experts in bf16: their kernel has AMX instructions of its own.
+    """
+    from vllm.platforms import cpu as platform
+
+    try:
+        from vllm.model_executor.layers.fused_moe.experts import cpu_moe
+    except ImportError:  # until 0.31
+        yield
+        return
+    with ExitStack() as stack:
+        for name in ("CPUExpertsInt8", "CPUExpertsFp8"):
+            if (experts := getattr(cpu_moe, name, None)) is not None:
+                says = staticmethod(lambda: has_amx)
+                stack.enter_context(mock.patch.object(experts, "_supports_current_device", says))
+        stack.enter_context(mock.patch.object(platform, "torch", _Torch(has_amx)))
+        yield
+
+
+class _Torch:
+    """torch as the platform sees it, on a machine with or without AMX."""
+
+    def __init__(self, has_amx: bool) -> None:
+        self.cpu = _TorchCpu(has_amx)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+
+class _TorchCpu:
+    def __init__(self, has_amx: bool) -> None:
+        self._is_amx_tile_supported = lambda: has_amx
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch.cpu, name)
