@@ -95,6 +95,8 @@ class LiveEngine:
             LiveLayer(blueprints, self._loaded, self._context, self.device, learned, stale)
             for blueprints in self._blueprint.groups()
         )
+        for layer in self.layers:
+            layer.rehearse()
         self._blueprint.release_originals()
 
     @contextmanager

@@ -93,11 +93,17 @@ def _walk(path: str, value: object) -> Iterator[tuple[str, Leaf]]:
             yield from _walk(f"{path}[{index}]", inner)
 
 
-def carry(fresh: nn.Module, live: nn.Module, name: str, undo: UndoLog) -> int:
+def carry(values: dict[str, Leaf], into: dict[str, Leaf], name: str, undo: UndoLog) -> int:
     """Carry every value of a freshly processed layer into the live one, in place.
 
     Tensors keep their address; a handler keeps its object and its pointer tensor,
     and takes over the memory that the fresh one points to.
+
+    Args:
+        values: the leaves of the fresh layer.
+        into: those of the live one.
+        name: of the layer, for the error.
+        undo: keeps what was there.
 
     Returns:
         The number of bytes written into live tensors.
@@ -106,7 +112,6 @@ def carry(fresh: nn.Module, live: nn.Module, name: str, undo: UndoLog) -> int:
         ReloadError: the fresh layer is laid out differently from the live one.
 
     """
-    into, values = leaves(live), leaves(fresh)
     check_same_layout(values, into, name)
     written = 0
     for path, value in values.items():

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 
-from flashquant.errors import ReloadError
+from flashquant.errors import ReloadError, UnsupportedEngine
 from flashquant.patches import kernel_state, shards
 from flashquant.patches.blueprint import LayerBlueprint
 from flashquant.patches.borrowed import Borrowed
@@ -83,6 +83,25 @@ class LiveLayer:
             if (value := self._read_back(target)) is not None
             and fingerprint(value) == loaded.get(target)
         }
+        # Of a deferred attention: what its processing makes. Cache scales and whatever its
+        # kernels allocate while they run are not.
+        self._made: dict[str, frozenset[str]] = {}
+
+    def rehearse(self) -> None:
+        """Make what an attention derives from this layer once, of zeros, before it serves.
+
+        Raises:
+            UnsupportedEngine: it comes out otherwise than it lies in the live model.
+
+        """
+        if not any(blueprint.sources for blueprint in self._blueprints):
+            return
+        values = {t: torch.zeros_like(m, device=self.device) for t, m in self._metas.items()}
+        with self._context():
+            for blueprint, twin in list(self._twins(values)):
+                if blueprint.sources:
+                    self._made[blueprint.name] = _check_made(blueprint, twin)
+                kernel_state.take_apart(twin)
 
     @property
     def road(self) -> str:
@@ -161,8 +180,10 @@ class LiveLayer:
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every live tensor of the layer, by full name."""
         for blueprint in self._blueprints:
+            made = self._made.get(blueprint.name)
             for path, tensor in kernel_state.tensors(blueprint.module):
-                yield f"{blueprint.name}.{path}", tensor
+                if made is None or path in made:
+                    yield f"{blueprint.name}.{path}", tensor
 
     def contents(self) -> Iterator[tuple[str, Tensor | str]]:
         """What the kernels read, by full name: tensors, and digests of packed memory.
@@ -171,7 +192,7 @@ class LiveLayer:
         stands for them.
         """
         for blueprint in self._blueprints:
-            leaves = kernel_state.leaves(blueprint.module)
+            leaves = self._leaves(blueprint, blueprint.module)
             for path, leaf in leaves.items():
                 if isinstance(leaf, Tensor):
                     yield f"{blueprint.name}.{path}", leaf
@@ -244,7 +265,8 @@ class LiveLayer:
         with self._context():
             twins = list(self._twins(values))
             for blueprint, twin in twins:
-                written += kernel_state.carry(twin, blueprint.module, blueprint.name, undo)
+                fresh, live = (self._leaves(blueprint, one) for one in (twin, blueprint.module))
+                written += kernel_state.carry(fresh, live, blueprint.name, undo)
             for _, twin in twins:
                 kernel_state.take_apart(twin)
         return written
@@ -265,6 +287,11 @@ class LiveLayer:
                 twin = blueprint.build({}, {**handed, **instead})
                 cast(Any, twin).process_weights_after_loading(torch.get_default_dtype())
                 yield blueprint, twin
+
+    def _leaves(self, blueprint: LayerBlueprint, module: nn.Module) -> dict[str, kernel_state.Leaf]:
+        """Everything in a module that is made of its parameters, by path."""
+        leaves, made = kernel_state.leaves(module), self._made.get(blueprint.name)
+        return leaves if made is None else {p: leaf for p, leaf in leaves.items() if p in made}
 
     def _refresh(self, started: set[str], undo: UndoLog) -> None:
         """Bring what other layers hold of a parameter up to date."""
@@ -349,6 +376,22 @@ class LiveLayer:
                         "engine with hf_overrides={'tie_word_embeddings': False}, or push them "
                         "equal."
                     )
+
+
+def _check_made(blueprint: LayerBlueprint, twin: nn.Module) -> frozenset[str]:
+    """The paths of what processing makes, if the live attention holds the same, laid out alike."""
+    fresh, live = (
+        {path: leaf for path, leaf in kernel_state.leaves(one).items() if path not in one._buffers}
+        for one in (twin, blueprint.module)
+    )
+    try:
+        kernel_state.check_same_layout(fresh, live, blueprint.name)
+    except ReloadError as misfit:
+        raise UnsupportedEngine(
+            f"{blueprint.name} ({type(blueprint.module).__name__}) keeps weights made from other "
+            f"layers', and flashquant cannot make them anew: {misfit}"
+        ) from misfit
+    return frozenset(fresh)
 
 
 def targets_of(blueprints: Sequence[LayerBlueprint]) -> set[str]:
