@@ -229,7 +229,9 @@ def plot(points: list[Point], path: Path) -> None:
             )
         axes.axhline(LIMIT, color="0.3", linewidth=1)
         axes.annotate("10 µs", (1, LIMIT), xycoords=("axes fraction", "data"), va="center")
-        axes.set(xscale="log", xlabel="tensors in one reload", ylabel="µs a tensor, beyond its work")
+        axes.set(
+            xscale="log", xlabel="tensors in one reload", ylabel="µs a tensor, beyond its work"
+        )
         axes.set_ylim(bottom=0)
         axes.legend(fontsize=8, ncols=2)
 
