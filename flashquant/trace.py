@@ -138,7 +138,7 @@ class _Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch lea
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        for tensor in _written(func, args, kwargs):
+        for tensor in written_by(func, args, kwargs):
             if storage_of(tensor) in self._targets:
                 self._note(func, tensor, args)
             # An incoming tensor that was changed is not what the trainer sent.
@@ -204,7 +204,7 @@ class _Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch lea
         return frozenset().union(*(names for names in found if names))
 
 
-def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
+def written_by(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
     """The tensors an operation changes, by its own schema."""
     for position, argument in enumerate(func._schema.arguments):
         if argument.alias_info is None or not argument.alias_info.is_write:

@@ -58,7 +58,14 @@ def _stored_as(kind: str) -> dict[str, Any]:
 
 
 def make(
-    kind: str, seed: int, path: Path, *, tied: bool = False, hidden: int = 256, layers: int = 2
+    kind: str,
+    seed: int,
+    path: Path,
+    *,
+    tied: bool = False,
+    hidden: int = 256,
+    layers: int = 2,
+    intermediate: int = 512,
 ) -> Path:
     """Write a random bf16 checkpoint of one architecture; the same seed, the same bytes.
 
@@ -69,7 +76,7 @@ def make(
     config = config_type(
         vocab_size=1000,  # vLLM pads it to 1024: padding has to survive a reload
         hidden_size=hidden,
-        intermediate_size=512,
+        intermediate_size=intermediate,
         num_hidden_layers=layers,
         num_attention_heads=hidden // _HEAD_DIM,
         num_key_value_heads=hidden // _HEAD_DIM // 2,

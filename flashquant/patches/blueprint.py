@@ -181,14 +181,21 @@ def _pristine(attributes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _copied(value: Any, seen: dict[int, Any]) -> Any:
-    """A processor and the processors inside it, or a container, copied; the rest as it is."""
-    if isinstance(value, dict | set):
+    """A processor and whatever is inside it, or a container, copied; the rest as it is.
+
+    A dict may hold processors: one that is an `nn.Module` lies among a layer's submodules.
+    """
+    if isinstance(value, dict):
+        copied = copy.copy(value)
+        copied.update(
+            (key, _copied(inner, seen)) for key, inner in value.items() if is_processor(inner)
+        )
+        return copied
+    if isinstance(value, set):
         return copy.copy(value)
     if not is_processor(value):
         return value
     if id(value) not in seen:
         seen[id(value)] = twin = copy.copy(value)
-        for name, inner in vars(value).items():
-            if is_processor(inner):
-                setattr(twin, name, _copied(inner, seen))
+        vars(twin).update((name, _copied(inner, seen)) for name, inner in vars(value).items())
     return seen[id(value)]

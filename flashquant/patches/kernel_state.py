@@ -20,6 +20,7 @@ from typing import Protocol, TypeGuard
 
 from torch import Tensor, nn
 from vllm._custom_ops import CPUDNNLGEMMHandler
+from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 
 from flashquant.errors import ReloadError
 from flashquant.undo import UndoLog
@@ -43,10 +44,11 @@ def is_processor(value: object) -> bool:
     """Whether this is one of vLLM's quantization methods, schemes or kernels.
 
     They keep state of the layer they processed (handlers, block sizes), and what
-    they have in common is the method that processes it.
+    they have in common is the method that processes it. Some layers have one too, but
+    no layer is a method; vLLM's method of unquantized experts is an `nn.Module`, though.
     """
-    return hasattr(type(value), "process_weights_after_loading") and not isinstance(
-        value, nn.Module
+    return hasattr(type(value), "process_weights_after_loading") and (
+        isinstance(value, QuantizeMethodBase) or not isinstance(value, nn.Module)
     )
 
 
@@ -59,7 +61,7 @@ def leaves(module: nn.Module) -> dict[str, Leaf]:
     """Every tensor and handle of one module (not of its children), by path."""
     own = {**module._parameters, **module._buffers}
     found: dict[str, Leaf] = {name: value for name, value in own.items() if value is not None}
-    for name, value in vars(module).items():
+    for name, value in (*vars(module).items(), *module._modules.items()):
         if name not in _MODULE_INTERNALS:
             found.update(_walk(name, value))
     return found
@@ -129,7 +131,7 @@ def take_apart(twin: nn.Module) -> None:
     A kernel keeps bound methods of itself, so only the garbage collector would end
     it, and until then a whole model's old weights would stay in memory.
     """
-    for value in vars(twin).values():
+    for value in (*vars(twin).values(), *twin._modules.values()):
         _empty(value)
     vars(twin).clear()
 

@@ -1,0 +1,1 @@
+"""What the kernels of GPUs read, looked at without one."""

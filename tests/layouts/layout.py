@@ -1,0 +1,153 @@
+"""One case, looked at: loaded for the machine, pushed to, and compared with vLLM's own load."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flashquant.patches.blueprint import LayerBlueprint
+from flashquant.patches.engine_args import ONLINE
+from flashquant.patches.kernel_state import is_processor
+from flashquant.patches.loading import session_of
+from flashquant.patches.storages import Storage, storages
+from flashquant.schemes import fp8_channel, fp8_tensor
+from flashquant.verify import Footprint, footprints
+from tests import tiny_models
+from tests.engine.checkpoints import Policies, config_name
+from tests.layouts import models
+from tests.layouts.cases import Case
+from tests.layouts.machine import pretending
+
+_QUANTIZERS = {"fp8_vllm": fp8_tensor, "fp8_channel": fp8_channel}
+
+
+_ODD = {"odd": 516, "odd-k": 520}
+
+
+class Odd(Policies):
+    """Of a model in which not everything is a multiple of 16, let alone of 64 or 128."""
+
+    def bf16(self, policy: str) -> Path:
+        path = self.folder / f"{self.kind}-{policy}"
+        if not path.exists():
+            inner = _ODD[self.kind]
+            tiny_models.make("qwen2", "ab".index(policy), path, intermediate=inner)
+        return path
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What one case came to.
+
+    Attributes:
+        kernels: the classes that vLLM chose for the layers it quantizes.
+        stored: each kind of parameter of the layers that are the case's, by its name in them.
+        compared: bytes that kernels would read, all of them equal to vLLM's own load.
+        different: the tensors that are not.
+        moved: the tensors that are not where they were.
+
+    """
+
+    kernels: frozenset[str]
+    stored: Mapping[str, Storage]
+    compared: int
+    different: tuple[str, ...]
+    moved: tuple[str, ...]
+
+
+def look(case: Case, folder: Path) -> Layout:
+    """Start on A, push B, A and B again; compare with vLLM's own load of B, without flashquant.
+
+    Args:
+        case: what to look at.
+        folder: where tiny checkpoints are made, or lie already.
+
+    """
+    live = load(case, folder, "a", config_name(case.scheme))
+    before = footprints(models.tensors(live).items())
+    stored, kernels = _stored(case, live), frozenset(map(_kernel, live.modules())) - {""}
+    for policy in "bab":
+        with pretending(case.machine):
+            live.load_weights(_policies(case, folder).tensors(policy).items())
+    fresh = models.tensors(load(case, folder, "b", None))
+    mine = models.tensors(live)
+    different = [
+        name
+        for name in mine.keys() | fresh.keys()
+        if name not in mine or name not in fresh or not _same(mine[name], fresh[name])
+    ]
+    moved = [name for name, tensor in mine.items() if Footprint.of(tensor) != before[name]]
+    compared = sum(tensor.nbytes for tensor in fresh.values())
+    return Layout(kernels, stored, compared, tuple(sorted(different)), tuple(moved))
+
+
+def load(case: Case, folder: Path, policy: str, scheme: str | None) -> nn.Module:
+    """With flashquant in a scheme, or as vLLM alone would, from what it calls the same."""
+    policies = _policies(case, folder)
+    if scheme is not None:
+        checkpoint, options = policies.served(policy, case.scheme), {}
+    else:
+        stored = "int8_w8a8" if case.scheme == "int8" else case.scheme
+        checkpoint = policies.served(policy, stored)
+        options = {"quantization": ONLINE[stored]} if stored in ONLINE else {}
+    return models.load(
+        case.machine, models.configured(checkpoint, scheme, **options, **case.options)
+    )
+
+
+def _policies(case: Case, folder: Path) -> Policies:
+    return (Odd if case.kind in _ODD else Policies)(folder, case.kind)
+
+
+def _stored(case: Case, live: nn.Module) -> dict[str, Storage]:
+    """How the parameters of the quantized layers are stored; told apart only if they differ."""
+    engine: Any = session_of(live)._engine
+    found: dict[str, Storage] = {}
+    for layer in engine.layers:
+        for blueprint in layer._blueprints:
+            if _kernel(blueprint.module) != case.kernel:
+                continue
+            values = _random_values(blueprint)
+            with pretending(case.machine), engine._context():
+                mine = storages(blueprint.build(values), values, _QUANTIZERS.get(case.scheme))
+            for name, stored in mine.items():
+                same = found.setdefault(name, stored).kind == stored.kind
+                found |= {} if same else {f"{blueprint.name}.{name}": stored}
+    return found
+
+
+def _random_values(blueprint: LayerBlueprint) -> dict[str, Tensor]:
+    dice = torch.Generator().manual_seed(0)
+    return {
+        name: _random(meta, dice) for name, meta in blueprint.parameters.items() if meta is not None
+    }
+
+
+def _random(meta: Tensor, dice: torch.Generator) -> Tensor:
+    if meta.dtype == torch.int8:
+        return torch.randint(-127, 128, meta.shape, generator=dice, dtype=torch.int8)
+    spread = torch.randn(meta.shape, generator=dice)
+    return (spread.abs() if meta.dtype == torch.float32 else spread).to(meta.dtype)
+
+
+def _kernel(module: nn.Module) -> str:
+    """The name of the kernel that the processors of a module hold, if it is quantized."""
+    processors = [value for value in vars(module).values() if is_processor(value)]
+    for processor in processors:
+        if type(processor).__module__.startswith("vllm.model_executor.kernels.linear"):
+            return type(processor).__name__
+        if (experts := getattr(processor, "experts_cls", None)) is not None:
+            return str(experts.__name__)
+        processors += [value for value in vars(processor).values() if is_processor(value)]
+    return ""
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    if (one.shape, one.stride(), one.dtype) != (other.shape, other.stride(), other.dtype):
+        return False
+    return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
