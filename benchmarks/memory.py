@@ -8,7 +8,7 @@ Two independent measurements of one reload, taken of two reloads after a warm on
     tensors     a dispatch mode sees every tensor that torch makes, and when its storage is
                 freed: exact, to the byte, but blind to what kernels allocate inside (oneDNN)
     resident    VmHWM, the high-water mark that the kernel keeps, reset just before: blind to
-                nothing, but it counts whole pages (malloc is told to give freed blocks back at once)
+                nothing, but in whole pages (malloc is told to give freed blocks back at once)
 
 Each engine has a process of its own: what another one left would be taken for its own. The
 trainer's tensors exist before the reload, so they do not count. The limit is the largest single
