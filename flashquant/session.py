@@ -26,7 +26,7 @@ from flashquant.engine import Engine, Layer
 from flashquant.errors import MisfitTensor, ReloadError
 from flashquant.fit import check_finite
 from flashquant.health import Health
-from flashquant.plan import Replay, WritePlan
+from flashquant.plan import Replay, Write, WritePlan
 from flashquant.quantize import Recipe, as_stored
 from flashquant.report import ReloadReport, Status
 from flashquant.routes import Routes
@@ -160,8 +160,9 @@ class Session:
             for layer in list(update.waiting.values()):
                 if layer.ready:
                     self._let_live(layer, update)
-            update.since(start, "commit")
+            start = update.since(start, "commit")
             self._arrivals.check_complete(update, self._routes.wanted, strict=strict)
+            self._swap_in(update)
             self._check_unmoved(update.before, *self._engine.layers)
 
     @property
@@ -326,9 +327,10 @@ class Session:
         landing = way.landing_of_codes(tensor)
         into = None
         if landing is not None:
-            for step, _, stage in landing.steps:
-                update.claim(stage, step.target_view)
-            into = landing.window
+            for step, layer, stage in landing.steps:
+                if isinstance(step, Write):
+                    update.claim(stage, step.target_view)
+                    into = layer.window(step, update.undo, update.reach)
         stored = as_stored(way.recipe, tensor, into)
         clipping = {} if self._calibration is None else self._calibration.clipping
         for name, values in stored:
@@ -342,6 +344,8 @@ class Session:
 
     def _settle(self, update: Update, stands: bool) -> None:
         """An update is over: what is live is what it should be."""
+        for layer in () if stands else update.prepared.values():
+            layer.drop()
         if stands:
             update.drift = self._drifts.settle(update.noted)
         self._witness.settle(update.committed if stands else None)
@@ -353,7 +357,7 @@ class Session:
         for step, layer, stage in landing.steps:
             update.claim(stage, step.target_view)
             if not isinstance(step, Replay):
-                layer.receive(step, tensor, update.undo, maxima)
+                layer.receive(step, tensor, update.undo, update.reach, maxima)
             update.arrived.add(step.target)
             update.waiting[layer.name] = layer
         if landing.entry.needs_loader:
@@ -393,12 +397,26 @@ class Session:
                 earlier = stage.windows - update.staged[stage]
                 stage.remember(earlier, update.undo, values=False)
         update.live.update(target for target in layer.targets if layer.stage(target).started)
-        update.committed.add(layer.name)
         update.waiting.pop(layer.name, None)
+        if update.prepares:
+            layer.prepare(update.undo)
+            update.prepared[layer.name] = layer
+            return
+        update.committed.add(layer.name)
         before = {} if update.bracket else self._footprints(layer)
         update.bytes_out += layer.commit(update.undo)
         if not update.bracket:
             self._check_unmoved(before, layer)
+
+    def _swap_in(self, update: Update) -> None:
+        """What was prepared goes live: from here on, the engine may not generate."""
+        start = time.perf_counter()
+        for name, layer in update.prepared.items():
+            update.undo.touch()
+            update.committed.add(name)
+            update.bytes_out += layer.commit(update.undo)
+        if update.prepares:
+            update.since(start, "swap")
 
     def _footprints(self, *layers: Layer) -> dict[str, Footprint]:
         if not self._checks.ledger:

@@ -17,9 +17,12 @@ from flashquant.checks import Checks
 from flashquant.errors import UnsupportedEngine
 from flashquant.patches.attention import is_deferred_attention_layer
 from flashquant.patches.blueprint import ModelBlueprint
+from flashquant.patches.direct import Direct
+from flashquant.patches.direct_layer import DirectLayer
 from flashquant.patches.engine_args import ADDITIONAL_CONFIG_KEY, ONLINE, PROFILE_KEY
 from flashquant.patches.layers import Learned, LiveLayer
 from flashquant.profiles import load_profile
+from flashquant.schemes import fp8_channel
 from flashquant.weights import NamedTensors
 
 # vLLM warns of a bf16 tensor on its way into an int8 parameter; while we watch
@@ -57,10 +60,12 @@ class LiveEngine:
             if profile
             else None
         )
-        self.layers: tuple[LiveLayer, ...] = ()
+        self.layers: tuple[LiveLayer | DirectLayer, ...] = ()
+        self.stored: dict[str, Tensor] = {}
         self._model = model
         self._vllm_config = vllm_config
         self._blueprint = ModelBlueprint(model)
+        self.stored |= self._blueprint.targets
         self._load: Callable[[NamedTensors], object] = cast(Any, model).load_weights
         self._loaded: dict[str, str] = {}
 
@@ -93,10 +98,18 @@ class LiveEngine:
     def note_processed(self) -> None:
         """The model serves: find out what processing made of each layer."""
         learned: Learned = {}
-        self.layers = tuple(
-            LiveLayer(blueprints, self._loaded, self._context, self.device, learned)
-            for blueprints in self._blueprint.groups()
-        )
+        # vLLM's online scheme by channel is ours to the bit; by tensor, shards share a scale.
+        ours = fp8_channel if self.scheme == "fp8_channel" else None
+        direct = Direct(ours, self._context, self.device)
+        layers: list[LiveLayer | DirectLayer] = []
+        for group in self._blueprint.groups():
+            homes = direct.homes(group[0]) if len(group) == 1 else None
+            if homes is None:
+                layers.append(LiveLayer(group, self._loaded, self._context, self.device, learned))
+                continue
+            layers.append(DirectLayer(group[0], homes))
+            self.stored |= {target: home.to("meta") for target, home in homes.items()}
+        self.layers = tuple(layers)
         self._blueprint.release_originals()
 
     @contextmanager
