@@ -3,12 +3,12 @@
     python -m benchmarks.replay [--layout fused experts] [--dtype bfloat16 int8]
                                 [--tensors 200 2000 20000] [--profile FILE] [--out benchmarks/out]
 
-A model of tiny tensors, without vLLM: all that takes time is the road itself (plan lookup,
-checks, dispatch, transactions). From the time of a reload is taken the time of the bare tensor
-work: the same quantize calls, the same copies into the same live memory, with the old values
-kept where the reload keeps an undo log, in a tight loop. What is left, divided by the number
-of incoming tensors, is the overhead. Checks for NaN count as overhead. Times are those of the
-CPU, of the one thread that runs.
+A model of tiny tensors, and no engine: all that takes time is the road itself (plan lookup,
+checks, dispatch, transactions), into layers that are written where they lie. From the time of a
+reload is taken the time of the bare tensor work: the same quantize calls, the same copies into
+the same live memory, with the old values kept where the reload keeps an undo log, in a tight
+loop. What is left, divided by the number of incoming tensors, is the overhead. Checks for NaN
+count as overhead. Times are those of the CPU, of the one thread that runs.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.results import described, machine, markdown, save_json, save_plot, save_text
 from flashquant.checks import Checks
 from flashquant.schemes.quick import int8_channel
 from flashquant.session import Session
-from tests.test_session import FakeLayer
 
 ROWS, COLUMNS = 8, 64
 LIMIT = 10.0  # microseconds a tensor: the acceptance
@@ -50,11 +50,11 @@ class Engine:
     def __init__(self, tensors: int, shards: int, dtype: torch.dtype) -> None:
         self.scheme, self.shards = "int8" if dtype == torch.int8 else "bf16", shards
         self.layers = tuple(
-            FakeLayer(f"layers.{index}", _parameters(index, shards, dtype))
-            for index in range(max(1, tensors // shards))
+            _layer(f"layers.{index}", shards, dtype) for index in range(max(1, tensors // shards))
         )
-        self.live = {name: live for layer in self.layers for name, live in layer.live.items()}
+        self.live = {name: live for layer in self.layers for name, live in layer.homes.items()}
         self.targets = {name: live.to("meta") for name, live in self.live.items()}
+        self.stored = self.targets
         self._under: Mapping[str, Tensor] = self.live
 
     def weights(self, seed: int) -> dict[str, Tensor]:
@@ -102,10 +102,27 @@ class Point:
         return (self.reload - self.bare) / self.tensors * 1e6
 
 
-def _parameters(index: int, shards: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    weight = {f"layers.{index}.weight": torch.zeros(shards * ROWS, COLUMNS, dtype=dtype)}
-    scale = {f"layers.{index}.weight_scale": torch.zeros(shards * ROWS, 1)}
-    return weight | scale if dtype == torch.int8 else weight
+def _layer(name: str, shards: int, dtype: torch.dtype) -> Any:
+    """A layer that is written where it lies, as the row-major kernels of a GPU have them."""
+    from flashquant.patches.blueprint import LayerBlueprint
+    from flashquant.patches.direct_layer import DirectLayer
+
+    module = nn.Module()
+    values = {"weight": torch.zeros(shards * ROWS, COLUMNS, dtype=dtype)}
+    if dtype == torch.int8:
+        values["weight_scale"] = torch.zeros(shards * ROWS, 1)
+    for key, value in values.items():
+        module.register_parameter(key, nn.Parameter(value, requires_grad=False))
+    blueprint = LayerBlueprint(
+        name=name,
+        module=module,
+        attributes={},
+        parameters={key: value.to("meta") for key, value in values.items()},
+        targets={key: f"{name}.{key}" for key in values},
+    )
+    return DirectLayer(
+        blueprint, {f"{name}.{key}": p.detach() for key, p in module.named_parameters()}
+    )
 
 
 def measure(layout: str, dtype: str, tensors: int, rounds: int) -> Iterator[Point]:
