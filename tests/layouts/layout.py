@@ -117,7 +117,7 @@ def _stored(case: Case, live: nn.Module) -> dict[str, Storage]:
                 mine = storages(blueprint.build(values), values, _QUANTIZERS.get(case.scheme))
             for name, stored in mine.items():
                 same = found.setdefault(name, stored).kind == stored.kind
-                found |= {} if same else {f"{blueprint.name}.{name}": stored}
+                found |= {} if same else {f"{blueprint.name.rpartition('.')[2]}.{name}": stored}
     return found
 
 
