@@ -22,11 +22,12 @@ from torch import Tensor
 
 from flashquant.drift import Clipping
 from flashquant.errors import MisfitTensor, ProfileError
+from flashquant.fit import check_finite
 from flashquant.profiles import Entry, Profile, fingerprint
 from flashquant.pruning import Pruning
-from flashquant.schemes.absmax import row_absmax
 from flashquant.schemes.chunks import row_chunks
-from flashquant.schemes.smoothed import int8_frozen, int8_refreshed, scaled, scaled_norm
+from flashquant.schemes.quick import int8_frozen, int8_refreshed, row_absmax
+from flashquant.schemes.smoothed import scaled, scaled_norm
 from flashquant.undo import UndoLog
 
 Scales = Literal["frozen", "refreshed"]
@@ -143,11 +144,18 @@ class Calibration:
             "profile for this one."
         )
 
-    def stored(self, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    def stored(
+        self, name: str, tensor: Tensor, into: Tensor | None = None
+    ) -> Iterator[tuple[str, Tensor]]:
         """Yield a pushed tensor as the engine stores it, codes together with their scales.
 
+        Args:
+            name: as the trainer sends it.
+            tensor: floats.
+            into: where its codes are to be written; new memory if not given.
+
         Raises:
-            MisfitTensor: it is codes, or their scales.
+            MisfitTensor: it is codes, or their scales; or holds values that are not finite.
 
         """
         if name not in self._entries or not tensor.is_floating_point() or tensor.itemsize == 1:
@@ -164,11 +172,12 @@ class Calibration:
             return
         scale = self._weight_scale(name, entry)
         if self._scales == "frozen":
-            frozen = int8_frozen(tensor, columns, rows)
+            frozen = int8_frozen(tensor, columns, rows, into)
+            check_finite(name, frozen.peak)  # codes of NaN would be zeros
             self.clipping[name] = Clipping(frozen.clipped, frozen.peak)
             codes = frozen.codes
         else:
-            codes, scale = int8_refreshed(tensor, columns, rows, scale.to(tensor.device))
+            codes, scale = int8_refreshed(tensor, columns, rows, scale.to(tensor.device), into)
         yield name, codes
         yield f"{name}_scale", scale
         if self._pruning is not None and (norm := self._pruning.codes(name, codes)):

@@ -47,7 +47,6 @@ class Noted:
 
     size: int
     sample: Tensor
-    changed: Tensor | None
     clipping: Clipping | None
 
 
@@ -72,32 +71,44 @@ class Drifts:
         """What a push makes of one weight; None for what is no codes. Waits for no device."""
         if not holds_codes(values.dtype):
             return None
-        sample, old = _sampled(values), self._standing.get(name)
-        changed = None
-        if old is not None and old.shape == sample.shape:
-            changed = sample.ne(old).float().mean()
-        return Noted(values.numel(), sample, changed, clipping)
+        return Noted(values.numel(), _sampled(values), clipping)
 
     def settle(self, noted: Mapping[str, Noted]) -> dict[str, Drift]:
         """An update stands: what it brought is what the next one is compared with."""
+        changed = self._changed(noted)
         self._standing |= {name: note.sample for name, note in noted.items()}
         numbers = _on_host(
-            [n.changed for n in noted.values()]
-            + [n.clipping and n.clipping.outside for n in noted.values()]
+            [n.clipping and n.clipping.outside for n in noted.values()]
             + [n.clipping and n.clipping.peak for n in noted.values()]
         )
         count = len(noted)
         drifts = {
             name: Drift(
                 size=note.size,
-                changed=numbers[i],
-                clipped=None if (out := numbers[count + i]) is None else out / note.size,
-                peak=numbers[2 * count + i],
+                changed=changed.get(name),
+                clipped=None if (out := numbers[i]) is None else out / note.size,
+                peak=numbers[count + i],
             )
             for i, (name, note) in enumerate(noted.items())
         }
         self._warn(drifts)
         return drifts
+
+    def _changed(self, noted: Mapping[str, Noted]) -> dict[str, float]:
+        """The fraction of each sample that is other than before, of all of them at once."""
+        pairs = {
+            name: (note.sample, old)
+            for name, note in noted.items()
+            if (old := self._standing.get(name)) is not None
+            and (old.shape, old.device) == (note.sample.shape, note.sample.device)
+        }
+        if not pairs:
+            return {}
+        new, old = (torch.cat(samples) for samples in zip(*pairs.values(), strict=True))
+        sizes = torch.tensor([len(sample) for sample, _ in pairs.values()])
+        counts = torch.cat([new.new_zeros(1, dtype=torch.int64), new.ne(old).cumsum(0)]).cpu()
+        changed = counts[sizes.cumsum(0)].diff(prepend=counts[:1]) / sizes
+        return dict(zip(pairs, changed.tolist(), strict=True))
 
     def _warn(self, drifts: Mapping[str, Drift]) -> None:
         """Say once that the scales no longer hold what is pushed."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flashquant.errors import MisfitTensor
-from flashquant.schemes.absmax import absmax
+from flashquant.schemes.quick import absmax
 
 # What a trainer may send; each is quantized from its own precision.
 _SENT = (torch.bfloat16, torch.float16, torch.float32)

@@ -11,6 +11,7 @@ a laptop.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -95,11 +96,11 @@ class TensorPlan:
     dtype: torch.dtype
     steps: tuple[Step, ...]
 
-    @property
+    @functools.cached_property
     def targets(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(step.target for step in self.steps))
 
-    @property
+    @functools.cached_property
     def needs_loader(self) -> bool:
         return any(isinstance(step, Replay) for step in self.steps)
 

@@ -9,52 +9,94 @@ Codes pass through: what is quantized already is never quantized again.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor
 
 from flashquant.calibration import Calibration
 from flashquant.fit import check_finite
-from flashquant.schemes.stored import holds_codes, quantizer
+from flashquant.schemes.stored import Quantize, holds_codes, quantizer
+
+
+class Recipe:
+    """How the tensors of one name are stored, whenever they come.
+
+    Attributes:
+        name: of the tensor, as the trainer sends it.
+        scale_name: of the scales that are made of it.
+        dtypes: of the parameters it lands in.
+        calibration: of an engine that is served through a profile, if that speaks of it.
+
+    """
+
+    def __init__(
+        self,
+        name: str,
+        targets: Sequence[str],
+        parameters: Mapping[str, Tensor],
+        calibration: Calibration | None = None,
+    ) -> None:
+        """Args:
+        targets: the parameters it lands in, by its plan.
+        parameters: every checkpoint-format parameter, on meta.
+
+        """
+        self.name, self.scale_name = name, f"{name}_scale"
+        self.dtypes = tuple(parameters[target].dtype for target in targets)
+        self.calibration = calibration if calibration and name in calibration else None
+        self._codes = next((t for t in targets if holds_codes(parameters[t].dtype)), None)
+        self._parameters = parameters
+
+    @property
+    def makes_codes(self) -> bool:
+        """Whether floats become codes."""
+        return self._codes is not None
+
+    @functools.cached_property
+    def quantize(self) -> Quantize:
+        """What makes codes and scales of rows.
+
+        Raises:
+            UnsupportedEngine: the parameters store codes in none of our schemes.
+
+        """
+        if self._codes is None:
+            raise ValueError(f"{self.name} is stored as it comes")
+        scales = self._parameters.get(f"{self._codes}_scale")
+        return quantizer(self._parameters[self._codes], scales, self._codes)
 
 
 def as_stored(
-    name: str,
-    tensor: Tensor,
-    targets: Sequence[str],
-    parameters: Mapping[str, Tensor],
-    calibration: Calibration | None = None,
-) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensor itself, or its codes and its scales, each under its checkpoint name.
+    recipe: Recipe, tensor: Tensor, into: Tensor | None = None
+) -> Iterable[tuple[str, Tensor]]:
+    """The tensor itself, or its codes and its scales, each under its checkpoint name.
 
     Args:
-        name: of the tensor, as the trainer sends it.
+        recipe: of its name.
         tensor: `[N, K]` where it is to be quantized, unsharded.
-        targets: the parameters it lands in, by its plan.
-        parameters: every checkpoint-format parameter, on meta.
-        calibration: of an engine that is served through a profile.
+        into: `[N, K]`, where the codes are to be written; new memory if not given.
 
     Raises:
         MisfitTensor: values that are not finite, or would not be once stored.
         UnsupportedEngine: the parameters store codes in none of our schemes.
 
     """
-    tensor = tensor.contiguous()
-    if calibration is not None and name in calibration:
-        check_finite(name, tensor)  # before: codes of NaN would be zeros
-        for stored, values in calibration.stored(name, tensor):
-            check_finite(stored, values, [values.dtype])
-            yield stored, values
-        return
-    codes = [target for target in targets if holds_codes(parameters[target].dtype)]
-    if not codes or not tensor.is_floating_point() or tensor.element_size() == 1:
-        check_finite(name, tensor, [parameters[target].dtype for target in targets])
-        yield name, tensor
-        return
-    first = codes[0]
-    quantize = quantizer(parameters[first], parameters.get(f"{first}_scale"), first)
-    values, scales = quantize(tensor)
+    tensor, name = tensor.contiguous(), recipe.name
+    if recipe.calibration is not None:
+        stored = list(recipe.calibration.stored(name, tensor, into))
+        for stored_name, values in stored:
+            check_finite(stored_name, values, [values.dtype])
+        return stored
+    if not (recipe.makes_codes and is_float(tensor)):
+        check_finite(name, tensor, recipe.dtypes)
+        return ((name, tensor),)
+    codes, scales = recipe.quantize(tensor, into)
     # A row that holds NaN or Inf has such an absolute maximum, so its scale tells.
     check_finite(name, scales)
-    yield name, values
-    yield f"{name}_scale", scales
+    return ((name, codes), (recipe.scale_name, scales))
+
+
+def is_float(tensor: Tensor) -> bool:
+    """Whether these are a trainer's weights, rather than codes."""
+    return tensor.is_floating_point() and tensor.dtype.itemsize > 1

@@ -25,10 +25,12 @@ class Routes:
         self.plan = WritePlan()
         self._engine = engine
         self._checkpoint: dict[str, tuple[torch.Size, torch.dtype]] = {}
+        self._wanted: dict[str, None] | None = None
 
     def note(self, name: str, tensor: Tensor) -> None:
         """The checkpoint that the engine starts on holds this tensor."""
         self._checkpoint[name] = (tensor.shape, tensor.dtype)
+        self._wanted = None
 
     def learn(self, name: str, tensor: Tensor) -> None:
         """Watch the loader take this one tensor, unless that has been done.
@@ -83,6 +85,11 @@ class Routes:
         """
         if not self._checkpoint:
             return dict.fromkeys(self._engine.targets)
+        if self._wanted is None:
+            self._wanted = self._filled()
+        return self._wanted
+
+    def _filled(self) -> dict[str, None]:
         return dict.fromkeys(
             target
             for name, form in self._checkpoint.items()

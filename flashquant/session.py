@@ -11,7 +11,7 @@ last of its shards has arrived, in whichever push. Inside a bracket (`begin` to
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from itertools import chain
 
 import torch
@@ -24,18 +24,19 @@ from flashquant.checks import Checks
 from flashquant.drift import Drifts
 from flashquant.engine import Engine, Layer
 from flashquant.errors import MisfitTensor, ReloadError
-from flashquant.fit import check_dtype, check_finite, check_form, check_plain
+from flashquant.fit import check_finite
 from flashquant.health import Health
-from flashquant.plan import Replay, TensorPlan, WritePlan
-from flashquant.quantize import as_stored
+from flashquant.plan import Replay, WritePlan
+from flashquant.quantize import Recipe, as_stored
 from flashquant.report import ReloadReport, Status
 from flashquant.routes import Routes
-from flashquant.schemes.absmax import row_absmax
+from flashquant.schemes.quick import row_absmax
 from flashquant.schemes.stored import holds_codes
 from flashquant.transaction import Transactions
 from flashquant.undo import UndoLog
 from flashquant.update import Update
 from flashquant.verify import Footprint, check_unmoved, digest, digests, footprints
+from flashquant.ways import Landing, Way, Ways
 from flashquant.weights import NamedTensors, Offered, Weights, named_tensors
 from flashquant.witness import Witness
 
@@ -64,7 +65,7 @@ class Session:
         self._engine = engine
         self._checks = checks or Checks()
         self._routes = Routes(engine)
-        self._homes: dict[str, Layer] = {}
+        self._ways = Ways(engine, self._routes, calibration)
         self._arrivals = Arrivals(engine)
         self._witness = Witness({})
         self._drifts = Drifts(1.0 if calibration is None else calibration.warn_above)
@@ -78,7 +79,7 @@ class Session:
     @property
     def live(self) -> bool:
         """Whether the model has been loaded and processed, so that pushes are reloads."""
-        return bool(self._homes)
+        return bool(self._ways.homes)
 
     @property
     def version(self) -> int:
@@ -103,7 +104,7 @@ class Session:
         """
         if self._calibration is not None:
             self._calibration.check_fit()
-        self._homes = {target: layer for layer in self._engine.layers for target in layer.targets}
+        self._ways.open()
         self._witness = Witness(
             {layer.name: _parameters(layer.tensors()) for layer in self._engine.layers}
         )
@@ -154,7 +155,12 @@ class Session:
             MovedTensor: a live tensor is not where it was. The engine is torn.
 
         """
-        with self._transactions.finish() as update:
+        with self._transactions.finish() as update, torch.no_grad():
+            start = time.perf_counter()
+            for layer in list(update.waiting.values()):
+                if layer.ready:
+                    self._let_live(layer, update)
+            update.since(start, "commit")
             self._arrivals.check_complete(update, self._routes.wanted, strict=strict)
             self._check_unmoved(update.before, *self._engine.layers)
 
@@ -274,7 +280,8 @@ class Session:
             self._routes.learn(name, tensor)
             if calibration is not None:
                 calibration.note(name, tensor)
-            for stored, values in self._as_stored(name, tensor, quantizes):
+            recipe = Recipe(name, self.plan[name].targets, self._engine.targets, quantizes)
+            for stored, values in as_stored(recipe, tensor):
                 if quantizes is not None:
                     quantizes.note_stored(stored, values)
                 self._drifts.start(stored, values)
@@ -288,49 +295,50 @@ class Session:
         for name, sent in weights:
             if update.over:
                 raise ReloadError(f"the update was rolled back before {name} arrived; send it anew")
-            check_plain(name, sent)
-            tensor = sent.detach()
-            update.tensors += 1
-            update.bytes_in += tensor.nbytes
-            with update.phase("plan"):
-                self._check_fits(name, tensor, update)
-            with update.phase("quantize"):
-                stored = dict(self._as_stored(name, tensor, self._calibration))
-                self._note_drift(stored, update)
-            # Not a norm that these codes silence: it may still come itself.
-            update.names.update(stored.keys() & {name, f"{name}_scale"})
-            for stored_name, values in stored.items():
-                entry = self._routes.of(stored_name, values)
-                with update.phase("write"):
-                    self._write(entry, values, update)
-                written.update(entry.targets)
-                with update.phase("commit"):
-                    self._commit(entry, update)
+            start = time.perf_counter()
+            way, tensor = self._admit(name, sent, update)
+            start = update.since(start, "plan")
+            stored = self._quantize(way, tensor, update)
+            start = update.since(start, "quantize")
+            landings = [self._write(way, each, values, update) for each, values in stored]
+            start = update.since(start, "write")
+            for landing in landings:
+                written.update(landing.entry.targets)
+                self._commit(landing, update)
+            update.since(start, "commit")
         return written
 
-    def _check_fits(self, name: str, tensor: Tensor, update: Update) -> None:
-        """Refuse a tensor before anything is touched."""
+    def _admit(self, name: str, sent: object, update: Update) -> tuple[Way, Tensor]:
+        """Refuse a tensor before anything is touched, or say where it goes."""
         if name in update.names:
             raise MisfitTensor(f"{name} arrived twice in one update; send each tensor once")
-        entry = self._routes.of(name, tensor)
-        check_form(name, tensor, entry.shape)
-        for target in entry.targets:
-            check_dtype(name, tensor.dtype, self._engine.targets[target].dtype)
+        way = self._ways.of(name, sent)
+        tensor = way.check(sent)
+        update.tensors += 1
+        update.bytes_in += tensor.nbytes
         update.names.add(name)
-        if not entry.steps:
+        if not way.entry.steps:
             update.ignored.append(name)
+        return way, tensor
 
-    def _as_stored(
-        self, name: str, tensor: Tensor, calibration: Calibration | None
-    ) -> Iterator[tuple[str, Tensor]]:
-        return as_stored(name, tensor, self.plan[name].targets, self._engine.targets, calibration)
-
-    def _note_drift(self, stored: Mapping[str, Tensor], update: Update) -> None:
+    def _quantize(self, way: Way, tensor: Tensor, update: Update) -> Iterable[tuple[str, Tensor]]:
+        """What is stored of a tensor; its codes where they belong, if they land there as rows."""
+        landing = way.landing_of_codes(tensor)
+        into = None
+        if landing is not None:
+            for step, _, stage in landing.steps:
+                update.claim(stage, step.target_view)
+            into = landing.window
+        stored = as_stored(way.recipe, tensor, into)
         clipping = {} if self._calibration is None else self._calibration.clipping
-        for name, values in stored.items():
+        for name, values in stored:
+            # Not a norm that these codes silence: it may still come itself.
+            if name in (way.name, way.recipe.scale_name):
+                update.names.add(name)
             noted = self._drifts.note(name, values, clipping.pop(name, None))
             if noted is not None:
                 update.noted[name] = noted
+        return stored
 
     def _settle(self, update: Update, stands: bool) -> None:
         """An update is over: what is live is what it should be."""
@@ -338,52 +346,59 @@ class Session:
             update.drift = self._drifts.settle(update.noted)
         self._witness.settle(update.committed if stands else None)
 
-    def _write(self, entry: TensorPlan, tensor: Tensor, update: Update) -> None:
-        tensor = tensor.contiguous()
-        maxima = self._maxima(entry, tensor)
-        for step in entry.steps:
-            layer = self._homes[step.target]
-            stage = layer.stage(step.target)
-            mine = update.staged[stage]
-            if step.target_view not in mine:
-                stage.remember({step.target_view}, update.undo, values=True)
-            mine.add(step.target_view)  # before it arrives, so that it can be taken back
+    def _write(self, way: Way, stored: str, tensor: Tensor, update: Update) -> Landing:
+        landing = self._ways.landing(way, stored, tensor)
+        tensor = tensor.contiguous() if not landing.rows else tensor
+        maxima = self._maxima(landing, tensor)
+        for step, layer, stage in landing.steps:
+            update.claim(stage, step.target_view)
             if not isinstance(step, Replay):
                 layer.receive(step, tensor, update.undo, maxima)
             update.arrived.add(step.target)
-        if entry.needs_loader:
-            self._replay(entry, tensor)
+            update.waiting[layer.name] = layer
+        if landing.entry.needs_loader:
+            self._replay(landing, tensor)
+        return landing
 
-    def _maxima(self, entry: TensorPlan, tensor: Tensor) -> Tensor | None:
+    def _maxima(self, landing: Landing, tensor: Tensor) -> Tensor | None:
         """Those of the rows of the whole tensor, where other workers hold shards of its layer."""
-        sole = len(entry.targets) == 1  # of a tensor that is cut up, each layer has its own
-        wanted = self._engine.shares_scales and sole and tensor.dim() == 2
-        return row_absmax(tensor) if wanted and tensor.is_floating_point() else None
+        if not self._engine.shares_scales:
+            return None
+        sole = len(landing.entry.targets) == 1  # of a tensor that is cut up, each has its own
+        wanted = sole and tensor.dim() == 2 and tensor.is_floating_point()
+        return row_absmax(tensor) if wanted else None
 
-    def _replay(self, entry: TensorPlan, tensor: Tensor) -> None:
+    def _replay(self, landing: Landing, tensor: Tensor) -> None:
         """The loader does more than copy: run it for real, on staged memory."""
-        stages = {target: self._homes[target].stage(target) for target in entry.targets}
+        stages = {step.target: stage for step, _, stage in landing.steps}
         memory = {target: stage.memory(self._engine.device) for target, stage in stages.items()}
         with self._engine.laid_out(memory):
-            self._engine.load([(entry.name, tensor)])
-        for step in entry.steps:
-            check_finite(entry.name, step.target_view.into(memory[step.target]))
-            stages[step.target].arrived(step.target_view)
+            self._engine.load([(landing.entry.name, tensor)])
+        for step, _, stage in landing.steps:
+            check_finite(landing.entry.name, step.target_view.into(memory[step.target]))
+            stage.arrived(step.target_view)
 
-    def _commit(self, entry: TensorPlan, update: Update) -> None:
-        """Let those layers go live that this tensor completed."""
-        for layer in dict.fromkeys(self._homes[target] for target in entry.targets):
-            if not layer.ready:
-                continue
-            for stage in map(layer.stage, layer.targets):
+    def _commit(self, landing: Landing, update: Update) -> None:
+        """Let those layers go live that this tensor completed.
+
+        Inside a bracket, one that a complete update would bring more of waits for the end.
+        """
+        for layer in landing.layers:
+            if (not update.bracket or self._ways.is_full(layer)) and layer.ready:
+                self._let_live(layer, update)
+
+    def _let_live(self, layer: Layer, update: Update) -> None:
+        for stage in map(layer.stage, layer.targets):
+            if stage.count > len(update.staged[stage]):  # earlier pushes brought the rest
                 earlier = stage.windows - update.staged[stage]
                 stage.remember(earlier, update.undo, values=False)
-            update.live.update(target for target in layer.targets if layer.stage(target).started)
-            update.committed.add(layer.name)
-            before = {} if update.bracket else self._footprints(layer)
-            update.bytes_out += layer.commit(update.undo)
-            if not update.bracket:
-                self._check_unmoved(before, layer)
+        update.live.update(target for target in layer.targets if layer.stage(target).started)
+        update.committed.add(layer.name)
+        update.waiting.pop(layer.name, None)
+        before = {} if update.bracket else self._footprints(layer)
+        update.bytes_out += layer.commit(update.undo)
+        if not update.bracket:
+            self._check_unmoved(before, layer)
 
     def _footprints(self, *layers: Layer) -> dict[str, Footprint]:
         if not self._checks.ledger:
@@ -396,8 +411,9 @@ class Session:
     def _report(self, update: Update, start: float) -> ReloadReport:
         whole = None
         if self._checks.digest:
-            with update.phase("digest"):
-                whole = self.digest()
+            digesting = time.perf_counter()
+            whole = self.digest()
+            update.since(digesting, "digest")
         return ReloadReport(
             version=self.version,
             tensors=update.tensors,

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from flashquant.drift import Noted
+from flashquant.engine import Layer
 from flashquant.plan import View
 from flashquant.report import Drift
 from flashquant.undo import UndoLog
@@ -41,6 +40,7 @@ class Update:
     arrived: set[str] = field(default_factory=set)  # parameters
     live: set[str] = field(default_factory=set)  # parameters, arrived now or earlier
     committed: set[str] = field(default_factory=set)  # layers
+    waiting: dict[str, Layer] = field(default_factory=dict)  # layers, of which something came
     ignored: list[str] = field(default_factory=list)  # names the engine's loader drops
     tensors: int = 0
     bytes_in: int = 0
@@ -49,9 +49,16 @@ class Update:
     noted: dict[str, Noted] = field(default_factory=dict)  # of codes, by name
     drift: dict[str, Drift] = field(default_factory=dict)  # the same, once it stands
 
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Add what happens inside to the time of a phase."""
-        start = time.perf_counter()
-        yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+    def since(self, start: float, phase: str) -> float:
+        """Add the time since `start` to a phase, and return what time it is now."""
+        now = time.perf_counter()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - start
+        return now
+
+    def claim(self, stage: Stage, view: View) -> None:
+        """A window of a stage is about to be filled: it can be taken back from now on."""
+        mine = self.staged[stage]
+        if view not in mine:
+            if stage.holds(view):
+                stage.remember({view}, self.undo, values=True)
+            mine.add(view)

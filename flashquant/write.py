@@ -25,10 +25,8 @@ class Stage:
         self._shape, self._stride, self._dtype = shape, stride, dtype
         self._memory: Tensor | None = None
         self._arrived: dict[View, Tensor | None] = {}
-
-    @property
-    def numel(self) -> int:
-        return self._shape.numel()
+        self._elements = 0  # of these windows, which never overlap
+        self.numel = shape.numel()
 
     @property
     def dim(self) -> int:
@@ -44,6 +42,11 @@ class Stage:
         return bool(self._arrived)
 
     @property
+    def count(self) -> int:
+        """How many windows have arrived."""
+        return len(self._arrived)
+
+    @property
     def windows(self) -> set[View]:
         """The windows that have arrived."""
         return set(self._arrived)
@@ -55,8 +58,12 @@ class Stage:
 
     @property
     def complete(self) -> bool:
-        """Whether every element has arrived; windows of a plan never overlap."""
-        return sum(view.numel for view in self._arrived) >= self.numel
+        """Whether every element has arrived."""
+        return self._elements >= self.numel
+
+    def holds(self, view: View) -> bool:
+        """Whether this window has arrived."""
+        return view in self._arrived
 
     def memory(self, device: torch.device) -> Tensor:
         """The staged tensor, allocated at the first shard."""
@@ -71,6 +78,8 @@ class Stage:
         self._memory = memory
 
     def arrived(self, view: View, maxima: Tensor | None = None) -> None:
+        if view not in self._arrived:
+            self._elements += view.numel
         self._arrived[view] = maxima
 
     def remember(self, views: set[View], undo: UndoLog, *, values: bool) -> None:
@@ -92,19 +101,23 @@ class Stage:
             for view, old in copies.items():
                 view.into(memory).copy_(old)
             self._memory = memory
-            self._arrived |= mine
+            for view, maxima in mine.items():
+                self.arrived(view, maxima)
 
         undo.remember_how(bring_back, live=False)
 
     def forget(self, view: View) -> None:
         """Treat one window as not sent: its call failed."""
-        self._arrived.pop(view, None)
+        if view in self._arrived:
+            del self._arrived[view]
+            self._elements -= view.numel
         if not self._arrived:
             self._memory = None
 
     def clear(self) -> None:
         """Free the memory; the layer has been committed."""
         self._arrived.clear()
+        self._elements = 0
         self._memory = None
 
 
@@ -126,5 +139,7 @@ def write(
         window.fill_(step.value)
         maxima = torch.tensor([[abs(step.value)]])
     else:
-        window.copy_(step.source_view.into(incoming))
+        source = step.source_view.into(incoming)
+        if source.data_ptr() != window.data_ptr():  # else it was quantized where it belongs
+            window.copy_(source)
     stage.arrived(step.target_view, maxima)

@@ -33,7 +33,7 @@ CPU = torch.device("cpu")
 class FakeLayer:
     """One layer whose live tensors are its checkpoint tensors, gathered in stages."""
 
-    road = "staged"
+    road, device = "staged", CPU
 
     def __init__(self, name: str, live: dict[str, Tensor]) -> None:
         self.name, self.live = name, live

@@ -58,7 +58,7 @@ class LiveLayer:
         self.name = blueprints[0].name
         self._blueprints = tuple(blueprints)
         self._context = context
-        self._device = device
+        self.device = device
         self._metas = {
             target: meta
             for blueprint in blueprints
@@ -128,7 +128,7 @@ class LiveLayer:
         if live is not None:
             undo.remember(live)
             stage.adopt(live)
-        write(step, incoming, stage, self._device, maxima)
+        write(step, incoming, stage, self.device, maxima)
 
     def drop(self) -> None:
         """Forget whatever has arrived; the live layer stays as it is."""
@@ -206,7 +206,7 @@ class LiveLayer:
         if kind not in self._learned:
             with self._context():
                 values = {
-                    name: torch.zeros_like(meta, device=self._device) for name, meta in form.items()
+                    name: torch.zeros_like(meta, device=self.device) for name, meta in form.items()
                 }
                 with shards.answered_by(shards.Maxima(())):
                     self._learned[kind] = handed_on(blueprint.build(values), values)
@@ -221,7 +221,7 @@ class LiveLayer:
 
     def _hand_on(self, target: str, undo: UndoLog) -> int:
         """Copy a staged parameter over the live tensors that are it."""
-        staged = self._stages[target].memory(self._device)
+        staged = self._stages[target].memory(self.device)
         for live in self._alone[target]:
             if live.data_ptr() != staged.data_ptr():
                 undo.remember(live)
@@ -254,7 +254,7 @@ class LiveLayer:
         undo.remember_how(
             functools.partial(self._digests.__setitem__, target, self._digests[target])
         )
-        self._digests[target] = fingerprint(self._stages[target].memory(self._device))
+        self._digests[target] = fingerprint(self._stages[target].memory(self.device))
 
     def _settle(self, target: str, undo: UndoLog) -> tuple[Tensor, int]:
         """The checkpoint-format tensor to process, and the bytes it took to put it there.
@@ -269,7 +269,7 @@ class LiveLayer:
             if kept is None:
                 raise ReloadError(f"{target} was not sent, and cannot be read back from the engine")
             return kept, 0
-        staged = stage.memory(self._device)
+        staged = stage.memory(self.device)
         if live is None:
             return staged, 0
         if staged.data_ptr() != live.data_ptr():
@@ -312,9 +312,9 @@ class LiveLayer:
             if stage.started and (live := self._in_place(target)) is not None:
                 homes[live.data_ptr()].append(target)
         for first, *others in homes.values():
-            memory = self._stages[first].memory(self._device)
+            memory = self._stages[first].memory(self.device)
             for other in others:
-                if not torch.equal(memory, self._stages[other].memory(self._device)):
+                if not torch.equal(memory, self._stages[other].memory(self.device)):
                     raise ReloadError(
                         f"{first} and {other} arrived with different values, but were equal in "
                         "the checkpoint the engine started on, so vLLM stores them once. Start the "

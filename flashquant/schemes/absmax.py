@@ -12,7 +12,7 @@ def row_absmax(weight: Tensor) -> Tensor:
     NaN and Inf come through: a row that holds one has it as its maximum.
     """
     low, high = torch.aminmax(weight, dim=-1, keepdim=True)
-    return torch.maximum(low.neg(), high).float()
+    return torch.maximum(low.neg(), high).float().abs()  # no zero with a sign
 
 
 def absmax(tensor: Tensor) -> Tensor:
@@ -20,4 +20,4 @@ def absmax(tensor: Tensor) -> Tensor:
     if tensor.numel() == 0:
         return torch.zeros((), device=tensor.device)
     low, high = torch.aminmax(tensor)
-    return torch.maximum(low.neg(), high).float()
+    return torch.maximum(low.neg(), high).float().abs()  # no zero with a sign

@@ -8,14 +8,14 @@ from torch import Tensor
 from flashquant.schemes.absmax import absmax, row_absmax
 from flashquant.schemes.chunks import row_chunks
 
-_FP8 = torch.float8_e4m3fn
-_FP8_MAX = torch.finfo(_FP8).max
+FP8 = torch.float8_e4m3fn
+_FP8_MAX = torch.finfo(FP8).max
 # vLLM keeps a channel's scale above this, so that dividing by it stays finite
 # (quantization/online/fp8.py and its dynamic per-token kernel).
-_SMALLEST_CHANNEL_SCALE = 1.0 / (_FP8_MAX * 512)
+SMALLEST_CHANNEL_SCALE = 1.0 / (_FP8_MAX * 512)
 
 
-def fp8_channel(weight: Tensor) -> tuple[Tensor, Tensor]:
+def fp8_channel(weight: Tensor, codes: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Quantize each row to its own absolute maximum.
 
     scale = max(absmax / 448, 1 / (448 * 512)), code = e4m3(clamp(weight / scale)),
@@ -24,22 +24,24 @@ def fp8_channel(weight: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         weight: `[N, K]`, bf16, fp16 or fp32.
+        codes: `[N, K]`, where they are to be written; new memory if not given.
 
     Returns:
         codes `[N, K]` float8_e4m3fn and scales `[N, 1]` float32.
 
     """
-    codes = torch.empty(weight.shape, dtype=_FP8, device=weight.device)
+    if codes is None:
+        codes = torch.empty(weight.shape, dtype=FP8, device=weight.device)
     scales = torch.empty((weight.shape[0], 1), dtype=torch.float32, device=weight.device)
     # A 0-d divisor is divided by; a Python number would be turned into a reciprocal.
     largest = torch.tensor(_FP8_MAX, dtype=torch.float32, device=weight.device)
     for rows in row_chunks(weight):
-        scales[rows] = (row_absmax(weight[rows]) / largest).clamp_min(_SMALLEST_CHANNEL_SCALE)
+        scales[rows] = (row_absmax(weight[rows]) / largest).clamp_min(SMALLEST_CHANNEL_SCALE)
         codes[rows] = (weight[rows] / scales[rows]).clamp_(-_FP8_MAX, _FP8_MAX)
     return codes, scales
 
 
-def fp8_tensor(weight: Tensor) -> tuple[Tensor, Tensor]:
+def fp8_tensor(weight: Tensor, codes: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Quantize a whole tensor to its absolute maximum.
 
     scale = absmax / 448; codes as `fp8_static`: what vLLM's online
@@ -52,12 +54,16 @@ def fp8_tensor(weight: Tensor) -> tuple[Tensor, Tensor]:
         codes of the same shape, float8_e4m3fn, and scale `[1]` float32.
 
     """
-    largest = torch.tensor(_FP8_MAX, dtype=torch.float32, device=weight.device)
-    scale = absmax(weight).reshape(1) / largest
-    return fp8_static(weight, scale), scale
+    scale = tensor_scale(absmax(weight))
+    return fp8_static(weight, scale, codes), scale
 
 
-def fp8_static(tensor: Tensor, scale: Tensor) -> Tensor:
+def tensor_scale(peak: Tensor) -> Tensor:
+    """The scale `[1]` of a tensor with this absolute maximum, float32."""
+    return peak.reshape(1) / torch.tensor(_FP8_MAX, dtype=torch.float32, device=peak.device)
+
+
+def fp8_static(tensor: Tensor, scale: Tensor, codes: Tensor | None = None) -> Tensor:
     """e4m3(clamp(tensor * (1 / scale))): a given scale, multiplied by its reciprocal.
 
     The reciprocal is what vLLM's static kernel multiplies by
@@ -69,13 +75,20 @@ def fp8_static(tensor: Tensor, scale: Tensor) -> Tensor:
         scale: float32, broadcastable to `[N, K]`. Zero stands for an all-zero tensor.
 
     """
-    codes = torch.empty(tensor.shape, dtype=_FP8, device=tensor.device)
-    # At least 1-d: a 0-d float32 factor would leave the product in bf16.
-    scale = scale.reshape(1) if scale.dim() == 0 else scale
-    # A scale so small that its reciprocal overflows stands for zeros, like a zero scale.
-    inverse = torch.where(scale.reciprocal().isfinite(), scale.reciprocal(), 0.0)
+    if codes is None:
+        codes = torch.empty(tensor.shape, dtype=FP8, device=tensor.device)
+    inverse = finite_inverse(scale)
     per_row = inverse.dim() == 2 and inverse.shape[0] == tensor.shape[0]
     for rows in row_chunks(tensor):
         factor = inverse[rows] if per_row else inverse
         codes[rows] = (tensor[rows] * factor).clamp_(-_FP8_MAX, _FP8_MAX)
     return codes
+
+
+def finite_inverse(scale: Tensor) -> Tensor:
+    """1 / scale, at least 1-d: a 0-d float32 factor would leave a product in bf16.
+
+    A scale so small that its reciprocal overflows stands for zeros, like a zero scale.
+    """
+    scale = scale.reshape(1) if scale.dim() == 0 else scale
+    return torch.where(scale.reciprocal().isfinite(), scale.reciprocal(), 0.0)

@@ -11,7 +11,7 @@ from flashquant.schemes.chunks import row_chunks
 _INT8_MAX = 127.0
 
 
-def int8_channel(weight: Tensor) -> tuple[Tensor, Tensor]:
+def int8_channel(weight: Tensor, codes: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Quantize each row to its own absolute maximum.
 
     scale = absmax / 127, code = round_half_even(weight * (127 / absmax)), in
@@ -19,12 +19,14 @@ def int8_channel(weight: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         weight: `[N, K]`, bf16, fp16 or fp32; read in its own precision.
+        codes: `[N, K]`, where they are to be written; new memory if not given.
 
     Returns:
         codes `[N, K]` int8 in [-127, 127] and scales `[N, 1]` float32.
 
     """
-    codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    if codes is None:
+        codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     scales = torch.empty((weight.shape[0], 1), dtype=torch.float32, device=weight.device)
     # A 0-d tensor is divided; a Python number would be multiplied by a reciprocal.
     largest = torch.tensor(_INT8_MAX, dtype=torch.float32, device=weight.device)

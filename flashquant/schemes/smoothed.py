@@ -19,7 +19,7 @@ from flashquant.schemes.chunks import row_chunks
 from flashquant.schemes.int8 import int8_channel
 
 # A scale of absmax / 127.5 puts the maximum of each row between two codes: that is no clipping.
-_HELD = 128.5
+HELD = 128.5
 
 
 class Frozen(NamedTuple):
@@ -57,12 +57,18 @@ def scaled_norm(weight: Tensor, input_scale: Tensor | None, offset: float) -> Te
     return scaled(weight.float() + offset, input_scale, None) - offset
 
 
-def int8_frozen(weight: Tensor, input_scale: Tensor | None, output_scale: Tensor | None) -> Frozen:
+def int8_frozen(
+    weight: Tensor,
+    input_scale: Tensor | None,
+    output_scale: Tensor | None,
+    codes: Tensor | None = None,
+) -> Frozen:
     """The codes of a weight under scales that stay as they are: FlashRL's arithmetic.
 
     code = clamp(round_half_even(w'), -128, 127).
     """
-    codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    if codes is None:
+        codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     clipped = torch.zeros((), dtype=torch.int64, device=weight.device)
     peak = torch.zeros((), dtype=torch.float32, device=weight.device)
     for rows in row_chunks(weight):
@@ -72,8 +78,8 @@ def int8_frozen(weight: Tensor, input_scale: Tensor | None, output_scale: Tensor
         furthest = torch.maximum(-low, high)
         peak = torch.maximum(peak, furthest)
         # Mostly nothing is clipped. Another device would have to be waited for to know.
-        if weight.device.type != "cpu" or furthest > _HELD:
-            clipped += hardshrink(smoothed, _HELD).count_nonzero()
+        if weight.device.type != "cpu" or furthest > HELD:
+            clipped += hardshrink(smoothed, HELD).count_nonzero()
         codes[rows] = smoothed.round_().clamp_(-128, 127)
     return Frozen(codes, clipped, peak / 127)
 
@@ -83,6 +89,7 @@ def int8_refreshed(
     input_scale: Tensor | None,
     output_scale: Tensor | None,
     weight_scale: Tensor,
+    codes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The codes of a weight under scales that fit it: `int8_channel` of the smoothed weight.
 
@@ -91,13 +98,15 @@ def int8_refreshed(
         input_scale: `[K]` float32.
         output_scale: `[N]` float32.
         weight_scale: `[N, 1]`, of the checkpoint.
+        codes: `[N, K]`, where they are to be written; new memory if not given.
 
     Returns:
         codes `[N, K]` in [-127, 127] and scales `[N, 1]` float32: `weight_scale` times the
         scale of w'. A row of zeros has codes 0.
 
     """
-    codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    if codes is None:
+        codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     scales = torch.empty((weight.shape[0], 1), dtype=torch.float32, device=weight.device)
     for rows in row_chunks(weight):
         factor = None if output_scale is None else output_scale[rows]

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from flashquant.errors import UnsupportedEngine
-from flashquant.schemes.fp8 import fp8_channel
-from flashquant.schemes.int8 import int8_channel
+from flashquant.schemes.quick import fp8_channel, int8_channel
 
-Quantize = Callable[[Tensor], tuple[Tensor, Tensor]]
+# Rows, and where their codes are to be written (None: in new memory), to codes and scales.
+Quantize = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
 
 _CODES = {torch.int8: int8_channel, torch.float8_e4m3fn: fp8_channel}
 

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from flashquant.schemes import chunks, fp8_channel, fp8_static, fp8_tensor
+from flashquant.schemes import chunks
+from flashquant.schemes.fp8 import fp8_channel, fp8_static, fp8_tensor
 
 FLOATS = [torch.bfloat16, torch.float16, torch.float32]
 TOP = np.float32(448)

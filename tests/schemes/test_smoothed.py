@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from flashquant.schemes import chunks, int8_channel
+from flashquant.schemes import chunks
+from flashquant.schemes.int8 import int8_channel
 from flashquant.schemes.smoothed import int8_frozen, int8_refreshed, scaled
 from tests import flashrl
 

@@ -1,0 +1,148 @@
+/* Rows of floats become codes, each row in one visit to memory.
+ *
+ * The eager functions beside this file are the definition; these return the same bits.
+ * A row is read twice, but the second time out of the cache. Maxima are taken of the bits of
+ * absolute values: they order like the values, NaN is above Inf and Inf above every number, so
+ * a scale that is not finite tells of a weight that is not. No sum of floats is formed anywhere,
+ * hence nothing depends on the order or on the number of threads.
+ *
+ * Compiled on the machine that runs it, by native.py.
+ */
+#include "lanes.h"
+
+/* Below this many elements, a second thread costs more than it brings. */
+#define WORTH_THREADS (1 << 17)
+#define ROWS _Pragma("omp parallel for schedule(static) if (n * k > WORTH_THREADS)")
+#define PARTS(j, part)                                                                           \
+    some part;                                                                                   \
+    for (int64_t j = 0; j < k && (part = up_to(k - j), 1); j += LANES)
+
+#define SIGN 0x80000000u
+#define MAGNITUDE 0x7fffffffu
+#define EXPONENT 0x7f800000u
+
+/* e4m3 of |x| <= 448, ties to even, by the adder of floats: added to a number 2^20 times the size
+ * of its own exponent, x is rounded to eighths of it, and their count stands in the lowest bits.
+ * Below 2^-6, where e4m3 has no smaller exponent, eighths of that are counted. */
+static inline words e4m3(floats x) {
+    words bits = as_bits(x);
+    words exponent = larger(both(bits, each(EXPONENT)), each((127u - 6) << 23));
+    words anchor = either(sum(exponent, each(20u << 23)), both(bits, each(SIGN)));
+    words eighths = less(as_bits(plus(x, as_floats(anchor))), anchor);
+    words code = sum(right(exponent, 20), less(eighths, each((127u - 6) << 3)));
+    return either(code, both(right(bits, 24), each(0x80)));
+}
+
+static inline uint32_t peak_bf16(const bf16 *restrict row, int64_t k) {
+    uint16_t peak = 0;
+    for (int64_t j = 0; j < k; j++) {
+        uint16_t bits = row[j].bits & 0x7fffu;
+        peak = bits > peak ? bits : peak;
+    }
+    return (uint32_t)peak << 16;
+}
+
+static inline uint32_t peak_f32(const float *restrict row, int64_t k) {
+    uint32_t peak = 0;
+    for (int64_t j = 0; j < k; j++) {
+        uint32_t bits = bits_of(row[j]) & MAGNITUDE;
+        peak = bits > peak ? bits : peak;
+    }
+    return peak;
+}
+
+#define DEFINE(T, name)                                                                          \
+                                                                                                 \
+    void absmax_##name(const T *weight, int64_t stride, float *maxima, int64_t n, int64_t k) {   \
+        ROWS for (int64_t i = 0; i < n; i++)                                                     \
+            maxima[i] = float_of(peak_##name(weight + i * stride, k));                           \
+    }                                                                                            \
+                                                                                                 \
+    void int8_channel_##name(const T *weight, int64_t stride, int8_t *codes, int64_t out,        \
+                             float *scales, int64_t n, int64_t k) {                              \
+        ROWS for (int64_t i = 0; i < n; i++) {                                                   \
+            const T *row = weight + i * stride;                                                  \
+            uint32_t bits = peak_##name(row, k);                                                 \
+            float peak = bits ? float_of(bits) : 1.0f;                                           \
+            floats inverse = every(127.0f / peak);                                               \
+            scales[i] = peak / 127.0f;                                                           \
+            PARTS(j, part)                                                                       \
+                store(codes + i * out + j, rounded(times(load_##name(row + j, part), inverse)),  \
+                      part);                                                                     \
+        }                                                                                        \
+    }                                                                                            \
+                                                                                                 \
+    void fp8_channel_##name(const T *weight, int64_t stride, uint8_t *codes, int64_t out,        \
+                            float *scales, float least, int64_t n, int64_t k) {                  \
+        ROWS for (int64_t i = 0; i < n; i++) {                                                   \
+            const T *row = weight + i * stride;                                                  \
+            float scale = float_of(peak_##name(row, k)) / 448.0f;                                \
+            scale = scale < least ? least : scale;                                               \
+            scales[i] = scale;                                                                   \
+            /* No clamp: the largest quotient is 448 to a rounding, which e4m3 does not see. */  \
+            PARTS(j, part)                                                                       \
+                store(codes + i * out + j, e4m3(over(load_##name(row + j, part), every(scale))), \
+                      part);                                                                     \
+        }                                                                                        \
+    }                                                                                            \
+                                                                                                 \
+    /* `step` is 1 where each row has its own factor, 0 where all have the same. */              \
+    void fp8_static_##name(const T *weight, int64_t stride, uint8_t *codes, int64_t out,         \
+                           const float *inverses, int64_t step, int64_t n, int64_t k) {          \
+        ROWS for (int64_t i = 0; i < n; i++) {                                                   \
+            const T *row = weight + i * stride;                                                  \
+            floats inverse = every(inverses[i * step]);                                          \
+            PARTS(j, part) {                                                                     \
+                floats x = times(load_##name(row + j, part), inverse);                           \
+                store(codes + i * out + j, e4m3(clamped(x, -448.0f, 448.0f)), part);             \
+            }                                                                                    \
+        }                                                                                        \
+    }                                                                                            \
+                                                                                                 \
+    /* (w * by_row) * by_column: the order is FlashRL's. */                                      \
+    void int8_refreshed_##name(const T *weight, int64_t stride, int8_t *codes, int64_t out,      \
+                               const float *by_row, const float *by_column,                      \
+                               const float *weight_scale, float *scales, int64_t n, int64_t k) { \
+        ROWS for (int64_t i = 0; i < n; i++) {                                                   \
+            const T *row = weight + i * stride;                                                  \
+            floats factor = every(by_row[i]);                                                    \
+            words bits = each(0);                                                                \
+            PARTS(j, part) {                                                                     \
+                floats x = times(times(load_##name(row + j, part), factor),                      \
+                                 load_f32(by_column + j, part));                                 \
+                bits = larger(bits, both(as_bits(x), each(MAGNITUDE)));                          \
+            }                                                                                    \
+            float peak = largest(bits) ? float_of(largest(bits)) : 1.0f;                         \
+            floats inverse = every(127.0f / peak);                                               \
+            scales[i] = weight_scale[i] * (peak / 127.0f);                                       \
+            PARTS(l, rest) {                                                                     \
+                floats x = times(times(load_##name(row + l, rest), factor),                      \
+                                 load_f32(by_column + l, rest));                                 \
+                store(codes + i * out + l, rounded(times(x, inverse)), rest);                    \
+            }                                                                                    \
+        }                                                                                        \
+    }                                                                                            \
+                                                                                                 \
+    void int8_frozen_##name(const T *weight, int64_t stride, int8_t *codes, int64_t out,         \
+                            const float *by_row, const float *by_column, float held,             \
+                            float *peaks, int64_t *clipped, int64_t n, int64_t k) {              \
+        uint32_t most = bits_of(held);                                                           \
+        ROWS for (int64_t i = 0; i < n; i++) {                                                   \
+            const T *row = weight + i * stride;                                                  \
+            floats factor = every(by_row[i]);                                                    \
+            words peak = each(0), outside = each(0);                                             \
+            PARTS(j, part) {                                                                     \
+                floats x = times(times(load_##name(row + j, part), factor),                      \
+                                 load_f32(by_column + j, part));                                 \
+                words bits = both(as_bits(x), each(MAGNITUDE));                                  \
+                peak = larger(peak, bits);                                                       \
+                outside = counted(outside, bits, most);                                          \
+                store(codes + i * out + j, rounded(clamped(x, -128.0f, 127.0f)), part);          \
+            }                                                                                    \
+            peaks[i] = float_of(largest(peak));                                                  \
+            clipped[i] = total(outside);                                                         \
+        }                                                                                        \
+    }
+
+DEFINE(bf16, bf16)
+DEFINE(float, f32)

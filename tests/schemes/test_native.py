@@ -1,0 +1,134 @@
+"""The kernels in C return the bits of the definitions, wherever they read and write."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flashquant.schemes import absmax, fp8, int8, native, quick, smoothed
+
+KERNELS = native.kernels()
+pytestmark = pytest.mark.skipif(KERNELS is None, reason="no C compiler on this machine")
+
+DTYPES = (torch.bfloat16, torch.float32)
+
+
+def bits(tensor):
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+def rows(n, k, seed, dtype=torch.bfloat16):
+    """Of very different sizes; one of zeros, one of ties."""
+    dice = torch.Generator().manual_seed(seed)
+    weight = torch.randn(n, k, generator=dice) * torch.logspace(-12, 8, n)[:, None]
+    weight[n // 2] = 0
+    weight[n // 3] = torch.arange(k) - k / 2 + 0.5
+    return weight.to(dtype)
+
+
+def both(name, weight, *factors):
+    """What the kernel returns, and what its definition does."""
+    defined = next(m for m in (int8, fp8, smoothed, absmax) if hasattr(m, name))
+    return getattr(KERNELS, name)(weight, *factors), getattr(defined, name)(weight, *factors)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["int8_channel", "fp8_channel", "fp8_tensor"])
+@settings(max_examples=60, deadline=None)
+@given(n=st.integers(1, 40), k=st.integers(1, 100), seed=st.integers(0, 2**16))
+def test_codes_and_scales_are_those_of_the_definition(name, dtype, n, k, seed):
+    ours, defined = both(name, rows(n, k, seed, dtype))
+
+    for one, other in zip(ours, defined, strict=True):
+        assert torch.equal(bits(one), bits(other))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@settings(max_examples=60, deadline=None)
+@given(n=st.integers(1, 40), k=st.integers(1, 100), seed=st.integers(0, 2**16))
+def test_smoothed_codes_are_those_of_the_definition(dtype, n, k, seed):
+    weight = rows(n, k, seed, dtype)
+    dice = torch.Generator().manual_seed(seed)
+    by_column = torch.rand(k, generator=dice) + 0.5
+    by_row = 400 * torch.rand(n, generator=dice) / absmax.row_absmax(weight).flatten()
+    by_row = torch.where(by_row.isfinite(), by_row, 1.0)
+
+    frozen, frozen_defined = both("int8_frozen", weight, by_column, by_row)
+    fresh, fresh_defined = both("int8_refreshed", weight, by_column, by_row, by_row[:, None])
+
+    assert torch.equal(frozen.codes, frozen_defined.codes)
+    assert frozen.clipped == frozen_defined.clipped
+    assert frozen.peak == frozen_defined.peak
+    assert torch.equal(fresh[0], fresh_defined[0])
+    assert torch.equal(bits(fresh[1]), bits(fresh_defined[1]))
+
+
+def test_every_bf16_number_becomes_the_e4m3_that_torch_makes_of_it():
+    numbers = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    numbers = torch.where(numbers.isfinite(), numbers, 0).view(256, 256)
+
+    for scale in (1.0, 0.37, 2.0**-7, 3e4):
+        ours = KERNELS.fp8_static(numbers, torch.tensor([scale]))
+
+        assert torch.equal(bits(ours), bits(fp8.fp8_static(numbers, torch.tensor([scale]))))
+
+
+@pytest.mark.parametrize("name", ["int8_channel", "fp8_channel"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_a_scale_tells_of_a_weight_that_is_not_finite(name, bad):
+    weight = rows(5, 33, 0)
+    weight[3, 32] = bad
+
+    _, scales = getattr(KERNELS, name)(weight)
+
+    assert scales.isfinite().flatten().tolist() == [True, True, True, False, True]
+
+
+def test_rows_are_read_and_written_at_any_distance_from_each_other():
+    wide, home = rows(64, 96, 1), torch.zeros(64, 80, dtype=torch.int8)
+
+    KERNELS.int8_channel(wide[:, 16:61], home[:, 3:48])
+
+    assert torch.equal(home[:, 3:48], int8.int8_channel(wide[:, 16:61].contiguous())[0])
+    assert not home[:, :3].any()
+    assert not home[:, 48:].any()
+
+
+def test_columns_that_do_not_lie_side_by_side_are_not_taken():
+    assert not KERNELS.take(rows(8, 8, 0).t())
+    with pytest.raises(ValueError, match="side by side"):
+        KERNELS.int8_channel(rows(8, 8, 0), torch.zeros(8, 8, dtype=torch.int8).t())
+
+
+def test_many_rows_are_shared_among_threads_and_are_the_same():
+    weight = rows(2048, 512, 3)
+
+    ours, defined = both("int8_channel", weight)
+
+    assert torch.equal(ours[0], defined[0])
+
+
+def test_a_kernel_that_differs_is_named(monkeypatch):
+    class OffByOne(native.Kernels):
+        def int8_channel(self, weight, codes=None):
+            codes, scales = super().int8_channel(weight, codes)
+            codes[0, 0] += 1
+            return codes, scales
+
+    assert native.difference(KERNELS) is None
+    found = native.difference(OffByOne(KERNELS._library))
+    assert found == "int8_channel of torch.float32"
+
+
+def test_they_can_be_turned_off(monkeypatch):
+    monkeypatch.setenv("FLASHQUANT_NATIVE", "0")
+    native.kernels.cache_clear()
+    try:
+        assert native.kernels() is None
+        assert torch.equal(
+            quick.int8_channel(rows(8, 8, 0))[0], int8.int8_channel(rows(8, 8, 0))[0]
+        )
+    finally:
+        native.kernels.cache_clear()
