@@ -42,6 +42,7 @@ class Step:
 
 
 VLLM_ALONE = "vllm"
+_alive: list[object] = []  # until the process ends, see above
 
 
 def examine(scheme: str, folder: Path, *, compiled: bool) -> Iterator[Step]:
@@ -54,6 +55,7 @@ def examine(scheme: str, folder: Path, *, compiled: bool) -> Iterator[Step]:
 
     """
     engines = _Engines(scheme, folder, compiled=compiled)
+    _alive.append(engines)
     looks = {
         VLLM_ALONE: engines.start_vllm_alone,
         "start": engines.start,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
@@ -24,6 +25,8 @@ from flashquant.patches.examination.speed import timings
 
 _PROGRAM = "flashquant.patches.examination"
 _TOPIC = "engine in "
+_EXCEPTION = re.compile(r"(\[rank\d+\]: )?[\w.]+(Error|Exception|Interrupt|Exit|Engine): ")
+_WORDS = 600  # shown of what a program said last
 _SECONDS = 900  # for one scheme: two engines, perhaps compiled
 
 
@@ -124,10 +127,11 @@ def _environment(*, compiled: bool) -> dict[str, str]:
 
 
 def _last_words(log: Path) -> str:
-    """The line in which a traceback or a signal handler says what it was."""
+    """What the last exception says; of a program that raised none, its last line."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    errors = [line for line in lines if "Error" in line or "Exception" in line]
-    return (errors or lines or ["it said nothing"])[-1]
+    raised = [index for index, line in enumerate(lines) if _EXCEPTION.match(line)]
+    said = lines[raised[-1] :] if raised else lines[-1:]
+    return " ".join(said)[:_WORDS] or "it said nothing"
 
 
 def _verdict(findings: Sequence[Finding], device: torch.device) -> Finding:

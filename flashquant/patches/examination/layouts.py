@@ -17,15 +17,20 @@ from flashquant.schemes import fp8_channel, fp8_tensor
 _ONLINE_QUANTIZERS: dict[str, Quantize] = {"fp8_vllm": fp8_tensor, "fp8_channel": fp8_channel}
 
 
-def kernel_of(module: nn.Module) -> str:
-    """The name of the kernel class that serves a module, if vLLM quantizes it."""
-    waiting = [value for value in vars(module).values() if is_processor(value)]
-    for processor in waiting:
+def kernel_of(holder: object) -> str:
+    """The name of the kernel class that serves a module, if vLLM quantizes it.
+
+    Args:
+        holder: a module, or one of the processors in it.
+
+    """
+    for processor in filter(is_processor, vars(holder).values()):
         if type(processor).__module__.startswith("vllm.model_executor.kernels.linear"):
             return type(processor).__name__
         if (experts := getattr(processor, "experts_cls", None)) is not None:
             return str(experts.__name__)
-        waiting += [value for value in vars(processor).values() if is_processor(value)]
+        if inner := kernel_of(processor):
+            return inner
     return ""
 
 
