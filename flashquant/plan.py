@@ -104,6 +104,16 @@ class TensorPlan:
     def needs_loader(self) -> bool:
         return any(isinstance(step, Replay) for step in self.steps)
 
+    @functools.cached_property
+    def turns_rows(self) -> bool:
+        """Whether the rows of the tensor become columns: its last two dimensions are exchanged."""
+        writes = (step for step in self.steps if isinstance(step, Write))
+        return any(
+            (write.source_view.stride[-1] == 1) != (write.target_view.stride[-1] == 1)
+            for write in writes
+            if len(write.target_view.shape) > 1 and write.target_view.shape[-1] > 1
+        )
+
 
 class WritePlan:
     """The plans of all names seen so far, in the order in which they were first seen."""

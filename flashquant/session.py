@@ -37,7 +37,7 @@ from flashquant.undo import UndoLog
 from flashquant.update import Update
 from flashquant.verify import Footprint, check_unmoved, digest, digests, footprints
 from flashquant.ways import Landing, Way, Ways
-from flashquant.weights import NamedTensors, Offered, Weights, named_tensors
+from flashquant.weights import NamedTensors, Offered, Weights, few_at_a_time, named_tensors
 from flashquant.witness import Witness
 
 
@@ -272,7 +272,7 @@ class Session:
         calibration = self._calibration
         # A checkpoint of codes is taken as it is: it is smoothed already.
         quantizes = calibration if calibration and calibration.starts_on_floats else None
-        for name, tensor in weights:
+        for name, tensor in self._learned(weights) if quantized else weights:
             self._routes.note(name, tensor)
             if not quantized:
                 yield name, tensor
@@ -280,12 +280,19 @@ class Session:
             self._routes.learn(name, tensor)
             if calibration is not None:
                 calibration.note(name, tensor)
-            recipe = Recipe(name, self.plan[name].targets, self._engine.targets, quantizes)
+            recipe = Recipe(name, self.plan[name], self._engine.targets, quantizes)
             for stored, values in as_stored(recipe, tensor):
                 if quantizes is not None:
                     quantizes.note_stored(stored, values)
                 self._drifts.start(stored, values)
+                self._routes.note_made(stored, values)
                 yield stored, values
+
+    def _learned(self, weights: NamedTensors) -> Iterator[tuple[str, Tensor]]:
+        """The same tensors, planned several in one run of the loader."""
+        for few in few_at_a_time(weights):
+            self._routes.learn_together(few)
+            yield from few
 
     def _take(self, weights: NamedTensors, update: Update) -> set[str]:
         """Plan, quantize, write and commit, one tensor at a time."""

@@ -14,8 +14,6 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 
 from flashquant.calibration import Calibration
 from flashquant.checks import Checks
-from flashquant.errors import UnsupportedEngine
-from flashquant.patches.attention import is_deferred_attention_layer
 from flashquant.patches.blueprint import ModelBlueprint
 from flashquant.patches.engine_args import ADDITIONAL_CONFIG_KEY, ONLINE, PROFILE_KEY
 from flashquant.patches.layers import Learned, LiveLayer
@@ -86,15 +84,15 @@ class LiveEngine:
 
     def note_loaded(self) -> None:
         """All weights are in, none is processed: take their digests."""
-        self._refuse_derived_weights()
         for blueprint in self._blueprint.layers:
             self._loaded |= blueprint.digests()
 
     def note_processed(self) -> None:
         """The model serves: find out what processing made of each layer."""
         learned: Learned = {}
+        stale = self._blueprint.stale()
         self.layers = tuple(
-            LiveLayer(blueprints, self._loaded, self._context, self.device, learned)
+            LiveLayer(blueprints, self._loaded, self._context, self.device, learned, stale)
             for blueprints in self._blueprint.groups()
         )
         self._blueprint.release_originals()
@@ -110,18 +108,6 @@ class LiveEngine:
             torch.no_grad(),
         ):
             yield
-
-    def _refuse_derived_weights(self) -> None:
-        """An attention that keeps weights made from another layer's would go stale."""
-        for name, module in self._model.named_modules():
-            if is_deferred_attention_layer(module) and any(
-                True for child in module.children() for _ in child.parameters()
-            ):
-                raise UnsupportedEngine(
-                    f"{name} ({type(module).__name__}) keeps weights derived from other layers, "
-                    "which flashquant cannot refresh yet. Unset FLASHRL_CONFIG to serve this model "
-                    "unpatched."
-                )
 
 
 def asks_for_session(vllm_config: VllmConfig) -> bool:

@@ -38,6 +38,8 @@ Leaf = Tensor | Handle
 
 # What nn.Module itself keeps in an instance; tensors are walked by their own dicts.
 _MODULE_INTERNALS = frozenset(vars(nn.Module()))
+# What vLLM binds to an attention or a state-space layer when it has the memory: not weights.
+_CACHES = frozenset({"kv_cache"})
 
 
 def is_processor(value: object) -> bool:
@@ -62,7 +64,7 @@ def leaves(module: nn.Module) -> dict[str, Leaf]:
     own = {**module._parameters, **module._buffers}
     found: dict[str, Leaf] = {name: value for name, value in own.items() if value is not None}
     for name, value in (*vars(module).items(), *module._modules.items()):
-        if name not in _MODULE_INTERNALS:
+        if name not in _MODULE_INTERNALS | _CACHES:
             found.update(_walk(name, value))
     return found
 

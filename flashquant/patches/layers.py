@@ -25,6 +25,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBa
 from flashquant.errors import ReloadError
 from flashquant.patches import kernel_state, shards
 from flashquant.patches.blueprint import LayerBlueprint
+from flashquant.patches.borrowed import Borrowed
 from flashquant.patches.reads import handed_on
 from flashquant.plan import Fill, Write
 from flashquant.undo import UndoLog
@@ -46,6 +47,7 @@ class LiveLayer:
         context: Context,
         device: torch.device,
         learned: Learned,
+        stale: Sequence[Borrowed] = (),
     ) -> None:
         """Args:
         blueprints: the modules of the layer; the first one names it.
@@ -53,9 +55,11 @@ class LiveLayer:
         context: the surroundings in which vLLM processes layers.
         device: where staged tensors live.
         learned: what watching layers of the same kind has shown; shared by all.
+        stale: what other layers hold of its parameters as they were loaded.
 
         """
         self.name = blueprints[0].name
+        self._stale = tuple(one for one in stale if one.target in targets_of(blueprints))
         self._blueprints = tuple(blueprints)
         self._context = context
         self.device = device
@@ -146,6 +150,7 @@ class LiveLayer:
         started = {target for target, stage in self._stages.items() if stage.started}
         for target in started:
             self._note_digest(target, undo)
+        self._refresh(started, undo)
         if started <= self._alone.keys():
             written = sum(self._hand_on(target, undo) for target in started)
         else:
@@ -182,6 +187,8 @@ class LiveLayer:
         """
         if len(self._stages) == 1 and self.road == "staged":
             return {}
+        if any(blueprint.sources for blueprint in self._blueprints):
+            return {}  # an attention makes something of them, whatever their own layer does
         homes: dict[str, list[Tensor]] = {}
         bound: set[str] = set()
         for blueprint in self._blueprints:
@@ -235,15 +242,36 @@ class LiveLayer:
             values[target], moved = self._settle(target, undo)
             written += moved
         with self._context():
-            for blueprint in self._blueprints:
-                if _method(blueprint.module) is not None:
-                    mine = {name: values[target] for name, target in blueprint.targets.items()}
-                    twin = blueprint.build(mine)
-                    with shards.answered_by(self._maxima(blueprint)):
-                        cast(Any, twin).quant_method.process_weights_after_loading(twin)
-                    written += kernel_state.carry(twin, blueprint.module, blueprint.name, undo)
-                    kernel_state.take_apart(twin)
+            twins = list(self._twins(values))
+            for blueprint, twin in twins:
+                written += kernel_state.carry(twin, blueprint.module, blueprint.name, undo)
+            for _, twin in twins:
+                kernel_state.take_apart(twin)
         return written
+
+    def _twins(self, values: Mapping[str, Tensor]) -> Iterator[tuple[LayerBlueprint, nn.Module]]:
+        """Every module of the layer, built anew and processed in vLLM's own order."""
+        instead: dict[int, object] = {}
+        for blueprint in self._blueprints:
+            if _method(blueprint.module) is not None and not blueprint.sources:
+                mine = {name: values[target] for name, target in blueprint.targets.items()}
+                twin = instead[id(blueprint.module)] = blueprint.build(mine)
+                with shards.answered_by(self._maxima(blueprint)):
+                    cast(Any, twin).quant_method.process_weights_after_loading(twin)
+                yield blueprint, twin
+        for blueprint in self._blueprints:
+            if blueprint.sources:  # an attention comes last, and reads the others
+                handed = {key: values[target] for key, target in blueprint.sources.items()}
+                twin = blueprint.build({}, {**handed, **instead})
+                cast(Any, twin).process_weights_after_loading(torch.get_default_dtype())
+                yield blueprint, twin
+
+    def _refresh(self, started: set[str], undo: UndoLog) -> None:
+        """Bring what other layers hold of a parameter up to date."""
+        for tensor, target, view in self._stale:
+            if target in started:
+                undo.remember(tensor)
+                tensor.copy_(view.into(self._stages[target].memory(self.device)))
 
     def _maxima(self, blueprint: LayerBlueprint) -> shards.Maxima:
         """What is known of the whole tensors of which this module holds shards."""
@@ -321,6 +349,11 @@ class LiveLayer:
                         "engine with hf_overrides={'tie_word_embeddings': False}, or push them "
                         "equal."
                     )
+
+
+def targets_of(blueprints: Sequence[LayerBlueprint]) -> set[str]:
+    """The parameters of some modules, by their names in the model."""
+    return {target for blueprint in blueprints for target in blueprint.targets.values()}
 
 
 def _method(module: nn.Module) -> QuantizeMethodBase | None:
