@@ -138,6 +138,7 @@ _TRITON = "TritonExperts"
 _TRTLLM = "flashinfer.utils.get_shuffle_matrix_a_row_indices"
 
 EXPERTS = (
+    *(_experts(machine, "int8", _TRITON, "rows") for machine in (AMPERE, HOPPER, BLACKWELL)),
     _experts(AMPERE, "fp8_vllm", "MarlinExperts", "packed"),
     _experts(AMPERE, "fp8_block", "MarlinExperts", "packed"),
     *(_experts(machine, "fp8_vllm", _TRITON, "codes") for machine in _FP8),

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from vllm.config.quantization import QuantizationConfigArgs
 
 from flashquant.patches.engine_args import ONLINE
 from flashquant.patches.examination.layouts import kernel_of, stored
@@ -87,10 +89,17 @@ def load(case: Case, folder: Path, policy: str, scheme: str | None) -> nn.Module
     else:
         alike = "int8_w8a8" if case.scheme == "int8" else case.scheme
         checkpoint = policies.served(policy, alike)
-        options = {"quantization": ONLINE[alike]} if alike in ONLINE else {}
+        options = _online(case, ONLINE[alike]) if alike in ONLINE else {}
     return models.load(
         case.machine, models.configured(checkpoint, scheme, **options, **case.options)
     )
+
+
+def _online(case: Case, quantization: str) -> dict[str, Any]:
+    """vLLM alone, told to leave routers in bf16, as flashquant does (`patches/moe.py`)."""
+    routers = QuantizationConfigArgs(ignore=["*.mlp.gate"])
+    experts = {"quantization_config": routers} if case.kind == "qwen3-moe" else {}
+    return {"quantization": quantization, **experts}
 
 
 def _policies(case: Case, folder: Path) -> Policies:

@@ -30,6 +30,8 @@ from vllm.model_executor.layers.fused_moe.oracle import fp8, int8
 from vllm.platforms.interface import DeviceCapability, PlatformEnum
 from vllm.utils import deep_gemm, flashinfer
 
+from flashquant.schemes import native
+
 _REAL = platforms.current_platform
 _CACHED = type(functools.cache(lambda: None))
 
@@ -118,6 +120,8 @@ def pretending(machine: Machine) -> Iterator[None]:
         for module, name, value in [*_constants(machine), *_answers(machine)]:
             put(module, name, value)
         stack.enter_context(mock.patch.dict(sys.modules, {**_flashinfer(), **_rocm(machine)}))
+        # What quantizes there is an operation of torch; C on host memory would not be seen.
+        put(native, "kernels", lambda: None)
         put(torch.accelerator, "empty_cache", lambda: None)
         put(torch.accelerator, "current_device_index", lambda: torch.device("cpu"))
         yield
