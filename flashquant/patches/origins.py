@@ -128,7 +128,8 @@ class Origins(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leav
 
     def _unknown_of(self, values: Any, written: list[Tensor]) -> frozenset[str]:
         """What is read from memory that was filled past torch may come from anything."""
-        read = {storage_of(tensor) for tensor in tensors_in(values)}
+        # A single number is a constant, as `torch.tensor(448.0)`.
+        read = {storage_of(tensor) for tensor in tensors_in(values) if tensor.numel() > 1}
         read -= {storage_of(tensor) for tensor in written}
         return self.everything if read & self.blank else frozenset()
 

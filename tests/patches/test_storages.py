@@ -215,6 +215,16 @@ def test_what_is_only_computed_on_the_way_counts_for_nothing() -> None:
 FLOATS = torch.randn(4, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
 
 
+def test_a_constant_is_made_of_nothing() -> None:
+    def process(layer: Any) -> None:
+        layer.scale = as_parameter(layer.scale / torch.tensor(448.0))
+
+    stored = after(process)
+
+    assert stored["weight"].kind == "rows"
+    assert stored["scale"].leaves == ("scale",)
+
+
 def quantize(layer: Any, weight: Tensor | None = None) -> None:
     codes, scales = int8_channel(layer.weight if weight is None else weight)
     layer.weight, layer.weight_scale = as_parameter(codes.t()), as_parameter(scales)
