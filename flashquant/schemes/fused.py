@@ -13,6 +13,7 @@ Imported only where there is a GPU: Triton is not a dependency.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flashquant.schemes import absmax, fp8, int8, native, smoothed
 from flashquant.schemes.fp8 import FP8, SMALLEST_CHANNEL_SCALE
 from flashquant.schemes.smoothed import Frozen
 
@@ -66,6 +68,35 @@ def int8_frozen(
         )
     largest = peak.max() if len(peak) else torch.zeros((), device=weight.device)
     return Frozen(codes, clipped.sum(), largest / 127)
+
+
+@functools.cache
+def difference(device: torch.device) -> str | None:
+    """The first kernel that returns other bits than its definition on a device, by name.
+
+    What is compiled for a GPU is believed only after this has returned None there.
+    """
+    for weight in (rows.to(device) for rows in native.hard_rows()):
+        columns = torch.linspace(0.5, 1.5, weight.shape[1], device=device)
+        rows = torch.linspace(1, 90, len(weight), device=device) / absmax.row_absmax(weight)[:, 0]
+        rows = torch.where(rows.isfinite(), rows, 1.0)
+        compared: dict[str, tuple[Any, Any]] = {
+            "int8_channel": (int8_channel(weight), int8.int8_channel(weight)),
+            "fp8_channel": (fp8_channel(weight), fp8.fp8_channel(weight)),
+            "int8_frozen": (
+                int8_frozen(weight, columns, rows),
+                smoothed.int8_frozen(weight, columns, rows),
+            ),
+        }
+        for name, (ours, defined) in compared.items():
+            if not all(map(_same, ours, defined)):
+                return f"{name} of {weight.dtype}"
+    return None
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    one, other = (tensor.reshape(-1).view(torch.uint8) for tensor in (one, other))
+    return torch.equal(one, other)
 
 
 def _by_rows(

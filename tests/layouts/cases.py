@@ -110,7 +110,10 @@ LINEAR = (
         "packed",
     ),
     Case(
-        _with(replace(HOPPER, has=frozenset({"deep_gemm"})), VLLM_USE_DEEP_GEMM_E8M0=False),
+        _with(
+            replace(HOPPER, name="Hopper without e8m0", has=frozenset({"deep_gemm"})),
+            VLLM_USE_DEEP_GEMM_E8M0=False,
+        ),
         "fp8_block",
         "DeepGemmFp8BlockScaledMMKernel",
         "packed",

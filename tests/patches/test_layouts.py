@@ -86,3 +86,12 @@ def test_a_checkpoint_with_a_scale_a_shard_is_refused_by_name(folder: Path) -> N
 
     with pytest.raises(ConfigError, match=r"quantized already .* Serve the bf16 checkpoint"):
         models.configured(path, "fp8_vllm")
+
+
+def test_the_document_has_a_row_for_each_of_these_tests() -> None:
+    """Remade by `python -m tests.layouts`, when cases change."""
+    table = (Path(__file__).parents[2] / "docs/layouts.md").read_text()
+
+    missing = [case.id for case in (*LINEAR, *EXPERTS, *CORNERS) if f"[{case.id}]" not in table]
+    assert missing == []
+    assert "**differs**" not in table

@@ -58,3 +58,9 @@ def test_what_is_not_finite_shows_in_the_scale(
     kernel: str, dtype: str, bad: str, different: dict[str, list[int]]
 ) -> None:
     assert different[f"{kernel}-{dtype}-{bad}"] == []
+
+
+def test_what_a_gpu_is_asked_before_it_is_believed_passes_here(
+    different: dict[str, list[object]],
+) -> None:
+    assert different["difference"] == ["None"]

@@ -20,6 +20,8 @@ from flashquant.patches.engine_args import ONLINE
 from flashquant.patches.examination import policies
 from flashquant.patches.examination.layouts import describe
 from flashquant.patches.loading import session_of
+from flashquant.report import ReloadReport
+from flashquant.session import Session
 from flashquant.verify import footprints
 
 SCHEMES = ("bf16", "int8", *ONLINE)
@@ -80,6 +82,7 @@ class _Engines:
         self._scheme, self._folder, self._compiled = scheme, folder, compiled
         self._fresh: Any = None
         self._live: Any = None
+        self._session: Session
 
     def start_vllm_alone(self) -> tuple[str, str]:
         checkpoint = self._folder / ("b-int8" if self._scheme == "int8" else "b")
@@ -100,7 +103,7 @@ class _Engines:
     def push_b(self) -> tuple[str, str]:
         outputs(self._live)  # what is captured or compiled has run with the old weights
         self._before = footprints(tensors(_model(self._live)).items())
-        report = self._session.reload(policies.tensors(self._folder / "b"))
+        report = self._push("b")
         live, fresh = tensors(_model(self._live)), tensors(_model(self._fresh))
         different = [n for n in live.keys() | fresh.keys() if not _same(live.get(n), fresh.get(n))]
         size = sum(tensor.nbytes for tensor in fresh.values())
@@ -122,11 +125,17 @@ class _Engines:
         return wrong, f"every token and log-prob as vLLM alone ({how})"
 
     def push_a(self) -> tuple[str, str]:
-        self._session.reload(policies.tensors(self._folder / "a"))
+        self._push("a")
         wrong = (
             "" if self._session.digest() == self._at_first else "A leaves other bytes than before"
         )
         return wrong, "pushing A again leaves what it began with"
+
+    def _push(self, policy: str) -> ReloadReport:
+        """As a trainer on the same device would."""
+        device = next(_model(self._live).parameters()).device
+        sent = policies.tensors(self._folder / policy).items()
+        return self._session.reload({name: tensor.to(device) for name, tensor in sent})
 
 
 def outputs(llm: Any) -> list[tuple[list[int], list[float]]]:

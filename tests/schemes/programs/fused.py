@@ -101,7 +101,7 @@ def same(one: Tensor, other: Tensor) -> bool:
 
 
 def main() -> None:
-    found = {}
+    found: dict[str, list[Any]] = {}
     for dtype in DTYPES:
         for shape, values in shapes(dtype):
             for name, kernel, definition, stored in pairs():
@@ -121,6 +121,7 @@ def main() -> None:
                 found[f"{name}-{str(dtype).removeprefix('torch.')}-{bad}"] = different(
                     [ours], [theirs]
                 )
+    found["difference"] = [str(fused.difference(torch.device("cpu")))]
     Path(sys.argv[1]).write_text(json.dumps(found))
 
 
