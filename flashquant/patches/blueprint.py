@@ -59,6 +59,12 @@ class LayerBlueprint:
                 for name, meta in self.parameters.items()
             },
         )
+        if self.sources:  # processing sets an attention's cache scales, which the live one keeps
+            twin._buffers.update(
+                (name, buffer.clone())
+                for name, buffer in twin._buffers.items()
+                if buffer is not None
+            )
         return twin
 
     def digests(self) -> dict[str, str]:
