@@ -99,8 +99,12 @@ def _show(findings: Sequence[Finding], failed: Sequence[Finding]) -> None:
         table.add_column()
         for finding in group:
             style = _STYLES[finding.verdict]
-            table.add_row(f"[{style}]{finding.verdict}[/]", finding.name, finding.detail)
-        console.print(table)
+            verdict = f"[{style}]{finding.verdict}[/]"
+            table.add_row(verdict, escape(finding.name), escape(finding.detail))
+        if topic == "verdict":  # in one line, to be pasted
+            console.print(finding.detail, soft_wrap=True, markup=False, highlight=False)
+        else:
+            console.print(table)
         console.print()
     if failed:
         console.print(f"[bold red]{len(failed)} of {len(findings)} fail[/]: see above what to do")

@@ -119,6 +119,34 @@ def test_a_program_that_is_killed_is_a_finding(dying: str, tmp_path: Path) -> No
     assert ("exit code -11" in last.detail) == (dying != "vllm")
 
 
+def test_an_exception_is_told_in_all_its_lines(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text(
+        "[rank0]: Traceback (most recent call last):\n[rank0]:     raise ValueError(\n"
+        "[rank0]: ValueError: no kernel. Reasons:\n[rank0]: it wants [AMX]\n"
+    )
+
+    assert front._last_words(log) == "ValueError: no kernel. Reasons: it wants [AMX]"
+
+
+def test_the_verdict_is_one_line_and_brackets_are_brackets(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    long = "flashquant on a machine " + "with a long name " * 12
+    found = [
+        front.Finding("engine in int8", "vllm", "skipped", "[rank0] says no"),
+        front.Finding("verdict", "engines", "ok", long),
+    ]
+    monkeypatch.setattr(front, "examine_engines", lambda **_: found)
+    monkeypatch.setattr("flashquant.patches.doctor.examine", list)
+
+    assert main(["doctor", "--engine"]) == 0
+
+    said = capsys.readouterr().out
+    assert long in said
+    assert "[rank0] says no" in said
+
+
 def test_the_verdict_tells_who_fails() -> None:
     def found(scheme: str, verdict: Any) -> front.Finding:
         return front.Finding(f"engine in {scheme}", "bytes", verdict, "")

@@ -25,7 +25,8 @@ from flashquant.patches.examination.speed import timings
 
 _PROGRAM = "flashquant.patches.examination"
 _TOPIC = "engine in "
-_EXCEPTION = re.compile(r"(\[rank\d+\]: )?[\w.]+(Error|Exception|Interrupt|Exit|Engine): ")
+_RANK = re.compile(r"^\[rank\d+\]:")  # before each line of a worker
+_EXCEPTION = re.compile(r"[\w.]+(Error|Exception|Interrupt|Exit|Engine): ")
 _WORDS = 600  # shown of what a program said last
 _SECONDS = 900  # for one scheme: two engines, perhaps compiled
 
@@ -128,10 +129,11 @@ def _environment(*, compiled: bool) -> dict[str, str]:
 
 def _last_words(log: Path) -> str:
     """What the last exception says; of a program that raised none, its last line."""
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    written = log.read_text(errors="replace").splitlines()
+    lines = [said for line in written if (said := _RANK.sub("", line).strip())]
     raised = [index for index, line in enumerate(lines) if _EXCEPTION.match(line)]
-    said = lines[raised[-1] :] if raised else lines[-1:]
-    return " ".join(said)[:_WORDS] or "it said nothing"
+    last = lines[raised[-1] :] if raised else lines[-1:]
+    return " ".join(last)[:_WORDS] or "it said nothing"
 
 
 def _verdict(findings: Sequence[Finding], device: torch.device) -> Finding:
