@@ -120,7 +120,8 @@ class _Engines:
     def compare_outputs(self) -> tuple[str, str]:
         if outputs(self._fresh) != self._said:
             return "", "not comparable: vLLM alone does not say the same thing twice here"
-        how = "compiled, CUDA graphs replayed" if self._compiled else "eager"
+        graphs = self._live.llm_engine.vllm_config.compilation_config.cudagraph_mode
+        how = f"{'compiled' if self._compiled else 'eager'}, CUDA graphs: {graphs.name}"
         wrong = "" if outputs(self._live) == self._said else "other tokens or log-probs than vLLM's"
         return wrong, f"every token and log-prob as vLLM alone ({how})"
 
