@@ -106,6 +106,16 @@ class TensorPlan:
     def needs_loader(self) -> bool:
         return any(isinstance(step, Replay) for step in self.steps)
 
+    @functools.cached_property
+    def turns_rows(self) -> bool:
+        """Whether the rows of the tensor become columns: its last two dimensions are exchanged."""
+        writes = (step for step in self.steps if isinstance(step, Write))
+        return any(
+            (write.source_view.stride[-1] == 1) != (write.target_view.stride[-1] == 1)
+            for write in writes
+            if len(write.target_view.shape) > 1 and write.target_view.shape[-1] > 1
+        )
+
 
 def beside(name: str, codes: TensorPlan) -> TensorPlan:
     """The plan of the scales `[N, 1]` of a weight `[N, K]`: a scale goes where its row went.

@@ -1,6 +1,7 @@
 """A trainer's tensor becomes what the engine's checkpoint-format parameters hold.
 
     q_proj.weight bf16  ->  q_proj.weight int8, q_proj.weight_scale float32
+    experts.0.up_proj.weight bf16  ->  the same two; or those of all experts, stacked
     norm.weight bf16    ->  norm.weight bf16
 
 Where there is a calibration, what it speaks of is stored its way, norms included.
@@ -10,12 +11,14 @@ Codes pass through: what is quantized already is never quantized again.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
 from flashquant.calibration import Calibration
+from flashquant.errors import UnsupportedEngine
 from flashquant.fit import check_finite
+from flashquant.plan import TensorPlan
 from flashquant.schemes.stored import Quantize, holds_codes, quantizer
 
 
@@ -33,19 +36,21 @@ class Recipe:
     def __init__(
         self,
         name: str,
-        targets: Sequence[str],
+        entry: TensorPlan,
         parameters: Mapping[str, Tensor],
         calibration: Calibration | None = None,
     ) -> None:
         """Args:
-        targets: the parameters it lands in, by its plan.
+        entry: its plan.
         parameters: every checkpoint-format parameter, on meta.
 
         """
         self.name, self.scale_name = name, f"{name}_scale"
-        self.dtypes = tuple(parameters[target].dtype for target in targets)
+        self.dtypes = tuple(parameters[target].dtype for target in entry.targets)
         self.calibration = calibration if calibration and name in calibration else None
-        self._codes = next((t for t in targets if holds_codes(parameters[t].dtype)), None)
+        codes = (t for t in entry.targets if holds_codes(parameters[t].dtype))
+        self._codes = next(codes, None)
+        self._entry = entry
         self._parameters = parameters
 
     @property
@@ -55,16 +60,26 @@ class Recipe:
 
     @functools.cached_property
     def quantize(self) -> Quantize:
-        """What makes codes and scales of rows.
+        """What makes codes and scales of the tensor, as it comes.
 
         Raises:
-            UnsupportedEngine: the parameters store codes in none of our schemes.
+            UnsupportedEngine: the parameters store codes in none of our schemes, or it cannot
+                be told what becomes of its rows.
 
         """
         if self._codes is None:
             raise ValueError(f"{self.name} is stored as it comes")
+        if self._entry.needs_loader:
+            raise UnsupportedEngine(
+                f"the engine's loader does more than copy {self.name} into {self._codes}, so "
+                "flashquant cannot tell its output channels, of which each has a scale. Serve "
+                "this model in bf16."
+            )
         scales = self._parameters.get(f"{self._codes}_scale")
-        return quantizer(self._parameters[self._codes], scales, self._codes)
+        quantize = quantizer(self._parameters[self._codes], scales, self._codes)
+        if self._entry.turns_rows:
+            return functools.partial(_turned, quantize)
+        return quantize if len(self._entry.shape) == 2 else functools.partial(_stacked, quantize)
 
 
 def as_stored(
@@ -74,7 +89,8 @@ def as_stored(
 
     Args:
         recipe: of its name.
-        tensor: `[N, K]` where it is to be quantized, unsharded.
+        tensor: `[N, K]` where it is to be quantized, or `[E, N, K]`, unsharded; transposed where
+            the engine's loader transposes it.
         into: `[N, K]`, where the codes are to be written; new memory if not given.
 
     Raises:
@@ -95,6 +111,18 @@ def as_stored(
     # A row that holds NaN or Inf has such an absolute maximum, so its scale tells.
     check_finite(name, scales)
     return ((name, codes), (recipe.scale_name, scales))
+
+
+def _stacked(quantize: Quantize, weight: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Of experts that come stacked, `[E, N, K]`; or of the one matrix `[N, K]`."""
+    codes, scales = quantize(weight.reshape(-1, weight.shape[-1]), None)
+    return codes.reshape(weight.shape), scales.reshape(*weight.shape[:-1], 1)
+
+
+def _turned(quantize: Quantize, weight: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Of what comes transposed, `[K, N]` or `[E, K, N]`; the scales are `[..., N, 1]`."""
+    codes, scales = _stacked(quantize, weight.mT.contiguous(), None)
+    return codes.mT, scales
 
 
 def is_float(tensor: Tensor) -> bool:

@@ -16,6 +16,7 @@ from flashquant.engine import Engine
 from flashquant.errors import ReloadError, UnknownWeight
 from flashquant.plan import Replay, TensorPlan, WritePlan, beside
 from flashquant.trace import trace, trace_one
+from flashquant.weights import NamedTensors
 
 
 class Routes:
@@ -25,12 +26,22 @@ class Routes:
         self.plan = WritePlan()
         self._engine = engine
         self._checkpoint: dict[str, tuple[torch.Size, torch.dtype]] = {}
+        self._made: dict[str, tuple[torch.Size, torch.dtype]] = {}  # of it: scales, most of all
         self._wanted: dict[str, None] | None = None
 
     def note(self, name: str, tensor: Tensor) -> None:
         """The checkpoint that the engine starts on holds this tensor."""
         self._checkpoint[name] = (tensor.shape, tensor.dtype)
         self._wanted = None
+
+    def note_made(self, name: str, tensor: Tensor) -> None:
+        """A tensor of the checkpoint was stored as this one, or as several; so will pushes be."""
+        if name not in self._checkpoint:
+            self._made[name] = (tensor.shape, tensor.dtype)
+
+    def learn_together(self, tensors: NamedTensors) -> None:
+        """Watch the loader take some tensors in one run; what it refuses is not learned."""
+        self._learn_forms({name: (tensor.shape, tensor.dtype) for name, tensor in tensors})
 
     def learn(self, name: str, tensor: Tensor) -> None:
         """Watch the loader take this one tensor, unless that has been done.
@@ -64,21 +75,20 @@ class Routes:
             ReloadError: as `learn`.
 
         """
-        if name in self.plan:
-            return self.plan[name]
-        if (codes := self._codes_of(name)) is not None:
-            self.plan.add({name: beside(name, codes)})
-            return self.plan[name]
-        untraced = {
-            known: _meta(*form)
-            for known, form in self._checkpoint.items()
-            if known not in self.plan
-        }
-        if name in untraced:
-            with self._engine.laid_out():
-                self.plan.add(trace(self._engine.load, untraced, self._engine.targets))
-        self.learn(name, tensor)
+        if name not in self.plan:
+            if (codes := self._codes_of(name)) is not None:
+                self.plan.add({name: beside(name, codes)})
+                return self.plan[name]
+            if name in self._checkpoint or name in self._made:
+                self._learn_forms({**self._checkpoint, **self._made})
+            self.learn(name, tensor)
         return self.plan[name]
+
+    def _learn_forms(self, forms: Mapping[str, tuple[torch.Size, torch.dtype]]) -> None:
+        new = {name: _meta(*form) for name, form in forms.items() if name not in self.plan}
+        if new:
+            with self._engine.laid_out():
+                self.plan.add(trace(self._engine.load, new, self._engine.targets))
 
     @property
     def wanted(self) -> Mapping[str, None]:

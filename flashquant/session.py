@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from itertools import chain
 
 import torch
@@ -37,7 +38,7 @@ from flashquant.undo import UndoLog
 from flashquant.update import Update
 from flashquant.verify import Footprint, check_unmoved, digest, digests, footprints
 from flashquant.ways import Landing, Way, Ways
-from flashquant.weights import NamedTensors, Offered, Weights, named_tensors
+from flashquant.weights import NamedTensors, Offered, Weights, few_at_a_time, named_tensors
 from flashquant.witness import Witness
 
 
@@ -134,12 +135,18 @@ class Session:
         self._arrivals.note_taken(offered.names, update.arrived)
         return written
 
-    def begin(self, *, atomic: bool = True) -> None:
+    def begin(self, *, atomic: bool = True, prepares: bool = False) -> None:
         """Open a bracket: nothing stands until `finish`. What half arrived before is dropped.
 
         A bracket that is still open, because whoever began it went away, is rolled back.
+
+        Args:
+            atomic: keep what it takes to put the old weights back.
+            prepares: make everything beside the live layers, which costs the memory of a second
+                set of weights (two, if `atomic`), so that the engine may generate until `finish`.
+
         """
-        self._begin(atomic=atomic)
+        self._begin(atomic=atomic, prepares=prepares)
 
     def finish(self, *, strict: bool = False) -> None:
         """Close the bracket.
@@ -170,6 +177,12 @@ class Session:
         """Whether an update was begun and not finished yet."""
         return self._transactions.in_bracket
 
+    @property
+    def holds_steps(self) -> bool:
+        """Whether an update is under way that the engine may not generate beside."""
+        update = self._transactions.current
+        return update is not None and self.in_bracket and not update.prepares
+
     def check_nothing_waits(self) -> None:
         """The trainer has sent everything it wanted to, in pushes outside a bracket.
 
@@ -187,16 +200,56 @@ class Session:
         """Close a bracket that will not be finished: roll it back, if it is still open."""
         self._transactions.abandon()
 
-    def reload(self, weights: Weights, *, atomic: bool = True, strict: bool = True) -> ReloadReport:
+    def reload(
+        self, weights: Weights, *, atomic: bool = True, strict: bool = True, prepare: bool = False
+    ) -> ReloadReport:
         """One whole update: `begin`, push everything, `finish`, and a report of it."""
         start = time.perf_counter()
-        update = self._begin(atomic=atomic)
+        self.begin(atomic=atomic, prepares=prepare)
         try:
             self.push(named_tensors(weights))
-            self.finish(strict=strict)
+            report = self.close(strict=strict)
         finally:
             self.abandon()
-        return self._report(update, start)
+        if not self._checks.digest:
+            return replace(report, seconds=time.perf_counter() - start)
+        digesting = time.perf_counter()
+        whole = self.digest()
+        now = time.perf_counter()
+        return replace(
+            report,
+            digest=whole,
+            ranks=(whole,),
+            phases={**report.phases, "digest": now - digesting},
+            seconds=now - start,
+        )
+
+    def close(self, *, strict: bool = True) -> ReloadReport:
+        """`finish` what was begun, and tell what it did; without a digest."""
+        update, start = self._transactions.current, time.perf_counter()
+        self.finish(strict=strict)
+        if update is None:
+            raise ReloadError("no update is under way")
+        now = time.perf_counter()
+        return self._report(update, now, pause=now - (start if update.prepares else update.start))
+
+    def digesting(self) -> Iterator[str | None]:
+        """The digest, in slices of a layer: None until it is known, or if an update came between.
+
+        For an engine that generates meanwhile.
+        """
+        version, taken = self.version, {}
+        for layer in self._engine.layers:
+            taken.update(digests(layer.contents()))
+            yield None
+        if self.version == version and self._transactions.current is None:
+            self._witness.compare(taken)
+            yield digest(taken)
+
+    @property
+    def takes_digests(self) -> bool:
+        """Whether reports carry one."""
+        return self._checks.digest
 
     def check_servable(self) -> None:
         """Raise TornWeights rather than let a mixture of two policies generate."""
@@ -257,23 +310,22 @@ class Session:
             self._witness.compare(taken)
         return taken
 
-    def _begin(self, *, atomic: bool) -> Update:
+    def _begin(self, *, atomic: bool, prepares: bool) -> None:
         self.look_around()
-        update = Update(UndoLog(keep=atomic), bracket=True)
+        update = Update(UndoLog(keep=atomic), bracket=True, prepares=prepares)
         with self._transactions.begin(update):
             if not atomic:
                 update.at_stake = frozenset(self._routes.wanted)
             for layer in self._engine.layers:
                 layer.drop()
             update.before = self._footprints(*self._engine.layers)
-        return update
 
     def _first(self, weights: NamedTensors) -> Iterator[tuple[str, Tensor]]:
         quantized = any(holds_codes(meta.dtype) for meta in self._engine.targets.values())
         calibration = self._calibration
         # A checkpoint of codes is taken as it is: it is smoothed already.
         quantizes = calibration if calibration and calibration.starts_on_floats else None
-        for name, tensor in weights:
+        for name, tensor in self._learned(weights) if quantized else weights:
             self._routes.note(name, tensor)
             if not quantized:
                 yield name, tensor
@@ -281,12 +333,19 @@ class Session:
             self._routes.learn(name, tensor)
             if calibration is not None:
                 calibration.note(name, tensor)
-            recipe = Recipe(name, self.plan[name].targets, self._engine.targets, quantizes)
+            recipe = Recipe(name, self.plan[name], self._engine.targets, quantizes)
             for stored, values in as_stored(recipe, tensor):
                 if quantizes is not None:
                     quantizes.note_stored(stored, values)
                 self._drifts.start(stored, values)
+                self._routes.note_made(stored, values)
                 yield stored, values
+
+    def _learned(self, weights: NamedTensors) -> Iterator[tuple[str, Tensor]]:
+        """The same tensors, planned several in one run of the loader."""
+        for few in few_at_a_time(weights):
+            self._routes.learn_together(few)
+            yield from few
 
     def _take(self, weights: NamedTensors, update: Update) -> set[str]:
         """Plan, quantize, write and commit, one tensor at a time."""
@@ -426,25 +485,23 @@ class Session:
     def _check_unmoved(self, before: dict[str, Footprint], *layers: Layer) -> None:
         check_unmoved(before, self._footprints(*layers))
 
-    def _report(self, update: Update, start: float) -> ReloadReport:
-        whole = None
-        if self._checks.digest:
-            digesting = time.perf_counter()
-            whole = self.digest()
-            update.since(digesting, "digest")
+    def _report(self, update: Update, now: float, *, pause: float) -> ReloadReport:
+        seconds = now - update.start
         return ReloadReport(
             version=self.version,
             tensors=update.tensors,
             bytes_in=update.bytes_in,
             bytes_out=update.bytes_out,
             undo_bytes=update.undo.bytes,
-            seconds=time.perf_counter() - start,
+            seconds=seconds,
+            prepare_seconds=seconds - pause,
+            pause_seconds=pause,
             phases=dict(update.seconds),
             layers_committed=len(update.committed),
             ignored=tuple(update.ignored),
             pending=tuple(chain.from_iterable(self._arrivals.waiting().values())),
-            digest=whole,
-            ranks=(whole,),
+            digest=None,
+            ranks=(None,),
             drift=dict(update.drift),
         )
 

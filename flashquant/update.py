@@ -32,6 +32,7 @@ class Update:
     undo: UndoLog
     bracket: bool = False
     prepares: bool = False
+    start: float = field(default_factory=time.perf_counter)
     round: int | None = None
     busy: bool = False
     over: bool = False

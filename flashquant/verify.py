@@ -85,5 +85,8 @@ def fingerprint(value: Tensor | str) -> str:
 
 def _bytes(tensor: Tensor) -> memoryview:
     """The elements as the host sees them, in logical order, without a copy if possible."""
-    flat = tensor.detach().contiguous().flatten().view(torch.uint8).cpu()
+    flat = tensor.detach().contiguous().flatten()
+    if flat.numel() == 1:
+        flat = flat.clone(memory_format=torch.contiguous_format)  # an expanded scale has stride 0
+    flat = flat.view(torch.uint8).cpu()
     return memoryview(flat.numpy())  # type: ignore[arg-type]  # numpy's stubs miss Buffer

@@ -15,6 +15,8 @@ from torch import Tensor
 from flashquant.errors import ReloadError
 
 NamedTensors = Iterable[tuple[str, Tensor]]
+_FEW = 64
+_LARGE = 4 << 20  # bytes; so 256 MiB wait at most
 Weights = NamedTensors | Mapping[str, Tensor] | str | os.PathLike[str]
 
 
@@ -34,6 +36,26 @@ def named_tensors(weights: Weights) -> Iterator[tuple[str, Tensor]]:
         yield from weights.items()
     else:
         yield from weights
+
+
+def few_at_a_time(weights: NamedTensors) -> Iterator[list[tuple[str, Tensor]]]:
+    """The same pairs in the same order, small ones together, for what is cheaper done together.
+
+    Who sends a tensor may reuse its memory as soon as the next one is asked for, so those that
+    wait are copies; a large one is passed on as it is, alone.
+    """
+    few: list[tuple[str, Tensor]] = []
+    for name, tensor in weights:
+        alone = tensor.nbytes > _LARGE
+        if few and (alone or len(few) == _FEW):
+            yield few
+            few = []
+        few.append((name, tensor if alone else tensor.clone()))
+        if alone:
+            yield few
+            few = []
+    if few:
+        yield few
 
 
 class Offered:

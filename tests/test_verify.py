@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flashquant.errors import MovedTensor
-from flashquant.verify import check_unmoved, digest, digests, footprints
+from flashquant.verify import check_unmoved, digest, digests, fingerprint, footprints
 
 DTYPES = [torch.bfloat16, torch.float8_e4m3fn, torch.int8, torch.float32, torch.bool]
 
@@ -161,3 +161,10 @@ def test_a_parameter_that_wants_gradients_has_the_digest_of_its_values():
     parameter = torch.nn.Parameter(torch.ones(2))
 
     assert digest_of([("w", parameter)]) == digest_of([("w", torch.ones(2))])
+
+
+def test_one_element_with_stride_zero_has_a_fingerprint_too() -> None:
+    """vLLM keeps some scales as an expanded view of one number."""
+    expanded = torch.full((), 2.0).expand(1)
+
+    assert fingerprint(expanded) == fingerprint(torch.full((1,), 2.0))

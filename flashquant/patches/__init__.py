@@ -19,6 +19,7 @@ from flashquant.patches import (
     guard,
     loading,
     lora,
+    moe,
     reload,
     replicas,
     shards,
@@ -42,6 +43,7 @@ _KNOWN: tuple[PatchPoint, ...] = (
     *shards.POINTS,
     *engine_core.POINTS,
     *cpu.POINTS,
+    *moe.POINTS,
 )
 POINTS = tuple(point for point in _KNOWN if point.is_in(vllm.__version__))
 # Seams of other versions: there is nothing to wrap, but that they are missing is looked at.

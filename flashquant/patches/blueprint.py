@@ -13,15 +13,19 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor, nn
 from vllm.model_executor.model_loader.reload.layerwise import _get_original_loader
 from vllm.model_executor.model_loader.reload.meta import to_meta_tensor
 
+from flashquant.patches import kernel_state
 from flashquant.patches.attention import is_deferred_attention_layer
+from flashquant.patches.borrowed import Borrowed, borrowed
 from flashquant.patches.kernel_state import is_processor
+from flashquant.trace import storage_of
 from flashquant.verify import fingerprint
 
 
@@ -34,22 +38,33 @@ class LayerBlueprint:
     attributes: Mapping[str, Any]
     parameters: Mapping[str, Tensor | None]  # on meta; None as registered
     targets: Mapping[str, str]  # parameter -> its name in the model; shared ones share it
+    # Of a deferred attention: parameters of other layers that it makes its own weights from.
+    sources: Mapping[int, str] = field(default_factory=dict)  # id -> target
 
-    def build(self, values: Mapping[str, Tensor]) -> nn.Module:
+    def build(
+        self, values: Mapping[str, Tensor], instead: Mapping[int, object] = MappingProxyType({})
+    ) -> nn.Module:
         """A module like the live one was before processing, holding `values`.
 
         Args:
             values: one tensor a parameter, in checkpoint format, used as it is.
+            instead: what stands in for modules and parameters of other layers, by id.
 
         """
         twin = object.__new__(type(self.module))
         twin.__dict__.update(
-            _pristine(self.attributes),
+            _pristine(self.attributes, instead),
             _parameters={
                 name: None if meta is None else _dressed(values[name], meta)
                 for name, meta in self.parameters.items()
             },
         )
+        if self.sources:  # processing sets an attention's cache scales, which the live one keeps
+            twin._buffers.update(
+                (name, buffer.clone())
+                for name, buffer in twin._buffers.items()
+                if buffer is not None
+            )
         return twin
 
     def digests(self) -> dict[str, str]:
@@ -71,7 +86,8 @@ class LayerBlueprint:
     def _shared(self) -> list[object]:
         """What another module may have in common with this one: targets, and live parameters."""
         live = (self.module._parameters.get(name) for name in self.targets)
-        return [*self.targets.values(), *(id(p) for p in live if p is not None)]
+        mine = [*self.targets.values(), *self.sources.values()]
+        return [*mine, *(id(p) for p in live if p is not None)]
 
 
 class ModelBlueprint:
@@ -91,6 +107,12 @@ class ModelBlueprint:
                     names[id(parameter)] = f"{path}.{name}" if path else name
             if any(parameter is not None for parameter in module._parameters.values()):
                 self.layers.append(_blueprint(path, module, metas, names))
+        self._deferred = [
+            _deferred(path, module, names)
+            for path, module in model.named_modules()
+            if is_deferred_attention_layer(module)
+        ]
+        self._borrowed = tuple(borrowed(model, names))
         self.targets: dict[str, Tensor] = {names[key]: meta for key, meta in metas.items()}
         # Parameters are told apart by id; keeping them alive keeps the ids theirs.
         self._originals = list(model.parameters())
@@ -103,13 +125,23 @@ class ModelBlueprint:
         """The blueprints, those that share a parameter (at creation or now) together."""
         groups: list[list[LayerBlueprint]] = []
         homes: dict[object, list[LayerBlueprint]] = {}
-        for layer in self.layers:
+        for layer in (*self.layers, *(layer for layer in self._deferred if layer.sources)):
             home = next((homes[key] for key in layer._shared if key in homes), None)
             if home is None:
                 groups.append(home := [])
             home.append(layer)
             homes.update(dict.fromkeys(layer._shared, home))
         return groups
+
+    def stale(self) -> list[Borrowed]:
+        """The windows that processing has left behind: the parameter is elsewhere now."""
+        homes = {
+            target: storage_of(live)
+            for layer in self.layers
+            for name, target in layer.targets.items()
+            if (live := layer.module._parameters.get(name)) is not None
+        }
+        return [one for one in self._borrowed if storage_of(one.tensor) != homes.get(one.target)]
 
     @contextmanager
     def laid_out(self, values: Mapping[str, Tensor] | None = None) -> Iterator[None]:
@@ -153,6 +185,23 @@ def _blueprint(
     )
 
 
+def _deferred(path: str, module: nn.Module, names: Mapping[int, str]) -> LayerBlueprint:
+    """An attention: its own parameters are KV-cache scales, and are left alone.
+
+    It reads the parameters of its children, and those that its implementation was handed.
+    """
+    handed = (leaf for leaf in kernel_state.leaves(module).values() if id(leaf) in names)
+    read = [parameter for child in module.children() for parameter in child.parameters()]
+    return LayerBlueprint(
+        name=path,
+        module=module,
+        attributes=_pristine({k: v for k, v in vars(module).items() if k != "_parameters"}),
+        parameters={},
+        targets={},
+        sources={id(one): names[id(one)] for one in (*read, *handed) if id(one) in names},
+    )
+
+
 def _on_meta(parameter: Tensor) -> Tensor:
     meta: Tensor = to_meta_tensor(parameter)
     if hasattr(meta, "weight_loader"):
@@ -174,9 +223,14 @@ def _dressed(value: Tensor, meta: Tensor) -> Tensor:
     return parameter
 
 
-def _pristine(attributes: Mapping[str, Any]) -> dict[str, Any]:
-    """The attributes of a layer, with a copy of whatever processing would change."""
-    seen: dict[int, Any] = {}
+def _pristine(
+    attributes: Mapping[str, Any], instead: Mapping[int, object] = MappingProxyType({})
+) -> dict[str, Any]:
+    """The attributes of a layer, with a copy of whatever processing would change.
+
+    `instead` says, by id, what is replaced by something else wherever it is met.
+    """
+    seen: dict[int, Any] = dict(instead)
     return {key: _copied(value, seen) for key, value in attributes.items()}
 
 
@@ -185,17 +239,20 @@ def _copied(value: Any, seen: dict[int, Any]) -> Any:
 
     A dict may hold processors: one that is an `nn.Module` lies among a layer's submodules.
     """
+    if id(value) in seen:
+        return seen[id(value)]
     if isinstance(value, dict):
         copied = copy.copy(value)
         copied.update(
-            (key, _copied(inner, seen)) for key, inner in value.items() if is_processor(inner)
+            (key, _copied(inner, seen))
+            for key, inner in value.items()
+            if is_processor(inner) or id(inner) in seen
         )
         return copied
     if isinstance(value, set):
         return copy.copy(value)
-    if not is_processor(value):
-        return value
-    if id(value) not in seen:
+    if is_processor(value):
         seen[id(value)] = twin = copy.copy(value)
         vars(twin).update((name, _copied(inner, seen)) for name, inner in vars(value).items())
-    return seen[id(value)]
+        return twin
+    return value

@@ -7,6 +7,8 @@
 3. The CPU fp8 matmuls read a float32 bias, and are handed a bf16 one.
 4. A oneDNN handler keeps a raw pointer to its scales: it has to be that of the live ones, also
    where it is made before they hold the values that it is for.
+5. The fp8 matmul for blocks computes 32 rows at a time. Where some are left over, it ends the
+   process at the first batch of four tokens or less; such a layer is refused while it loads.
 
 Nothing here touches another platform.
 """
@@ -21,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flashquant.errors import UnsupportedEngine
 from flashquant.patches.point import PatchPoint
 from flashquant.schemes import fp8_channel, fp8_static, fp8_tensor
 
@@ -111,6 +114,18 @@ def _with_float32_bias(
     return result
 
 
+def _refuse_left_over_rows(original: Any, kernel: Any, layer: Any) -> None:
+    rows = layer.weight.shape[0]
+    if rows % _ROWS_AT_A_TIME:
+        raise UnsupportedEngine(
+            f"{layer.prefix} ({type(layer).__name__}) has {rows} rows, and vLLM's CPU kernel for "
+            f"blocks of fp8 computes {_ROWS_AT_A_TIME} at a time: the rest would end the process. "
+            "Serve this model in another scheme."
+        )
+    original(kernel, layer)
+
+
+_ROWS_AT_A_TIME = 32
 _KERNELS = "vllm.model_executor.kernels.linear.scaled_mm.cpu"
 
 POINTS = (
@@ -137,6 +152,11 @@ POINTS = (
         expects=("self", "layer", "x", "bias"),
         wrapper=_with_float32_bias,
         within=">=0.31",  # before, torch's own matmul serves per-tensor fp8: it takes any bias
+    ),
+    PatchPoint(
+        f"{_KERNELS}:CPUFp8BlockScaledMMKernel.process_weights_after_loading",
+        expects=("self", "layer"),
+        wrapper=_refuse_left_over_rows,
     ),
     PatchPoint(
         f"{_KERNELS}:CPUFp8BlockScaledMMKernel.apply_weights",

@@ -14,8 +14,6 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 
 from flashquant.calibration import Calibration
 from flashquant.checks import Checks
-from flashquant.errors import UnsupportedEngine
-from flashquant.patches.attention import is_deferred_attention_layer
 from flashquant.patches.blueprint import ModelBlueprint
 from flashquant.patches.direct import Direct
 from flashquant.patches.direct_layer import DirectLayer
@@ -91,7 +89,6 @@ class LiveEngine:
 
     def note_loaded(self) -> None:
         """All weights are in, none is processed: take their digests."""
-        self._refuse_derived_weights()
         for blueprint in self._blueprint.layers:
             self._loaded |= blueprint.digests()
 
@@ -101,14 +98,19 @@ class LiveEngine:
         # vLLM's online scheme by channel is ours to the bit; by tensor, shards share a scale.
         ours = fp8_channel if self.scheme == "fp8_channel" else None
         direct = Direct(ours, self._context, self.device)
+        stale = self._blueprint.stale()
+        lent = {target for _, target, _ in stale}
         layers: list[LiveLayer | DirectLayer] = []
         for group in self._blueprint.groups():
-            homes = direct.homes(group[0]) if len(group) == 1 else None
-            if homes is None:
-                layers.append(LiveLayer(group, self._loaded, self._context, self.device, learned))
+            alone = len(group) == 1 and lent.isdisjoint(group[0].targets.values())
+            homes = direct.homes(group[0]) if alone else None
+            if homes is not None:
+                layers.append(DirectLayer(group[0], homes))
+                self.stored |= {target: home.to("meta") for target, home in homes.items()}
                 continue
-            layers.append(DirectLayer(group[0], homes))
-            self.stored |= {target: home.to("meta") for target, home in homes.items()}
+            layer = LiveLayer(group, self._loaded, self._context, self.device, learned, stale)
+            layer.rehearse()
+            layers.append(layer)
         self.layers = tuple(layers)
         self._blueprint.release_originals()
 
@@ -123,18 +125,6 @@ class LiveEngine:
             torch.no_grad(),
         ):
             yield
-
-    def _refuse_derived_weights(self) -> None:
-        """An attention that keeps weights made from another layer's would go stale."""
-        for name, module in self._model.named_modules():
-            if is_deferred_attention_layer(module) and any(
-                True for child in module.children() for _ in child.parameters()
-            ):
-                raise UnsupportedEngine(
-                    f"{name} ({type(module).__name__}) keeps weights derived from other layers, "
-                    "which flashquant cannot refresh yet. Unset FLASHRL_CONFIG to serve this model "
-                    "unpatched."
-                )
 
 
 def asks_for_session(vllm_config: VllmConfig) -> bool:

@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 ADDITIONAL_CONFIG_KEY = "flashquant"
 PROFILE_KEY = "profile"  # in it, where pushes are quantized by one
+STARTS_ON_FLOATS = "starts_on_floats"  # in it: the checkpoint holds no codes, the load makes them
 # In a model that an entry names: the name that `profile make` gives, and FlashRL's.
 _OWN_PROFILES = ("profile.safetensors", "profile.pt")
 ENTRY = "flashquant_entry"  # of engine arguments: the entry they are for, whatever the rank
@@ -122,7 +123,11 @@ def configure(args: Any, config: RolloutConfig, checks: Checks) -> None:
         args.quantization_config = resolve_quantization_config(
             args.quantization, args.quantization_config
         )
-    decided: dict[str, Any] = {"scheme": scheme, "checks": checks.model_dump()}
+    decided: dict[str, Any] = {
+        "scheme": scheme,
+        STARTS_ON_FLOATS: own is None,
+        "checks": checks.model_dump(),
+    }
     by = ""
     if profile is not None:
         decided[PROFILE_KEY] = {

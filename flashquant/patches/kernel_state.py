@@ -42,6 +42,8 @@ Leaf = Tensor | Handle
 _MODULE_INTERNALS = frozenset(vars(nn.Module()))
 # What most attributes are, and holds no tensor: the walk is taken for every layer, several times.
 _PLAIN = frozenset({bool, int, float, str, type(None), dict, set, torch.dtype})
+# What vLLM binds to an attention or a state-space layer when it has the memory: not weights.
+_CACHES = frozenset({"kv_cache"})
 
 
 def is_processor(value: object) -> bool:
@@ -66,7 +68,7 @@ def leaves(module: nn.Module) -> dict[str, Leaf]:
     own = {**module._parameters, **module._buffers}
     found: dict[str, Leaf] = {name: value for name, value in own.items() if value is not None}
     for name, value in (*vars(module).items(), *module._modules.items()):
-        if type(value) not in _PLAIN and name not in _MODULE_INTERNALS:
+        if type(value) not in _PLAIN and name not in _MODULE_INTERNALS | _CACHES:
             found.update(_walk(name, value))
     return found
 
@@ -109,14 +111,18 @@ class Carry:
     copies: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     handles: list[tuple[Handle, Handle]] = field(default_factory=list)
 
-    def add(self, fresh: nn.Module, live: nn.Module, name: str) -> None:
-        """Compare a freshly processed module with the live one.
+    def add(self, values: dict[str, Leaf], into: dict[str, Leaf], name: str) -> None:
+        """Compare a freshly processed layer with the live one.
+
+        Args:
+            values: the leaves of the fresh layer.
+            into: those of the live one.
+            name: of the layer, for the error.
 
         Raises:
             ReloadError: the fresh one is laid out differently.
 
         """
-        into, values = leaves(live), leaves(fresh)
         check_same_layout(values, into, name)
         for path, value in values.items():
             target = into[path]

@@ -19,12 +19,13 @@ from contextlib import AbstractContextManager
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flashquant.engine import Reach
-from flashquant.errors import ReloadError
+from flashquant.errors import ReloadError, UnsupportedEngine
 from flashquant.patches import cpu, kernel_state, shards
 from flashquant.patches.blueprint import LayerBlueprint
+from flashquant.patches.borrowed import Borrowed
 from flashquant.patches.direct import method_of
 from flashquant.patches.kernel_state import Carry
 from flashquant.patches.reads import handed_on
@@ -48,6 +49,7 @@ class LiveLayer:
         context: Context,
         device: torch.device,
         learned: Learned,
+        stale: Sequence[Borrowed] = (),
     ) -> None:
         """Args:
         blueprints: the modules of the layer; the first one names it.
@@ -55,9 +57,11 @@ class LiveLayer:
         context: the surroundings in which vLLM processes layers.
         device: where staged tensors live.
         learned: what watching layers of the same kind has shown; shared by all.
+        stale: what other layers hold of its parameters as they were loaded.
 
         """
         self.name = blueprints[0].name
+        self._stale = tuple(one for one in stale if one.target in targets_of(blueprints))
         self._blueprints = tuple(blueprints)
         self._context = context
         self.device = device
@@ -82,6 +86,25 @@ class LiveLayer:
             if (value := self._read_back(target)) is not None
             and fingerprint(value) == loaded.get(target)
         }
+        # Of a deferred attention: what its processing makes. Cache scales and whatever its
+        # kernels allocate while they run are not.
+        self._made: dict[str, frozenset[str]] = {}
+
+    def rehearse(self) -> None:
+        """Make what an attention derives from this layer once, of zeros, before it serves.
+
+        Raises:
+            UnsupportedEngine: it comes out otherwise than it lies in the live model.
+
+        """
+        if not any(blueprint.sources for blueprint in self._blueprints):
+            return
+        values = {t: torch.zeros_like(m, device=self.device) for t, m in self._metas.items()}
+        with self._context():
+            for blueprint, twin in list(self._twins(values)):
+                if blueprint.sources:
+                    self._made[blueprint.name] = _check_made(blueprint, twin)
+                kernel_state.take_apart(twin)
 
     @property
     def road(self) -> str:
@@ -172,6 +195,9 @@ class LiveLayer:
                 carry = self._processed({**staged, **standing})
             if homes.refused:
                 return  # it waits as it is, and is processed when it goes live
+        for tensor, target, view in self._stale:
+            if target in staged:
+                carry.copy(tensor, view.into(staged[target]))
         carry.remember(undo, soon=False)
         self._prepared = carry, digests
         for stage in self._stages.values():
@@ -197,6 +223,7 @@ class LiveLayer:
             for target in started:
                 staged = self._stages[target].memory(self.device)
                 self._note_digest(target, fingerprint(staged), undo)
+        self._refresh(started, undo)
         if started <= self._alone.keys():
             written = sum(self._hand_on(target, undo) for target in started)
         else:
@@ -207,8 +234,10 @@ class LiveLayer:
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every live tensor of the layer, by full name."""
         for blueprint in self._blueprints:
+            made = self._made.get(blueprint.name)
             for path, tensor in kernel_state.tensors(blueprint.module):
-                yield f"{blueprint.name}.{path}", tensor
+                if made is None or path in made:
+                    yield f"{blueprint.name}.{path}", tensor
 
     def contents(self) -> Iterator[tuple[str, Tensor | str]]:
         """What the kernels read, by full name: tensors, and digests of packed memory.
@@ -217,7 +246,7 @@ class LiveLayer:
         stands for them.
         """
         for blueprint in self._blueprints:
-            leaves = kernel_state.leaves(blueprint.module)
+            leaves = self._leaves(blueprint, blueprint.module)
             for path, leaf in leaves.items():
                 if isinstance(leaf, Tensor):
                     yield f"{blueprint.name}.{path}", leaf
@@ -233,6 +262,8 @@ class LiveLayer:
         """
         if len(self._stages) == 1 and self.road == "staged":
             return {}
+        if any(blueprint.sources for blueprint in self._blueprints):
+            return {}  # an attention makes something of them, whatever their own layer does
         homes: dict[str, list[Tensor]] = {}
         bound: set[str] = set()
         for blueprint in self._blueprints:
@@ -293,15 +324,42 @@ class LiveLayer:
         """What vLLM's processing makes of these values, beside what is live."""
         carry = Carry()
         with self._context():
-            for blueprint in self._blueprints:
-                if method_of(blueprint.module) is not None:
-                    mine = {name: values[target] for name, target in blueprint.targets.items()}
-                    twin = blueprint.build(mine)
-                    with shards.answered_by(self._maxima(blueprint)):
-                        cast(Any, twin).quant_method.process_weights_after_loading(twin)
-                    carry.add(twin, blueprint.module, blueprint.name)
-                    kernel_state.take_apart(twin)
+            twins = list(self._twins(values))
+            for blueprint, twin in twins:
+                fresh, live = (self._leaves(blueprint, one) for one in (twin, blueprint.module))
+                carry.add(fresh, live, blueprint.name)
+            for _, twin in twins:
+                kernel_state.take_apart(twin)
         return carry
+
+    def _twins(self, values: Mapping[str, Tensor]) -> Iterator[tuple[LayerBlueprint, nn.Module]]:
+        """Every module of the layer, built anew and processed in vLLM's own order."""
+        instead: dict[int, object] = {}
+        for blueprint in self._blueprints:
+            if method_of(blueprint.module) is not None and not blueprint.sources:
+                mine = {name: values[target] for name, target in blueprint.targets.items()}
+                twin = instead[id(blueprint.module)] = blueprint.build(mine)
+                with shards.answered_by(self._maxima(blueprint)):
+                    cast(Any, twin).quant_method.process_weights_after_loading(twin)
+                yield blueprint, twin
+        for blueprint in self._blueprints:
+            if blueprint.sources:  # an attention comes last, and reads the others
+                handed = {key: values[target] for key, target in blueprint.sources.items()}
+                twin = blueprint.build({}, {**handed, **instead})
+                cast(Any, twin).process_weights_after_loading(torch.get_default_dtype())
+                yield blueprint, twin
+
+    def _leaves(self, blueprint: LayerBlueprint, module: nn.Module) -> dict[str, kernel_state.Leaf]:
+        """Everything in a module that is made of its parameters, by path."""
+        leaves, made = kernel_state.leaves(module), self._made.get(blueprint.name)
+        return leaves if made is None else {p: leaf for p, leaf in leaves.items() if p in made}
+
+    def _refresh(self, started: set[str], undo: UndoLog) -> None:
+        """Bring what other layers hold of a parameter up to date."""
+        for tensor, target, view in self._stale:
+            if target in started:
+                undo.remember(tensor)
+                tensor.copy_(view.into(self._stages[target].memory(self.device)))
 
     def _maxima(self, blueprint: LayerBlueprint) -> shards.Maxima:
         """What is known of the whole tensors of which this module holds shards."""
@@ -390,3 +448,24 @@ class LiveLayer:
                         "engine with hf_overrides={'tie_word_embeddings': False}, or push them "
                         "equal."
                     )
+
+
+def _check_made(blueprint: LayerBlueprint, twin: nn.Module) -> frozenset[str]:
+    """The paths of what processing makes, if the live attention holds the same, laid out alike."""
+    fresh, live = (
+        {path: leaf for path, leaf in kernel_state.leaves(one).items() if path not in one._buffers}
+        for one in (twin, blueprint.module)
+    )
+    try:
+        kernel_state.check_same_layout(fresh, live, blueprint.name)
+    except ReloadError as misfit:
+        raise UnsupportedEngine(
+            f"{blueprint.name} ({type(blueprint.module).__name__}) keeps weights made from other "
+            f"layers', and flashquant cannot make them anew: {misfit}"
+        ) from misfit
+    return frozenset(fresh)
+
+
+def targets_of(blueprints: Sequence[LayerBlueprint]) -> set[str]:
+    """The parameters of some modules, by their names in the model."""
+    return {target for blueprint in blueprints for target in blueprint.targets.values()}

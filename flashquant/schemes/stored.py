@@ -25,7 +25,8 @@ def quantizer(codes: Tensor, scales: Tensor | None, name: str) -> Quantize:
     """The function that turns float rows into what a pair of parameters stores.
 
     Args:
-        codes: the parameter that holds the codes, `[N, K]`, on any device.
+        codes: the parameter that holds the codes, `[N, K]`, or of all experts `[E, N, K]`, on
+            any device.
         scales: the one that holds its scales, or None.
         name: of the parameter, for the error.
 
@@ -33,11 +34,11 @@ def quantizer(codes: Tensor, scales: Tensor | None, name: str) -> Quantize:
         UnsupportedEngine: the pair is none of our schemes.
 
     """
-    if scales is None or tuple(scales.shape) != (codes.shape[0], 1) or codes.dim() != 2:
+    if scales is None or codes.dim() < 2 or tuple(scales.shape) != (*codes.shape[:-1], 1):
         shape = None if scales is None else tuple(scales.shape)
         raise UnsupportedEngine(
             f"{name} stores {codes.dtype} {tuple(codes.shape)} with scales of shape {shape}; "
-            "flashquant quantizes into one scale an output channel, [N, 1]. Serve a checkpoint "
-            "with channel scales, or a bf16 one with FLASHRL_CONFIG=fp8_vllm."
+            "flashquant quantizes into one scale an output channel, [..., N, 1]. Serve a "
+            "checkpoint with channel scales, or a bf16 one with FLASHRL_CONFIG=fp8_vllm."
         )
     return _CODES[codes.dtype]

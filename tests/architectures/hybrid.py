@@ -1,4 +1,7 @@
-"""State spaces, alone or between attention layers: convolutions, A = -exp(A_log), gates."""
+"""State spaces, alone or between attention layers: convolutions, A = -exp(A_log), gates.
+
+32 heads, for a projection has rows for each, and the CPU's kernel for blocks of fp8 wants 32.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from transformers import (
 from tests.architectures.moe import CHOSEN, EXPERT_INNER, EXPERTS
 from tests.architectures.shapes import HEAD_DIM, HIDDEN, LAYERS, alone, shaped
 
-_STATES = {"mamba_n_heads": 8, "mamba_d_head": 64, "mamba_d_state": 64, "mamba_n_groups": 1}
+_STATES = {"mamba_n_heads": 32, "mamba_d_head": 16, "mamba_d_state": 64, "mamba_n_groups": 1}
 
 HYBRID: dict[str, Callable[[], PreTrainedConfig]] = {
     "qwen3-next": lambda: shaped(
@@ -26,8 +29,8 @@ HYBRID: dict[str, Callable[[], PreTrainedConfig]] = {
         moe_intermediate_size=EXPERT_INNER,
         shared_expert_intermediate_size=EXPERT_INNER,
         layer_types=["linear_attention", "full_attention"],
-        linear_num_key_heads=2,
-        linear_num_value_heads=4,
+        linear_num_key_heads=4,
+        linear_num_value_heads=16,
         linear_key_head_dim=HEAD_DIM,
         linear_value_head_dim=HEAD_DIM,
     ),
@@ -38,8 +41,8 @@ HYBRID: dict[str, Callable[[], PreTrainedConfig]] = {
         Mamba2Config,
         hidden_size=HIDDEN,
         num_hidden_layers=LAYERS,
-        num_heads=8,
-        head_dim=64,
+        num_heads=32,
+        head_dim=16,
         state_size=64,
         n_groups=1,
     ),

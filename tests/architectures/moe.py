@@ -19,7 +19,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from tests.architectures.shapes import HEAD_DIM, HEADS, INNER, shaped
+from tests.architectures.shapes import HEAD_DIM, HEADS, INNER, LAYERS, shaped
 
 EXPERTS, CHOSEN, EXPERT_INNER = 16, 4, 128
 
@@ -30,7 +30,7 @@ _MLA: dict[str, Any] = {
     "n_routed_experts": EXPERTS,
     "n_shared_experts": 1,
     "first_k_dense_replace": 1,
-    "kv_lora_rank": 128,
+    "kv_lora_rank": 512,  # with the 64 below, the only size of the CPU's MLA kernel
     "q_lora_rank": 128,
     "qk_nope_head_dim": HEAD_DIM,
     "qk_rope_head_dim": HEAD_DIM,
@@ -63,6 +63,14 @@ MOE: dict[str, Callable[[], PreTrainedConfig]] = {
     "deepseek-v2-lite": lambda: shaped(
         DeepseekV2Config,
         **{**_MLA, "q_lora_rank": None},
+        topk_method="greedy",
+        n_group=1,
+        topk_group=1,
+    ),
+    # The attention alone: also in schemes for which the engine has no kernel of experts.
+    "deepseek-v2-dense": lambda: shaped(
+        DeepseekV2Config,
+        **{**_MLA, "first_k_dense_replace": LAYERS},
         topk_method="greedy",
         n_group=1,
         topk_group=1,

@@ -56,15 +56,20 @@ class Snapshot:
 
     def assert_same(self, other: Snapshot) -> None:
         """Bit for bit: every tensor the kernels read, every token, every log-prob."""
-        assert self.contents.keys() == other.contents.keys()
+        assert self.different_from(other) == []
+
+    def different_from(self, other: Snapshot) -> list[str]:
+        """The names of what is not the same, or `outputs`, or `digest`."""
+        names = self.contents.keys() | other.contents.keys()
         different = [
             name
-            for name, tensor in self.contents.items()
-            if not same_bits(tensor, other.contents[name])
+            for name in sorted(names)
+            if name not in self.contents
+            or name not in other.contents
+            or not same_bits(self.contents[name], other.contents[name])
         ]
-        assert different == []
-        assert self.outputs == other.outputs
-        assert self.digest == other.digest
+        different += ["outputs"] if self.outputs != other.outputs else []
+        return different + (["digest"] if self.digest != other.digest else [])
 
 
 @dataclass
@@ -131,7 +136,8 @@ class Serving:
         return self.snapshot()
 
     def snapshot(self) -> Snapshot:
-        return Snapshot(self.contents(), self.outputs(), self.session.digest())
+        outputs = self.outputs()  # first: a rotary cache takes its dtype from the first query
+        return Snapshot(self.contents(), outputs, self.session.digest())
 
     def contents(self) -> dict[str, Tensor]:
         """A copy of everything the kernels read, packed memory included, by full name.
@@ -141,8 +147,6 @@ class Serving:
         """
         found: dict[str, Tensor] = {}
         for name, module in self.model.named_modules():
-            if name.endswith(".attn"):
-                continue  # the KV cache
             for path, leaf in kernel_state.leaves(module).items():
                 if isinstance(leaf, Tensor):
                     found[f"{name}.{path}"] = leaf.detach().clone()
@@ -162,9 +166,11 @@ class Serving:
 def same_bits(one: Tensor, other: Tensor) -> bool:
     if (one.shape, one.dtype) != (other.shape, other.dtype):
         return False
-    return torch.equal(
-        one.contiguous().flatten().view(torch.uint8), other.contiguous().flatten().view(torch.uint8)
-    )
+    return torch.equal(_bytes(one), _bytes(other))
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.flatten().clone(memory_format=torch.contiguous_format).view(torch.uint8)
 
 
 def _read_through(module: nn.Module) -> Tensor:
@@ -230,4 +236,45 @@ def choosing(kernels: str) -> Iterator[None]:
             if (kernel := getattr(cpu, name, None)) is not None:  # the first, since 0.31
                 says = classmethod(lambda *_: answer)
                 stack.enter_context(mock.patch.object(kernel, "is_supported", says))
+        stack.enter_context(_experts_and_mla(kernels == "amx"))
         yield
+
+
+@contextmanager
+def _experts_and_mla(has_amx: bool) -> Iterator[None]:
+    """The same for experts of codes, and for the attention that DeepSeek has.
+
+    Not for experts in bf16: their kernel has AMX instructions of its own.
+    """
+    from vllm.platforms import cpu as platform
+
+    try:
+        from vllm.model_executor.layers.fused_moe.experts import cpu_moe
+    except ImportError:  # until 0.31
+        yield
+        return
+    with ExitStack() as stack:
+        for name in ("CPUExpertsInt8", "CPUExpertsFp8"):
+            if (experts := getattr(cpu_moe, name, None)) is not None:
+                says = staticmethod(lambda: has_amx)
+                stack.enter_context(mock.patch.object(experts, "_supports_current_device", says))
+        stack.enter_context(mock.patch.object(platform, "torch", _Torch(has_amx)))
+        yield
+
+
+class _Torch:
+    """torch as the platform sees it, on a machine with or without AMX."""
+
+    def __init__(self, has_amx: bool) -> None:
+        self.cpu = _TorchCpu(has_amx)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+
+class _TorchCpu:
+    def __init__(self, has_amx: bool) -> None:
+        self._is_amx_tile_supported = lambda: has_amx
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch.cpu, name)

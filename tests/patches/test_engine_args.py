@@ -78,7 +78,11 @@ def test_the_scheme_travels_with_vllms_config(bf16: Path) -> None:
 
     assert args.additional_config == {
         "theirs": 1,
-        "flashquant": {"scheme": "int8", "checks": {"ledger": True, "digest": True}},
+        "flashquant": {
+            "scheme": "int8",
+            "starts_on_floats": True,
+            "checks": {"ledger": True, "digest": True},
+        },
     }
 
 

@@ -56,16 +56,16 @@ def markdown(rows: Sequence[Row]) -> str:
     return "\n".join(table)
 
 
-def put_into(file: Path, text: str) -> None:
-    """Replace what stands between the two marks.
+def put_into(file: Path, text: str, begin: str = BEGIN, end: str = END) -> None:
+    """Replace what stands between two marks.
 
     Raises:
         ValueError: the file has no such place, or several.
 
     """
     content = file.read_text()
-    if content.count(BEGIN) != 1 or content.count(END) != 1:
-        raise ValueError(f"{file} should hold {BEGIN} and {END} once each, on lines of their own")
-    before, _, rest = content.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    file.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}")
+    if content.count(begin) != 1 or content.count(end) != 1:
+        raise ValueError(f"{file} should hold {begin} and {end} once each, on lines of their own")
+    before, _, rest = content.partition(begin)
+    _, _, after = rest.partition(end)
+    file.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}")

@@ -1,0 +1,45 @@
+"""Tensors of one layer that are windows of another layer's parameter.
+
+Mamba's mixer takes a view of its convolution's weight when it is made. Where processing
+then packs that weight into memory of its own, the view keeps what was loaded, and
+the kernels may go on reading it: it is written by itself when the parameter goes live.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from flashquant.patches import kernel_state
+from flashquant.plan import View
+from flashquant.trace import storage_of
+
+
+class Borrowed(NamedTuple):
+    """One such tensor, and which window of which parameter it is."""
+
+    tensor: Tensor
+    target: str
+    view: View
+
+
+def borrowed(model: nn.Module, names: Mapping[int, str]) -> Iterator[Borrowed]:
+    """Every one of them, in a model that has just been created.
+
+    Args:
+        names: of its parameters in the engine, by id.
+
+    """
+    homes = {
+        storage_of(parameter): names[id(parameter)]
+        for parameter in model.parameters()
+        if id(parameter) in names and not parameter.is_meta
+    }
+    for module in model.modules():
+        for leaf in kernel_state.leaves(module).values():
+            if isinstance(leaf, Tensor) and id(leaf) not in names:
+                target = homes.get(storage_of(leaf))
+                if target is not None:
+                    yield Borrowed(leaf, target, View.of(leaf))

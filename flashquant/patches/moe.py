@@ -1,0 +1,121 @@
+"""Mixtures of experts: routers stay in bf16, experts that no kernel serves are refused by name.
+
+A router chooses the experts of a token. It is tiny, so that codes would save nothing, and a
+token that goes to other experts costs more than any rounding; checkpoints of codes leave it
+alone for that reason. vLLM's own online load quantizes it, and on the CPU its kernel for
+blocks then ends the process, because a row an expert is too few for it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from vllm.config import VllmConfig, get_current_vllm_config_or_none
+from vllm.model_executor.layers.fused_moe.router.gate_linear import GateLinear
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
+    UnquantizedFusedMoEMethod,
+)
+
+from flashquant.errors import UnsupportedEngine
+from flashquant.patches.engine_args import ADDITIONAL_CONFIG_KEY, STARTS_ON_FLOATS
+from flashquant.patches.point import PatchPoint
+
+
+def _init_replicated(
+    original: Any,
+    layer: nn.Module,
+    input_size: int,
+    output_size: int,
+    bias: bool = True,
+    skip_bias_add: bool = False,
+    params_dtype: Any = None,
+    quant_config: Any = None,
+    prefix: str = "",
+    **kwargs: Any,
+) -> None:
+    if _is_router(layer, output_size):
+        quant_config = None
+    original(
+        layer,
+        input_size,
+        output_size,
+        bias,
+        skip_bias_add,
+        params_dtype,
+        quant_config,
+        prefix,
+        **kwargs,
+    )
+
+
+def _is_router(layer: nn.Module, rows: int) -> bool:
+    """Whether an unsharded layer routes tokens: a row an expert, or one for the shared one.
+
+    Since 0.31, vLLM has a class of its own for the former.
+    """
+    config = get_current_vllm_config_or_none()
+    if config is None or not _decided(config).get(STARTS_ON_FLOATS):
+        return False  # a checkpoint of codes says itself what it holds
+    experts = config.model_config.get_num_experts()
+    return isinstance(layer, GateLinear) or (experts > 0 and rows in (1, experts))
+
+
+def _method_of_experts(
+    original: Any, layer: nn.Module, prefix: str, quant_config: Any, moe_config: Any
+) -> Any:
+    config = get_current_vllm_config_or_none()
+    scheme = None if config is None else _decided(config).get("scheme")
+    if scheme is None:
+        return original(layer, prefix, quant_config, moe_config)
+    try:
+        method = original(layer, prefix, quant_config, moe_config)
+    except (NotImplementedError, ValueError) as refusal:
+        raise UnsupportedEngine(_no_kernel(prefix, layer, scheme, str(refusal))) from refusal
+    # Without a kernel, some methods are created all the same and fail once weights are in.
+    lacks_kernel = getattr(method, "experts_cls", method) is None
+    if lacks_kernel and not isinstance(method, UnquantizedFusedMoEMethod):
+        raise UnsupportedEngine(
+            _no_kernel(prefix, layer, scheme, f"{type(method).__name__} found none")
+        )
+    return method
+
+
+def _no_kernel(prefix: str, layer: nn.Module, scheme: str, said: str) -> str:
+    return (
+        f"{prefix} ({type(layer).__name__}): vLLM has no kernel on this machine for experts in "
+        f"{scheme} ({said}). Serve this model in bf16, or in another scheme: "
+        "docs/compatibility.md says which run where."
+    )
+
+
+def _decided(config: VllmConfig) -> dict[str, Any]:
+    """What flashquant has decided for this engine, if it has configured it."""
+    additional = config.additional_config
+    found = additional.get(ADDITIONAL_CONFIG_KEY) if isinstance(additional, dict) else None
+    return found or {}
+
+
+POINTS = (
+    PatchPoint(
+        "vllm.model_executor.layers.linear:ReplicatedLinear.__init__",
+        expects=(
+            "self",
+            "input_size",
+            "output_size",
+            "bias",
+            "skip_bias_add",
+            "params_dtype",
+            "quant_config",
+            "prefix",
+            "return_bias",
+            "disable_tp",
+        ),
+        wrapper=_init_replicated,
+    ),
+    PatchPoint(
+        "vllm.model_executor.layers.fused_moe.routed_experts:RoutedExperts._get_quant_method",
+        expects=("self", "prefix", "quant_config", "moe_config"),
+        wrapper=_method_of_experts,
+    ),
+)

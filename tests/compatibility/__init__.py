@@ -1,0 +1,10 @@
+"""Every architecture in every scheme: exact, or by whom it is refused, and why.
+
+    python -m tests.compatibility                         all of it; writes docs/compatibility.md
+    python -m tests.compatibility --only gemma3 --scheme int8     a look; writes nothing
+
+trial    one cell, in this process: two engines, pushes, a verdict
+control  the same engine without flashquant: is it vLLM that cannot?
+workers  the processes that cells run in; one that dies costs its cell
+table    verdicts as markdown, reasons as footnotes
+"""

@@ -1,0 +1,84 @@
+"""One cell of the table: an architecture in a scheme, on two real engines.
+
+`exact` means: B is pushed over A, A over B and B over A once more, as one iterator and a
+tensor at a time; each time everything the kernels read, the log-probs of four prompts and
+16 greedy tokens of each are bit for bit those of an engine that was started there, and
+no live tensor has moved.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor, nn
+
+import tests.conftest  # noqa: F401  (the environment in which engines share a process)
+from flashquant.errors import FlashquantError
+from flashquant.verify import footprints
+from tests import tiny_models
+from tests.architectures import write
+
+SCHEMES = ("bf16", "int8", "fp8_vllm", "fp8_channel", "fp8_block")
+# As on a machine with AMX: vLLM has its fp8 blocks and its int8 experts for no other. (Without
+# AMX these kernels run on AVX-512: slower, from the same bytes.)
+KERNELS = "amx"
+
+EXACT, ENGINE, REFUSED, WRONG = "exact", "engine", "refused", "WRONG"
+DIED = "died"  # until `control` has told whose fault it is
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What came out, and the reason where it is not `exact`."""
+
+    architecture: str
+    scheme: str
+    verdict: str
+    why: str = ""
+
+
+def policy(folder: Path, architecture: str, which: str) -> Path:
+    """The checkpoint of policy `a` or `b`."""
+    return write(architecture, "ab".index(which), folder / architecture / which)
+
+
+def judge(architecture: str, scheme: str, folder: Path) -> Cell:
+    """Start both engines, push, compare."""
+    from tests.engine.serving import choosing
+
+    try:
+        with choosing(KERNELS):
+            complaint = _differences(architecture, scheme, folder)
+    except FlashquantError as error:
+        return Cell(architecture, scheme, REFUSED, str(error))
+    except Exception as error:  # whatever an engine dies of
+        return Cell(architecture, scheme, DIED, f"{type(error).__name__}: {error}")
+    return Cell(architecture, scheme, WRONG if complaint else EXACT, complaint)
+
+
+def _differences(architecture: str, scheme: str, folder: Path) -> str:
+    from tests.engine.serving import serve
+
+    paths = {which: policy(folder, architecture, which) for which in "ab"}
+    live, fresh = (serve(paths[which], scheme, KERNELS) for which in "ab")
+    if live.start.outputs == fresh.start.outputs:
+        return "policies a and b say the same, so nothing is shown"
+    before = footprints(live.tensors().items())
+    for push, which in ((_one_iterator, "b"), (_by_tensor, "a"), (_by_tensor, "b")):
+        push(live.model, tiny_models.tensors(paths[which]))
+        expected = (live if which == "a" else fresh).start
+        if different := live.snapshot().different_from(expected):
+            return f"after {push.__name__} of {which}: {different}"
+    after = footprints(live.tensors().items())
+    moved = [name for name, where in after.items() if before.get(name) != where]
+    return f"moved: {moved[:3]}" if moved else ""
+
+
+def _one_iterator(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    model.load_weights((name, tensor) for name, tensor in weights.items())
+
+
+def _by_tensor(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    for name, tensor in weights.items():
+        model.load_weights([(name, tensor)])
