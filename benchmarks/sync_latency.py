@@ -147,9 +147,15 @@ def main(argv: list[str] | None = None) -> int:
         tiny_models.tensors(models.checkpoint(model))  # made, and in the page cache
         for scheme in arguments.scheme:
             with own_process() as process:
-                results.append(process.submit(measure, model, scheme, arguments.rounds).result())
+                future = process.submit(measure, model, scheme, arguments.rounds)
+                if (refusal := future.exception()) is not None:
+                    print(f"\n{model} in {scheme}: {type(refusal).__name__}: {refusal}")
+                    continue
+                results.append(future.result())
             print(f"\n{latency_report.one(results[-1])}", flush=True)
         mine = [result for result in results if result.model == model]
+        if not mine:
+            continue
         text = f"{described(facts)}\n\n{latency_report.tables(mine)}"
         print(f"\n{latency_report.summary(mine)}")
         save_text(text, arguments.out / f"sync_latency-{model}.md")
