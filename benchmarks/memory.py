@@ -245,8 +245,8 @@ def plot(found: list[Peak], path: Path) -> None:
         axes.set_yticks(range(len(found)), kinds, fontsize=8)
         axes.invert_yaxis()
         handles = [*axes.containers[:2], axes.lines[0]]
-        names = ["tensors", "resident memory", "limit: largest layer (+ all that is overwritten)"]
-        axes.legend(handles, names, loc="lower right", fontsize=8)
+        names = ["tensors", "resident memory", "limit: largest layer (+ undo)"]
+        axes.legend(handles, names, fontsize=8, ncols=3, loc="lower left", bbox_to_anchor=(0, 1))
         axes.set_xlabel("peak memory beside the live weights, MB")
 
 
