@@ -24,6 +24,7 @@ import torch
 from benchmarks import environment, models
 from benchmarks.results import (
     described,
+    earlier,
     machine,
     markdown,
     milliseconds,
@@ -164,12 +165,14 @@ def main(argv: list[str] | None = None) -> int:
     environment.prepare()
     facts = machine()
     print(described(facts), flush=True)
-    found: list[Rate] = []
+    file = arguments.out / "rollout.json"
+    known = [Rate(**rate) for rate in earlier(file)]
+    found = [rate for rate in known if rate.model not in arguments.model]
     for model in arguments.model:
         found += measure(model, arguments.batch, arguments.tokens, arguments.rounds)
     facts["threads"] = str(torch.get_num_threads())
     save_text(f"{described(facts)}\n\n{table(found)}", arguments.out / "rollout.md")
-    save_json(found, facts, arguments.out / "rollout.json")
+    save_json(found, facts, file)
     plot(found, arguments.out / "rollout.png")
     return 0
 
