@@ -72,7 +72,7 @@ async def measure(model: str, updates: int, clients: int) -> dict[str, Any]:
         turn = 0
         while busy:
             turn += 1
-            sampling = SamplingParams(max_tokens=64, temperature=0, ignore_eos=True)
+            sampling = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
             prompt = {"prompt_token_ids": list(range(5 + number, 45 + number))}
             async for _ in engine.generate(prompt, sampling, f"{number}-{turn}"):
                 tokens[0] += 1

@@ -132,8 +132,10 @@ class Drifts:
 
 def _sampled(codes: Tensor) -> Tensor:
     """Codes at the same places every time; all of them where they are few."""
-    flat = codes.detach().contiguous().view(torch.int8).flatten()
-    return flat[:: _stride(len(flat), codes.shape[-1])].clone()
+    if not codes.is_contiguous():
+        codes = codes.contiguous()
+    stride = _stride(codes.numel(), codes.shape[-1])
+    return codes.as_strided((-(-codes.numel() // stride),), (stride,)).clone().view(torch.int8)
 
 
 @functools.cache

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flashquant.errors import MisfitTensor
-from flashquant.schemes.quick import absmax
+from flashquant.schemes.quick import peak as peak_of
 
 # What a trainer may send; each is quantized from its own precision.
 _SENT = (torch.bfloat16, torch.float16, torch.float32)
@@ -55,7 +55,7 @@ def check_finite(name: str, tensor: Tensor, stored: Iterable[torch.dtype] = ()) 
     if tensor.element_size() == 1:  # codes: torch has no maximum of float8, and e4m3 no infinity
         peak = math.nan if tensor.isnan().any() else 0.0
     else:
-        peak = absmax(tensor).item()
+        peak = peak_of(tensor)
     if not math.isfinite(peak):
         raise MisfitTensor(
             f"{name} holds NaN or infinite values. Look at the trainer's last step; "

@@ -358,9 +358,12 @@ class Session:
             start = time.perf_counter()
             way, tensor = self._admit(name, sent, update)
             start = update.since(start, "plan")
-            stored = self._quantize(way, tensor, update)
+            stored, made_there = self._quantize(way, tensor, update)
             start = update.since(start, "quantize")
-            landings = [self._write(way, each, values, update) for each, values in stored]
+            landings = [
+                self._write(way, each, values, update, arrived=values is made_there)
+                for each, values in stored
+            ]
             start = update.since(start, "write")
             for landing in landings:
                 written.update(landing.entry.targets)
@@ -381,8 +384,10 @@ class Session:
             update.ignored.append(name)
         return way, tensor
 
-    def _quantize(self, way: Way, tensor: Tensor, update: Update) -> Iterable[tuple[str, Tensor]]:
-        """What is stored of a tensor; its codes where they belong, if they land there as rows."""
+    def _quantize(
+        self, way: Way, tensor: Tensor, update: Update
+    ) -> tuple[Iterable[tuple[str, Tensor]], Tensor | None]:
+        """What is stored of a tensor, and which of it was made right where it belongs."""
         landing = way.landing_of_codes(tensor)
         into = None
         if landing is not None:
@@ -399,7 +404,7 @@ class Session:
             noted = self._drifts.note(name, values, clipping.pop(name, None))
             if noted is not None:
                 update.noted[name] = noted
-        return stored
+        return stored, into
 
     def _settle(self, update: Update, stands: bool) -> None:
         """An update is over: what is live is what it should be."""
@@ -409,13 +414,17 @@ class Session:
             update.drift = self._drifts.settle(update.noted)
         self._witness.settle(update.committed if stands else None)
 
-    def _write(self, way: Way, stored: str, tensor: Tensor, update: Update) -> Landing:
+    def _write(
+        self, way: Way, stored: str, tensor: Tensor, update: Update, *, arrived: bool
+    ) -> Landing:
         landing = self._ways.landing(way, stored, tensor)
         tensor = tensor.contiguous() if not landing.rows else tensor
         maxima = self._maxima(landing, tensor)
         for step, layer, stage in landing.steps:
             update.claim(stage, step.target_view)
-            if not isinstance(step, Replay):
+            if arrived:
+                stage.arrived(step.target_view, maxima)
+            elif not isinstance(step, Replay):
                 layer.receive(step, tensor, update.undo, update.reach, maxima)
             update.arrived.add(step.target)
             update.waiting[layer.name] = layer

@@ -139,7 +139,5 @@ def write(
         window.fill_(step.value)
         maxima = torch.tensor([[abs(step.value)]])
     else:
-        source = step.source_view.into(incoming)
-        if source.data_ptr() != window.data_ptr():  # else it was quantized where it belongs
-            window.copy_(source)
+        window.copy_(step.source_view.into(incoming))
     stage.arrived(step.target_view, maxima)

@@ -41,6 +41,11 @@ class DirectLayer:
         self._stages = {
             target: Stage(home.shape, home.stride(), home.dtype) for target, home in homes.items()
         }
+        # A parameter, with its scales or its codes, which mean nothing without each other.
+        self._pairs = {
+            target: {target, f"{target}_scale", target.removesuffix("_scale")} & homes.keys()
+            for target in homes
+        }
         self._prepared: Carry | None = None
 
     @property
@@ -51,7 +56,7 @@ class DirectLayer:
     def missing(self) -> tuple[str, ...]:
         """What must still arrive of parameters that have begun to; codes wait for their scales."""
         started = {target for target, stage in self._stages.items() if stage.started}
-        needed = {target for target in self._stages if not started.isdisjoint(self._pair(target))}
+        needed = {target for target in self._stages if not started.isdisjoint(self._pairs[target])}
         return tuple(t for t, stage in self._stages.items() if t in needed and not stage.complete)
 
     @property
@@ -63,14 +68,17 @@ class DirectLayer:
 
     def window(self, step: Write | Fill, undo: UndoLog, reach: Reach) -> Tensor:
         stage, home = self._stages[step.target], self.homes[step.target]
-        alone = len(self._pair(step.target)) == 1 and step.target_view.numel == stage.numel
-        if reach is Reach.PARTS or (reach is Reach.WHOLE and alone):
+        if reach is Reach.PARTS or (reach is Reach.WHOLE and self._is_alone(step, stage)):
             window = step.target_view.into(home)
             if not stage.started:
                 stage.adopt(home)
             undo.remember(window)
             return window
         return step.target_view.into(stage.memory(self.device))
+
+    def _is_alone(self, step: Write | Fill, stage: Stage) -> bool:
+        """Whether a step brings all of a parameter that needs no other."""
+        return len(self._pairs[step.target]) == 1 and step.target_view.numel == stage.numel
 
     def receive(
         self,
@@ -80,12 +88,8 @@ class DirectLayer:
         reach: Reach,
         maxima: Tensor | None,
     ) -> None:
-        stage = self._stages[step.target]
-        if isinstance(step, Write) and _is_there(step, incoming, stage):
-            stage.arrived(step.target_view, maxima)
-        else:
-            self.window(step, undo, reach)
-            write(step, incoming, stage, self.device, maxima)
+        self.window(step, undo, reach)
+        write(step, incoming, self._stages[step.target], self.device, maxima)
 
     def drop(self) -> None:
         self._prepared = None
@@ -125,16 +129,3 @@ class DirectLayer:
             if stage.started:
                 carry.copy(self.homes[target], stage.memory(self.device))
         return carry
-
-    def _pair(self, target: str) -> set[str]:
-        """A parameter, with its scales or its codes, which mean nothing without each other."""
-        partners = (target, f"{target}_scale", target.removesuffix("_scale"))
-        return {partner for partner in partners if partner in self._stages}
-
-
-def _is_there(step: Write, incoming: Tensor, stage: Stage) -> bool:
-    """Whether codes were made right where this step would put them."""
-    if not stage.nbytes:
-        return False
-    window = step.target_view.into(stage.memory(incoming.device))
-    return step.source_view.into(incoming).data_ptr() == window.data_ptr()

@@ -54,6 +54,9 @@ class Kernels:
             for suffix in _TYPES.values():
                 kernel = getattr(library, f"{name}_{suffix}")
                 kernel.argtypes, kernel.restype = arguments, None
+        for suffix in _TYPES.values():
+            peak = getattr(library, f"peak_of_{suffix}")
+            peak.argtypes, peak.restype = [_POINTER, _SIZE], _FLOAT
 
     @staticmethod
     def take(weight: Tensor) -> bool:
@@ -64,6 +67,13 @@ class Kernels:
             and weight.dim() == 2
             and (weight.stride(1) == 1 or weight.shape[1] <= 1)
         )
+
+    def peak(self, tensor: Tensor) -> float:
+        """The absolute maximum of a contiguous tensor of few elements, without a tensor made."""
+        peak: float = getattr(self._library, f"peak_of_{_TYPES[tensor.dtype]}")(
+            tensor.data_ptr(), tensor.numel()
+        )
+        return peak
 
     def row_absmax(self, weight: Tensor) -> Tensor:
         maxima = _scales(weight)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import torch
 from torch import Tensor
 
 from flashquant.schemes import absmax as maxima
 from flashquant.schemes import fp8, int8, native, smoothed
 from flashquant.schemes.smoothed import Frozen
+
+# One thread reads so many faster than others are woken.
+_FEW: Final = 1 << 17
 
 
 def row_absmax(weight: Tensor) -> Tensor:
@@ -23,6 +28,15 @@ def absmax(tensor: Tensor) -> Tensor:
         if (kernels := _kernels(rows)) is not None:
             return kernels.row_absmax(rows).max()
     return maxima.absmax(tensor)
+
+
+def peak(tensor: Tensor) -> float:
+    """The absolute maximum of all elements as a Python number; it is waited for."""
+    if tensor.numel() < _FEW and tensor.is_contiguous() and tensor.device.type == "cpu":
+        kernels = _kernels(tensor.view(1, -1))
+        if kernels is not None:
+            return kernels.peak(tensor)
+    return absmax(tensor).item()
 
 
 def int8_channel(weight: Tensor, codes: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -53,6 +53,10 @@ static inline uint32_t peak_f32(const float *restrict row, int64_t k) {
 
 #define DEFINE(T, name)                                                                          \
                                                                                                  \
+    float peak_of_##name(const T *values, int64_t count) {                                       \
+        return float_of(peak_##name(values, count));                                             \
+    }                                                                                            \
+                                                                                                 \
     void absmax_##name(const T *weight, int64_t stride, float *maxima, int64_t n, int64_t k) {   \
         ROWS for (int64_t i = 0; i < n; i++)                                                     \
             maxima[i] = float_of(peak_##name(weight + i * stride, k));                           \
