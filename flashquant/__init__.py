@@ -82,14 +82,29 @@ def patch_from_env() -> None:
 # An AsyncLLM is an object too; the first signature that fits is the one that holds.
 @overload
 def reload_weights(  # type: ignore[overload-overlap]
-    target: _AsyncEngine, weights: Weights, *, atomic: bool = True, strict: bool = True
+    target: _AsyncEngine,
+    weights: Weights,
+    *,
+    atomic: bool = True,
+    strict: bool = True,
+    prepare: bool = False,
 ) -> Awaitable[ReloadReport]: ...
 @overload
 def reload_weights(
-    target: object, weights: Weights, *, atomic: bool = True, strict: bool = True
+    target: object,
+    weights: Weights,
+    *,
+    atomic: bool = True,
+    strict: bool = True,
+    prepare: bool = False,
 ) -> ReloadReport: ...
 def reload_weights(
-    target: Any, weights: Weights, *, atomic: bool = True, strict: bool = True
+    target: Any,
+    weights: Weights,
+    *,
+    atomic: bool = True,
+    strict: bool = True,
+    prepare: bool = False,
 ) -> ReloadReport | Awaitable[ReloadReport]:
     """Bring one complete set of bf16 weights into a serving engine, in place.
 
@@ -97,7 +112,9 @@ def reload_weights(
     """
     from flashquant.patches import target as targets
 
-    report: ReloadReport = targets.reload_weights(target, weights, atomic=atomic, strict=strict)
+    report: ReloadReport = targets.reload_weights(
+        target, weights, atomic=atomic, strict=strict, prepare=prepare
+    )
     return report
 
 

@@ -2,6 +2,7 @@
 
 flashquant doctor [--json]                    is this machine one on which it works?
 flashquant profile make|inspect|compare|convert    int8 profiles: see `cli_profile`
+flashquant bench --model PATH                 how long does a sync take here? see `cli_bench`
 
 The exit code is 0, or 1 where something fails.
 """
@@ -20,7 +21,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from flashquant import cli_profile
+from flashquant import cli_bench, cli_profile
 from flashquant.errors import FlashquantError
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     doctor.add_argument("--json", action="store_true", help="for machines")
     doctor.set_defaults(run=lambda chosen: _doctor(as_json=chosen.json))
     cli_profile.add_to(commands)
+    cli_bench.add_to(commands)
     chosen = parser.parse_args(arguments)
     try:
         code: int = chosen.run(chosen)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from enum import Enum
 from typing import Protocol
 
 import torch
@@ -17,6 +18,19 @@ from flashquant.plan import Fill, Write
 from flashquant.undo import UndoLog
 from flashquant.weights import NamedTensors
 from flashquant.write import Stage
+
+
+class Reach(Enum):
+    """How far an update may reach into live memory before its layer is complete.
+
+    NOTHING  it is prepared while the engine generates
+    WHOLE    a push by itself: what arrives whole, and needs nothing else
+    PARTS    a bracket: no step runs before it is closed, and the undo log knows the rest
+    """
+
+    NOTHING = 0
+    WHOLE = 1
+    PARTS = 2
 
 
 class Layer(Protocol):
@@ -35,11 +49,30 @@ class Layer(Protocol):
     @property
     def ready(self) -> bool: ...
     def stage(self, target: str) -> Stage: ...
+    def window(self, step: Write | Fill, undo: UndoLog, reach: Reach) -> Tensor:
+        """The memory that one step fills, staged or live; an undo log keeps what is live."""
+        ...
+
     def receive(
-        self, step: Write | Fill, incoming: Tensor, undo: UndoLog, maxima: Tensor | None
+        self,
+        step: Write | Fill,
+        incoming: Tensor,
+        undo: UndoLog,
+        reach: Reach,
+        maxima: Tensor | None,
     ) -> None: ...
-    def drop(self) -> None: ...
-    def commit(self, undo: UndoLog) -> int: ...
+    def drop(self) -> None:
+        """Forget what has arrived, and what was prepared."""
+        ...
+
+    def prepare(self, undo: UndoLog) -> None:
+        """Make everything that `commit` will need, and touch nothing that is live."""
+        ...
+
+    def commit(self, undo: UndoLog) -> int:
+        """Make what has arrived, or was prepared, live; the bytes that took."""
+        ...
+
     def tensors(self) -> Iterator[tuple[str, Tensor]]: ...
     def contents(self) -> Iterator[tuple[str, Tensor | str]]: ...
 
@@ -53,7 +86,13 @@ class Engine(Protocol):
     def device(self) -> torch.device: ...
     @property
     def targets(self) -> Mapping[str, Tensor]:
-        """Checkpoint-format parameters, on meta."""
+        """Checkpoint-format parameters, on meta: what its loader writes into."""
+        ...
+
+    @property
+    def stored(self) -> Mapping[str, Tensor]:
+        """The same as stages hold them, on meta: codes where a layer takes codes of floats, and
+        the scales beside them, `<parameter>_scale`."""
         ...
 
     @property

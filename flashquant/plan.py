@@ -20,6 +20,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from flashquant.errors import ReloadError
+
 
 class View(NamedTuple):
     """A strided window, as `torch.as_strided` takes it; units are elements."""
@@ -113,6 +115,36 @@ class TensorPlan:
             for write in writes
             if len(write.target_view.shape) > 1 and write.target_view.shape[-1] > 1
         )
+
+
+def beside(name: str, codes: TensorPlan) -> TensorPlan:
+    """The plan of the scales `[N, 1]` of a weight `[N, K]`: a scale goes where its row went.
+
+    Args:
+        name: of the scales.
+        codes: the plan of the weight.
+
+    Raises:
+        ReloadError: its loader does something else than to put rows, or parts of them, somewhere.
+
+    """
+    return TensorPlan(
+        name,
+        (codes.shape[0], 1),
+        torch.float32,
+        tuple(_scale_step(name, codes, step) for step in codes.steps),
+    )
+
+
+def _scale_step(name: str, codes: TensorPlan, step: Step) -> Write:
+    views = (step.source_view, step.target_view) if isinstance(step, Write) else ()
+    if not views or any(len(view.shape) != 2 or view.stride[1] != 1 for view in views):
+        raise ReloadError(
+            f"the engine's loader does more with {codes.name} than to put rows somewhere, so there "
+            "is no place for its scales. Please report this model."
+        )
+    source, target = (View((v.shape[0], 1), (1, 1), v.offset // v.stride[0]) for v in views)
+    return Write(name, source, f"{step.target}_scale", target)
 
 
 class WritePlan:

@@ -56,6 +56,8 @@ class ReloadReport:
         ranks: the digest of each worker, by rank; they hold different shards.
         drift: of each weight that arrived as codes or was made into them here, by name; fp8
             that vLLM itself quantizes is not among them.
+        prepare_seconds: of `seconds`, those in which the engine could generate (`prepare`).
+        pause_seconds: of `seconds`, those in which it could not.
 
     """
 
@@ -72,6 +74,8 @@ class ReloadReport:
     digest: str | None
     ranks: tuple[str | None, ...]
     drift: Mapping[str, Drift] = field(default_factory=dict)
+    prepare_seconds: float = 0.0
+    pause_seconds: float = 0.0
 
     @property
     def changed(self) -> float | None:
@@ -102,11 +106,17 @@ class ReloadReport:
             bytes_out=sum(report.bytes_out for report in reports),
             undo_bytes=sum(report.undo_bytes for report in reports),
             seconds=slowest.seconds,
+            prepare_seconds=max(report.prepare_seconds for report in reports),
+            pause_seconds=max(report.pause_seconds for report in reports),
             phases=slowest.phases,
             pending=tuple(dict.fromkeys(name for report in reports for name in report.pending)),
             digest=_digest_of(ranks),
             ranks=ranks,
         )
+
+    def with_digests(self, ranks: Sequence[str | None]) -> ReloadReport:
+        """The same report, with the digest of each worker, by rank."""
+        return replace(self, digest=_digest_of(tuple(ranks)), ranks=tuple(ranks))
 
     def __str__(self) -> str:
         """One line for a log."""
@@ -118,6 +128,8 @@ class ReloadReport:
             f"{self.layers_committed} layers in {_ms(self.seconds)}"
             + (f" ({phases})" if phases else ""),
         ]
+        if self.prepare_seconds:
+            parts.append(f"paused for {_ms(self.pause_seconds)} of it")
         if self.undo_bytes:
             parts.append(f"undo log {_mb(self.undo_bytes)}")
         if self.changed is not None:

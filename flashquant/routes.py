@@ -14,7 +14,7 @@ from torch import Tensor
 
 from flashquant.engine import Engine
 from flashquant.errors import ReloadError, UnknownWeight
-from flashquant.plan import Replay, TensorPlan, WritePlan
+from flashquant.plan import Replay, TensorPlan, WritePlan, beside
 from flashquant.trace import trace, trace_one
 from flashquant.weights import NamedTensors
 
@@ -76,6 +76,9 @@ class Routes:
 
         """
         if name not in self.plan:
+            if (codes := self._codes_of(name)) is not None:
+                self.plan.add({name: beside(name, codes)})
+                return self.plan[name]
             if name in self._checkpoint or name in self._made:
                 self._learn_forms({**self._checkpoint, **self._made})
             self.learn(name, tensor)
@@ -107,6 +110,16 @@ class Routes:
                 self.plan[name] if name in self.plan else self.of(name, _meta(*form))
             ).targets
         )
+
+    def _codes_of(self, name: str) -> TensorPlan | None:
+        """The plan of the weight whose scales these are, if they are made here and only here."""
+        weight = name.removesuffix("_scale")
+        if weight == name or name in self._checkpoint or weight not in self.plan:
+            return None
+        scales = [f"{target}_scale" for target in self.plan[weight].targets]
+        stored, targets = self._engine.stored, self._engine.targets
+        made = all(scale in stored and scale not in targets for scale in scales)
+        return self.plan[weight] if scales and made else None
 
     @property
     def replayed(self) -> frozenset[str]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from itertools import chain
 
 import torch
@@ -26,7 +27,7 @@ from flashquant.engine import Engine, Layer
 from flashquant.errors import MisfitTensor, ReloadError
 from flashquant.fit import check_finite
 from flashquant.health import Health
-from flashquant.plan import Replay, WritePlan
+from flashquant.plan import Replay, Write, WritePlan
 from flashquant.quantize import Recipe, as_stored
 from flashquant.report import ReloadReport, Status
 from flashquant.routes import Routes
@@ -134,12 +135,18 @@ class Session:
         self._arrivals.note_taken(offered.names, update.arrived)
         return written
 
-    def begin(self, *, atomic: bool = True) -> None:
+    def begin(self, *, atomic: bool = True, prepares: bool = False) -> None:
         """Open a bracket: nothing stands until `finish`. What half arrived before is dropped.
 
         A bracket that is still open, because whoever began it went away, is rolled back.
+
+        Args:
+            atomic: keep what it takes to put the old weights back.
+            prepares: make everything beside the live layers, which costs the memory of a second
+                set of weights (two, if `atomic`), so that the engine may generate until `finish`.
+
         """
-        self._begin(atomic=atomic)
+        self._begin(atomic=atomic, prepares=prepares)
 
     def finish(self, *, strict: bool = False) -> None:
         """Close the bracket.
@@ -160,14 +167,21 @@ class Session:
             for layer in list(update.waiting.values()):
                 if layer.ready:
                     self._let_live(layer, update)
-            update.since(start, "commit")
+            start = update.since(start, "commit")
             self._arrivals.check_complete(update, self._routes.wanted, strict=strict)
+            self._swap_in(update)
             self._check_unmoved(update.before, *self._engine.layers)
 
     @property
     def in_bracket(self) -> bool:
         """Whether an update was begun and not finished yet."""
         return self._transactions.in_bracket
+
+    @property
+    def holds_steps(self) -> bool:
+        """Whether an update is under way that the engine may not generate beside."""
+        update = self._transactions.current
+        return update is not None and self.in_bracket and not update.prepares
 
     def check_nothing_waits(self) -> None:
         """The trainer has sent everything it wanted to, in pushes outside a bracket.
@@ -186,16 +200,56 @@ class Session:
         """Close a bracket that will not be finished: roll it back, if it is still open."""
         self._transactions.abandon()
 
-    def reload(self, weights: Weights, *, atomic: bool = True, strict: bool = True) -> ReloadReport:
+    def reload(
+        self, weights: Weights, *, atomic: bool = True, strict: bool = True, prepare: bool = False
+    ) -> ReloadReport:
         """One whole update: `begin`, push everything, `finish`, and a report of it."""
         start = time.perf_counter()
-        update = self._begin(atomic=atomic)
+        self.begin(atomic=atomic, prepares=prepare)
         try:
             self.push(named_tensors(weights))
-            self.finish(strict=strict)
+            report = self.close(strict=strict)
         finally:
             self.abandon()
-        return self._report(update, start)
+        if not self._checks.digest:
+            return replace(report, seconds=time.perf_counter() - start)
+        digesting = time.perf_counter()
+        whole = self.digest()
+        now = time.perf_counter()
+        return replace(
+            report,
+            digest=whole,
+            ranks=(whole,),
+            phases={**report.phases, "digest": now - digesting},
+            seconds=now - start,
+        )
+
+    def close(self, *, strict: bool = True) -> ReloadReport:
+        """`finish` what was begun, and tell what it did; without a digest."""
+        update, start = self._transactions.current, time.perf_counter()
+        self.finish(strict=strict)
+        if update is None:
+            raise ReloadError("no update is under way")
+        now = time.perf_counter()
+        return self._report(update, now, pause=now - (start if update.prepares else update.start))
+
+    def digesting(self) -> Iterator[str | None]:
+        """The digest, in slices of a layer: None until it is known, or if an update came between.
+
+        For an engine that generates meanwhile.
+        """
+        version, taken = self.version, {}
+        for layer in self._engine.layers:
+            taken.update(digests(layer.contents()))
+            yield None
+        if self.version == version and self._transactions.current is None:
+            self._witness.compare(taken)
+            yield digest(taken)
+
+    @property
+    def takes_digests(self) -> bool:
+        """Whether reports carry one."""
+        return self._checks.digest
 
     def check_servable(self) -> None:
         """Raise TornWeights rather than let a mixture of two policies generate."""
@@ -256,16 +310,15 @@ class Session:
             self._witness.compare(taken)
         return taken
 
-    def _begin(self, *, atomic: bool) -> Update:
+    def _begin(self, *, atomic: bool, prepares: bool) -> None:
         self.look_around()
-        update = Update(UndoLog(keep=atomic), bracket=True)
+        update = Update(UndoLog(keep=atomic), bracket=True, prepares=prepares)
         with self._transactions.begin(update):
             if not atomic:
                 update.at_stake = frozenset(self._routes.wanted)
             for layer in self._engine.layers:
                 layer.drop()
             update.before = self._footprints(*self._engine.layers)
-        return update
 
     def _first(self, weights: NamedTensors) -> Iterator[tuple[str, Tensor]]:
         quantized = any(holds_codes(meta.dtype) for meta in self._engine.targets.values())
@@ -333,9 +386,10 @@ class Session:
         landing = way.landing_of_codes(tensor)
         into = None
         if landing is not None:
-            for step, _, stage in landing.steps:
-                update.claim(stage, step.target_view)
-            into = landing.window
+            for step, layer, stage in landing.steps:
+                if isinstance(step, Write):
+                    update.claim(stage, step.target_view)
+                    into = layer.window(step, update.undo, update.reach)
         stored = as_stored(way.recipe, tensor, into)
         clipping = {} if self._calibration is None else self._calibration.clipping
         for name, values in stored:
@@ -349,6 +403,8 @@ class Session:
 
     def _settle(self, update: Update, stands: bool) -> None:
         """An update is over: what is live is what it should be."""
+        for layer in () if stands else update.prepared.values():
+            layer.drop()
         if stands:
             update.drift = self._drifts.settle(update.noted)
         self._witness.settle(update.committed if stands else None)
@@ -360,7 +416,7 @@ class Session:
         for step, layer, stage in landing.steps:
             update.claim(stage, step.target_view)
             if not isinstance(step, Replay):
-                layer.receive(step, tensor, update.undo, maxima)
+                layer.receive(step, tensor, update.undo, update.reach, maxima)
             update.arrived.add(step.target)
             update.waiting[layer.name] = layer
         if landing.entry.needs_loader:
@@ -400,12 +456,26 @@ class Session:
                 earlier = stage.windows - update.staged[stage]
                 stage.remember(earlier, update.undo, values=False)
         update.live.update(target for target in layer.targets if layer.stage(target).started)
-        update.committed.add(layer.name)
         update.waiting.pop(layer.name, None)
+        if update.prepares:
+            layer.prepare(update.undo)
+            update.prepared[layer.name] = layer
+            return
+        update.committed.add(layer.name)
         before = {} if update.bracket else self._footprints(layer)
         update.bytes_out += layer.commit(update.undo)
         if not update.bracket:
             self._check_unmoved(before, layer)
+
+    def _swap_in(self, update: Update) -> None:
+        """What was prepared goes live: from here on, the engine may not generate."""
+        start = time.perf_counter()
+        for name, layer in update.prepared.items():
+            update.undo.touch()
+            update.committed.add(name)
+            update.bytes_out += layer.commit(update.undo)
+        if update.prepares:
+            update.since(start, "swap")
 
     def _footprints(self, *layers: Layer) -> dict[str, Footprint]:
         if not self._checks.ledger:
@@ -415,25 +485,23 @@ class Session:
     def _check_unmoved(self, before: dict[str, Footprint], *layers: Layer) -> None:
         check_unmoved(before, self._footprints(*layers))
 
-    def _report(self, update: Update, start: float) -> ReloadReport:
-        whole = None
-        if self._checks.digest:
-            digesting = time.perf_counter()
-            whole = self.digest()
-            update.since(digesting, "digest")
+    def _report(self, update: Update, now: float, *, pause: float) -> ReloadReport:
+        seconds = now - update.start
         return ReloadReport(
             version=self.version,
             tensors=update.tensors,
             bytes_in=update.bytes_in,
             bytes_out=update.bytes_out,
             undo_bytes=update.undo.bytes,
-            seconds=time.perf_counter() - start,
+            seconds=seconds,
+            prepare_seconds=seconds - pause,
+            pause_seconds=pause,
             phases=dict(update.seconds),
             layers_committed=len(update.committed),
             ignored=tuple(update.ignored),
             pending=tuple(chain.from_iterable(self._arrivals.waiting().values())),
-            digest=whole,
-            ranks=(whole,),
+            digest=None,
+            ranks=(None,),
             drift=dict(update.drift),
         )
 

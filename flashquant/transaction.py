@@ -129,7 +129,7 @@ class Transactions:
         """Raise TornWeights rather than let a mixture of two policies generate."""
         self.health.check_servable()
         self.take_back_what_was_cut_off()
-        if self.current is not None and not self.current.over and self.current.committed:
+        if self.current is not None and not self.current.over and self.current.undo.touched:
             raise TornWeights(
                 "an update is under way, and some layers serve the new weights already. Finish it "
                 "before the engine generates."

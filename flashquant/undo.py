@@ -40,15 +40,25 @@ class UndoLog:
         """Whether playing the log would bring the old weights back."""
         return self._keep or not self.touched
 
-    def remember(self, live: Tensor) -> None:
-        """Note the present value of a tensor that is about to be overwritten."""
-        self.touched = True
+    def remember(self, live: Tensor, *, soon: bool = True) -> None:
+        """Note the present value of a tensor that is about to be overwritten.
+
+        Args:
+            live: the tensor.
+            soon: right away; else `touch` will say when.
+
+        """
+        self.touched |= soon
         if not self._keep:
             return
         live = live.detach()
         old = _on_host(live)
         self._steps.append(functools.partial(live.copy_, old))
         self.bytes += old.nbytes
+
+    def touch(self) -> None:
+        """What has been remembered is overwritten from now on."""
+        self.touched = True
 
     def remember_how(self, undo: Callable[[], object], *, live: bool = True) -> None:
         """Note an action that reverses the one about to be taken, on live weights or staged.

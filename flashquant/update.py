@@ -7,7 +7,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 
 from flashquant.drift import Noted
-from flashquant.engine import Layer
+from flashquant.engine import Layer, Reach
 from flashquant.plan import View
 from flashquant.report import Drift
 from flashquant.undo import UndoLog
@@ -22,6 +22,7 @@ class Update:
     Attributes:
         round: of the workers' ballot; None where there is only one worker, and for
             a push outside a bracket.
+        prepares: nothing live is touched before it is finished, so the engine may generate.
         busy: something is being done for it right now, or was cut off.
         at_stake: the parameters that are lost if it fails and keeps no undo log.
         over: it stands, or it has been rolled back.
@@ -30,6 +31,8 @@ class Update:
 
     undo: UndoLog
     bracket: bool = False
+    prepares: bool = False
+    start: float = field(default_factory=time.perf_counter)
     round: int | None = None
     busy: bool = False
     over: bool = False
@@ -41,6 +44,7 @@ class Update:
     live: set[str] = field(default_factory=set)  # parameters, arrived now or earlier
     committed: set[str] = field(default_factory=set)  # layers
     waiting: dict[str, Layer] = field(default_factory=dict)  # layers, of which something came
+    prepared: dict[str, Layer] = field(default_factory=dict)  # layers
     ignored: list[str] = field(default_factory=list)  # names the engine's loader drops
     tensors: int = 0
     bytes_in: int = 0
@@ -48,6 +52,13 @@ class Update:
     seconds: dict[str, float] = field(default_factory=dict)  # by phase
     noted: dict[str, Noted] = field(default_factory=dict)  # of codes, by name
     drift: dict[str, Drift] = field(default_factory=dict)  # the same, once it stands
+
+    @property
+    def reach(self) -> Reach:
+        """How far it may reach into live memory before a layer is complete."""
+        if self.prepares:
+            return Reach.NOTHING
+        return Reach.PARTS if self.bracket else Reach.WHOLE
 
     def since(self, start: float, phase: str) -> float:
         """Add the time since `start` to a phase, and return what time it is now."""

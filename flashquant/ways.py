@@ -38,12 +38,6 @@ class Landing:
     layers: tuple[Layer, ...]
     rows: bool
 
-    @property
-    def window(self) -> Tensor:
-        """`[N, K]` of the stage that it lands in row by row."""
-        ((step, layer, stage),) = self.steps
-        return step.target_view.into(stage.memory(layer.device))
-
 
 @dataclass
 class Way:
@@ -111,7 +105,7 @@ class Ways:
         if way is None:
             check_plain(name, sent)
             entry = self._routes.of(name, sent)  # type: ignore[arg-type]  # it is a tensor
-            recipe = Recipe(name, entry, self._engine.targets, self._calibration)
+            recipe = Recipe(name, entry, self._engine.stored, self._calibration)
             way = self._ways[name] = Way(name, entry, recipe)
             if recipe.makes_codes and entry.steps:
                 way.landings[name] = self._landing(entry)

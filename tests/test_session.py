@@ -59,7 +59,10 @@ class FakeLayer:
     def stage(self, target):
         return self._stages[target]
 
-    def receive(self, step, incoming, undo, maxima):
+    def window(self, step, undo, reach):
+        return step.target_view.into(self._stages[step.target].memory(CPU))
+
+    def receive(self, step, incoming, undo, reach, maxima):
         write(step, incoming, self._stages[step.target], CPU, maxima)
 
     def drop(self):
@@ -97,6 +100,7 @@ class FakeEngine:
         self.layers = (self.qkv, self.norm)
         self.live = self.qkv.live | self.norm.live
         self.targets = {name: param.to("meta") for name, param in self.live.items()}
+        self.stored = self.targets
         self.loads: list[tuple[str, bool]] = []  # name, and whether it held values
         self._under: Mapping[str, Tensor] = self.live
         self._norm = norm

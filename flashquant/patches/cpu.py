@@ -5,14 +5,19 @@
 2. `scaled_fp8_quant`: vLLM declares the op for the CPU and leaves it empty,
    so per-tensor fp8 can neither load nor run. The definition is ours.
 3. The CPU fp8 matmuls read a float32 bias, and are handed a bf16 one.
-4. The one for blocks computes 32 rows at a time. Where some are left over, it ends the process at
-   the first batch of four tokens or less; such a layer is refused while it loads.
+4. A oneDNN handler keeps a raw pointer to its scales: it has to be that of the live ones, also
+   where it is made before they hold the values that it is for.
+5. The fp8 matmul for blocks computes 32 rows at a time. Where some are left over, it ends the
+   process at the first batch of four tokens or less; such a layer is refused while it loads.
 
 Nothing here touches another platform.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -62,6 +67,46 @@ def _scaled_fp8_quant(
     return (codes if output is None else output.copy_(codes)), scale
 
 
+class Homes(dict[int, Tensor]):
+    """Live scales, by the address of those that a handler is being made with.
+
+    Attributes:
+        refused: a handler asked that reads its scales when it is made.
+
+    """
+
+    refused = False
+
+
+_homes: ContextVar[Homes | None] = ContextVar("flashquant_homes", default=None)
+
+
+@contextmanager
+def handlers_read(homes: Homes) -> Iterator[None]:
+    """Handlers that are made inside point at live scales, whatever these hold now."""
+    before = _homes.set(homes)
+    try:
+        yield
+    finally:
+        _homes.reset(before)
+
+
+def _create_onednn_scaled_mm(
+    original: Any,
+    weight: Tensor,
+    weight_scales: Tensor,
+    output_type: Any,
+    dynamic_quant: bool,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    homes = _homes.get()
+    if homes is not None:
+        homes.refused |= not dynamic_quant
+        weight_scales = homes.get(weight_scales.data_ptr(), weight_scales)
+    return original(weight, weight_scales, output_type, dynamic_quant, *args, **kwargs)
+
+
 def _with_float32_bias(
     original: Any, kernel: Any, layer: Any, x: Tensor, bias: Tensor | None = None, **kwargs: Any
 ) -> Tensor:
@@ -96,6 +141,11 @@ POINTS = (
             "group_shape",
         ),
         wrapper=_scaled_fp8_quant,
+    ),
+    PatchPoint(
+        "vllm._custom_ops:create_onednn_scaled_mm",
+        expects=("weight", "weight_scales", "output_type", "dynamic_quant", ...),
+        wrapper=_create_onednn_scaled_mm,
     ),
     PatchPoint(
         f"{_KERNELS}:CPUFp8PerTensorScaledMMLinearKernel.apply_weights",

@@ -15,9 +15,12 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 from flashquant.calibration import Calibration
 from flashquant.checks import Checks
 from flashquant.patches.blueprint import ModelBlueprint
+from flashquant.patches.direct import Direct
+from flashquant.patches.direct_layer import DirectLayer
 from flashquant.patches.engine_args import ADDITIONAL_CONFIG_KEY, ONLINE, PROFILE_KEY
 from flashquant.patches.layers import Learned, LiveLayer
 from flashquant.profiles import load_profile
+from flashquant.schemes import fp8_channel
 from flashquant.weights import NamedTensors
 
 # vLLM warns of a bf16 tensor on its way into an int8 parameter; while we watch
@@ -55,10 +58,12 @@ class LiveEngine:
             if profile
             else None
         )
-        self.layers: tuple[LiveLayer, ...] = ()
+        self.layers: tuple[LiveLayer | DirectLayer, ...] = ()
+        self.stored: dict[str, Tensor] = {}
         self._model = model
         self._vllm_config = vllm_config
         self._blueprint = ModelBlueprint(model)
+        self.stored |= self._blueprint.targets
         self._load: Callable[[NamedTensors], object] = cast(Any, model).load_weights
         self._loaded: dict[str, str] = {}
 
@@ -90,13 +95,23 @@ class LiveEngine:
     def note_processed(self) -> None:
         """The model serves: find out what processing made of each layer."""
         learned: Learned = {}
+        # vLLM's online scheme by channel is ours to the bit; by tensor, shards share a scale.
+        ours = fp8_channel if self.scheme == "fp8_channel" else None
+        direct = Direct(ours, self._context, self.device)
         stale = self._blueprint.stale()
-        self.layers = tuple(
-            LiveLayer(blueprints, self._loaded, self._context, self.device, learned, stale)
-            for blueprints in self._blueprint.groups()
-        )
-        for layer in self.layers:
+        lent = {target for _, target, _ in stale}
+        layers: list[LiveLayer | DirectLayer] = []
+        for group in self._blueprint.groups():
+            alone = len(group) == 1 and lent.isdisjoint(group[0].targets.values())
+            homes = direct.homes(group[0]) if alone else None
+            if homes is not None:
+                layers.append(DirectLayer(group[0], homes))
+                self.stored |= {target: home.to("meta") for target, home in homes.items()}
+                continue
+            layer = LiveLayer(group, self._loaded, self._context, self.device, learned, stale)
             layer.rehearse()
+            layers.append(layer)
+        self.layers = tuple(layers)
         self._blueprint.release_originals()
 
     @contextmanager

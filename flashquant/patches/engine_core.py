@@ -122,7 +122,7 @@ def _take_note(core: Any) -> None:
         core.set_weight_version(str(version))
     # In the caller's own process, waiting would be for ever: there a step refuses instead.
     if isinstance(core, EngineCoreProc) and not isinstance(core, DPEngineCoreProc):
-        _hold_steps(core, noted, any(standing.in_bracket for standing in standings))
+        _hold_steps(core, noted, any(standing.holds_steps for standing in standings))
     was_torn, noted.torn = noted.torn, next((s.torn for s in standings if s.torn), "")
     if noted.torn and not was_torn and isinstance(core, EngineCoreProc):
         _end_requests(core)

@@ -15,9 +15,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from types import FunctionType
 from typing import Protocol, TypeGuard
 
+import torch
 from torch import Tensor, nn
 from vllm._custom_ops import CPUDNNLGEMMHandler
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
@@ -38,6 +40,8 @@ Leaf = Tensor | Handle
 
 # What nn.Module itself keeps in an instance; tensors are walked by their own dicts.
 _MODULE_INTERNALS = frozenset(vars(nn.Module()))
+# What most attributes are, and holds no tensor: the walk is taken for every layer, several times.
+_PLAIN = frozenset({bool, int, float, str, type(None), dict, set, torch.dtype})
 # What vLLM binds to an attention or a state-space layer when it has the memory: not weights.
 _CACHES = frozenset({"kv_cache"})
 
@@ -64,7 +68,7 @@ def leaves(module: nn.Module) -> dict[str, Leaf]:
     own = {**module._parameters, **module._buffers}
     found: dict[str, Leaf] = {name: value for name, value in own.items() if value is not None}
     for name, value in (*vars(module).items(), *module._modules.items()):
-        if name not in _MODULE_INTERNALS | _CACHES:
+        if type(value) not in _PLAIN and name not in _MODULE_INTERNALS | _CACHES:
             found.update(_walk(name, value))
     return found
 
@@ -83,7 +87,8 @@ def _walk(path: str, value: object) -> Iterator[tuple[str, Leaf]]:
         yield path, value
     elif is_processor(value):
         for name, inner in vars(value).items():
-            yield from _walk(f"{path}.{name}", inner)
+            if type(inner) not in _PLAIN:
+                yield from _walk(f"{path}.{name}", inner)
     elif isinstance(value, FunctionType) and value.__closure__:
         names = value.__code__.co_freevars
         for name, cell in zip(names, value.__closure__, strict=True):
@@ -93,43 +98,69 @@ def _walk(path: str, value: object) -> Iterator[tuple[str, Leaf]]:
             yield from _walk(f"{path}[{index}]", inner)
 
 
-def carry(values: dict[str, Leaf], into: dict[str, Leaf], name: str, undo: UndoLog) -> int:
-    """Carry every value of a freshly processed layer into the live one, in place.
+@dataclass
+class Carry:
+    """What a freshly processed layer holds, beside the live leaves that are to hold it.
 
-    Tensors keep their address; a handler keeps its object and its pointer tensor,
-    and takes over the memory that the fresh one points to.
-
-    Args:
-        values: the leaves of the fresh layer.
-        into: those of the live one.
-        name: of the layer, for the error.
-        undo: keeps what was there.
-
-    Returns:
-        The number of bytes written into live tensors.
-
-    Raises:
-        ReloadError: the fresh layer is laid out differently from the live one.
+    Attributes:
+        copies: live tensor, fresh tensor.
+        handles: live handler, fresh handler.
 
     """
-    check_same_layout(values, into, name)
-    written = 0
-    for path, value in values.items():
-        target = into[path]
-        if isinstance(value, Tensor) and isinstance(target, Tensor):
-            written += _overwrite(target, value, undo)
-        elif is_handle(value) and is_handle(target):
-            undo.remember_how(functools.partial(_point, target, value, *_pointers(target, value)))
-            exchange(target, value)
-    return written
+
+    copies: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    handles: list[tuple[Handle, Handle]] = field(default_factory=list)
+
+    def add(self, values: dict[str, Leaf], into: dict[str, Leaf], name: str) -> None:
+        """Compare a freshly processed layer with the live one.
+
+        Args:
+            values: the leaves of the fresh layer.
+            into: those of the live one.
+            name: of the layer, for the error.
+
+        Raises:
+            ReloadError: the fresh one is laid out differently.
+
+        """
+        check_same_layout(values, into, name)
+        for path, value in values.items():
+            target = into[path]
+            if isinstance(value, Tensor) and isinstance(target, Tensor):
+                self.copy(target, value)
+            elif is_handle(value) and is_handle(target):
+                self.handles.append((target, value))
+
+    def copy(self, live: Tensor, fresh: Tensor) -> None:
+        """A live tensor is to hold what a fresh one does, unless that is the same memory."""
+        if live.data_ptr() != fresh.data_ptr() or not live.numel():
+            self.copies.append((live.detach(), fresh.detach()))
+
+    def remember(self, undo: UndoLog, *, soon: bool = True) -> None:
+        """Let an undo log keep what is live."""
+        for live, _ in self.copies:
+            undo.remember(live, soon=soon)
+        for pair in self.handles:
+            how = functools.partial(_point, *pair, *_pointers(*pair))
+            undo.remember_how(how, live=soon)
+
+    def apply(self) -> int:
+        """Make it live, in place: tensors keep their address; a handler keeps its object and its
+        pointer tensor, and takes over the memory that the fresh one points to.
+
+        Returns:
+            Bytes written into live tensors.
+
+        """
+        for live, fresh in self.copies:
+            _overwrite(live, fresh)
+        for live_handle, fresh_handle in self.handles:
+            exchange(live_handle, fresh_handle)
+        return sum(live.nbytes for live, _ in self.copies)
 
 
-def _overwrite(live: Tensor, fresh: Tensor, undo: UndoLog) -> int:
-    if live.data_ptr() == fresh.data_ptr() and live.numel():
-        return 0  # processed where it lies
-    undo.remember(live)
-    live.detach().copy_(fresh.detach())
-    return live.nbytes
+def _overwrite(live: Tensor, fresh: Tensor) -> None:
+    live.copy_(fresh)
 
 
 def take_apart(twin: nn.Module) -> None:

@@ -20,12 +20,14 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 
+from flashquant.engine import Reach
 from flashquant.errors import ReloadError, UnsupportedEngine
-from flashquant.patches import kernel_state, shards
+from flashquant.patches import cpu, kernel_state, shards
 from flashquant.patches.blueprint import LayerBlueprint
 from flashquant.patches.borrowed import Borrowed
+from flashquant.patches.direct import method_of
+from flashquant.patches.kernel_state import Carry
 from flashquant.patches.reads import handed_on
 from flashquant.plan import Fill, Write
 from flashquant.undo import UndoLog
@@ -74,6 +76,7 @@ class LiveLayer:
             for target, meta in self._metas.items()
         }
         self._learned = learned
+        self._prepared: tuple[Carry, dict[str, str]] | None = None
         self._digests = {target: loaded.get(target, "") for target in self._metas}
         # Processing may rewrite a parameter without changing its layout, so only
         # values show whether it is still the one that was loaded.
@@ -106,7 +109,7 @@ class LiveLayer:
     @property
     def road(self) -> str:
         """`staged` (processed on a twin) or `direct` (nothing to process)."""
-        processed = any(_method(blueprint.module) for blueprint in self._blueprints)
+        processed = any(method_of(blueprint.module) for blueprint in self._blueprints)
         return "staged" if processed else "direct"
 
     @property
@@ -137,38 +140,89 @@ class LiveLayer:
     def stage(self, target: str) -> Stage:
         return self._stages[target]
 
-    def receive(
-        self, step: Write | Fill, incoming: Tensor, undo: UndoLog, maxima: Tensor | None
-    ) -> None:
-        """Take one window of one tensor.
+    def window(self, step: Write | Fill, undo: UndoLog, reach: Reach) -> Tensor:
+        """The memory that one step fills."""
+        self._reach(step, undo, reach)
+        return step.target_view.into(self._stages[step.target].memory(self.device))
 
-        A layer with a single parameter that arrives whole needs no stage: it is
+    def _reach(self, step: Write | Fill, undo: UndoLog, reach: Reach) -> None:
+        """A layer with a single parameter that arrives whole needs no stage: it is
         written where it lives, and the undo log keeps what was there.
         """
         stage = self._stages[step.target]
         whole = isinstance(step, Write) and step.target_view.numel == stage.numel
-        live = self._in_place(step.target) if whole and len(self._stages) == 1 else None
+        alone = whole and len(self._stages) == 1 and reach is not Reach.NOTHING
+        live = self._in_place(step.target) if alone else None
         if live is not None:
             undo.remember(live)
             stage.adopt(live)
-        write(step, incoming, stage, self.device, maxima)
+
+    def receive(
+        self,
+        step: Write | Fill,
+        incoming: Tensor,
+        undo: UndoLog,
+        reach: Reach,
+        maxima: Tensor | None,
+    ) -> None:
+        """Take one window of one tensor."""
+        self._reach(step, undo, reach)
+        write(step, incoming, self._stages[step.target], self.device, maxima)
 
     def drop(self) -> None:
-        """Forget whatever has arrived; the live layer stays as it is."""
+        """Forget whatever has arrived or was prepared; the live layer stays as it is."""
+        self._prepared = None
+        for stage in self._stages.values():
+            stage.clear()
+
+    def prepare(self, undo: UndoLog) -> None:
+        """Process what is staged, and keep the result beside the live layer."""
+        self._check_ties()
+        staged = {t: s.memory(self.device) for t, s in self._stages.items() if s.started}
+        digests = {target: fingerprint(values) for target, values in staged.items()}
+        if staged.keys() <= self._alone.keys():
+            carry = Carry()
+            for target, values in staged.items():
+                for live in self._alone[target]:
+                    carry.copy(live, values)
+        else:
+            homes = cpu.Homes()
+            for target, values in staged.items():
+                if (live_home := self._in_place(target)) is not None:
+                    homes[values.data_ptr()] = live_home
+            standing = {t: self._standing(t) for t in self._stages if t not in staged}
+            with cpu.handlers_read(homes):
+                carry = self._processed({**staged, **standing})
+            if homes.refused:
+                return  # it waits as it is, and is processed when it goes live
+        for tensor, target, view in self._stale:
+            if target in staged:
+                carry.copy(tensor, view.into(staged[target]))
+        carry.remember(undo, soon=False)
+        self._prepared = carry, digests
         for stage in self._stages.values():
             stage.clear()
 
     def commit(self, undo: UndoLog) -> int:
-        """Make what is staged live, in place, and free the stage.
+        """Make what is staged, or was prepared, live, in place, and free the stage.
 
         Returns:
             Bytes written into live tensors.
 
         """
+        if self._prepared is not None:
+            carry, digests = self._prepared
+            for target, value in digests.items():
+                self._note_digest(target, value, undo)
+            written = carry.apply()
+            self.drop()
+            return written
         self._check_ties()
         started = {target for target, stage in self._stages.items() if stage.started}
-        for target in started:
-            self._note_digest(target, undo)
+        if self._is_packed:
+            for target in started:
+                staged = self._stages[target].memory(self.device)
+                self._note_digest(target, fingerprint(staged), undo)
         self._refresh(started, undo)
         if started <= self._alone.keys():
             written = sum(self._hand_on(target, undo) for target in started)
@@ -222,7 +276,7 @@ class LiveLayer:
 
     def _copies(self, blueprint: LayerBlueprint) -> Mapping[str, tuple[str, ...]]:
         """What processing only hands on, learned once for each kind of module."""
-        method = _method(blueprint.module)
+        method = method_of(blueprint.module)
         if method is None:
             return {name: (name,) for name in blueprint.targets}
         form = {name: self._metas[target] for name, target in blueprint.targets.items()}
@@ -262,20 +316,27 @@ class LiveLayer:
         for target in self._stages:
             values[target], moved = self._settle(target, undo)
             written += moved
+        carry = self._processed(values)
+        carry.remember(undo)
+        return written + carry.apply()
+
+    def _processed(self, values: Mapping[str, Tensor]) -> Carry:
+        """What vLLM's processing makes of these values, beside what is live."""
+        carry = Carry()
         with self._context():
             twins = list(self._twins(values))
             for blueprint, twin in twins:
                 fresh, live = (self._leaves(blueprint, one) for one in (twin, blueprint.module))
-                written += kernel_state.carry(fresh, live, blueprint.name, undo)
+                carry.add(fresh, live, blueprint.name)
             for _, twin in twins:
                 kernel_state.take_apart(twin)
-        return written
+        return carry
 
     def _twins(self, values: Mapping[str, Tensor]) -> Iterator[tuple[LayerBlueprint, nn.Module]]:
         """Every module of the layer, built anew and processed in vLLM's own order."""
         instead: dict[int, object] = {}
         for blueprint in self._blueprints:
-            if _method(blueprint.module) is not None and not blueprint.sources:
+            if method_of(blueprint.module) is not None and not blueprint.sources:
                 mine = {name: values[target] for name, target in blueprint.targets.items()}
                 twin = instead[id(blueprint.module)] = blueprint.build(mine)
                 with shards.answered_by(self._maxima(blueprint)):
@@ -305,11 +366,17 @@ class LiveLayer:
         stages = [self._stages[target] for target in blueprint.targets.values()]
         return shards.Maxima([stage for stage in stages if stage.started])
 
-    def _note_digest(self, target: str, undo: UndoLog) -> None:
+    @functools.cached_property
+    def _is_packed(self) -> bool:
+        """Whether kernels read memory whose bytes cannot be seen."""
+        leaves = (kernel_state.leaves(blueprint.module) for blueprint in self._blueprints)
+        return any(not isinstance(leaf, Tensor) for found in leaves for leaf in found.values())
+
+    def _note_digest(self, target: str, value: str, undo: UndoLog) -> None:
         undo.remember_how(
             functools.partial(self._digests.__setitem__, target, self._digests[target])
         )
-        self._digests[target] = fingerprint(self._stages[target].memory(self.device))
+        self._digests[target] = value
 
     def _settle(self, target: str, undo: UndoLog) -> tuple[Tensor, int]:
         """The checkpoint-format tensor to process, and the bytes it took to put it there.
@@ -320,10 +387,7 @@ class LiveLayer:
         """
         stage, live = self._stages[target], self._in_place(target)
         if not stage.started:
-            kept = live if live is not None else self._read_back(target)
-            if kept is None:
-                raise ReloadError(f"{target} was not sent, and cannot be read back from the engine")
-            return kept, 0
+            return self._standing(target), 0
         staged = stage.memory(self.device)
         if live is None:
             return staged, 0
@@ -331,6 +395,14 @@ class LiveLayer:
             undo.remember(live)
             live.copy_(staged)
         return live, live.nbytes
+
+    def _standing(self, target: str) -> Tensor:
+        """What the live layer holds of a parameter that was not sent."""
+        live = self._in_place(target)
+        kept = live if live is not None else self._read_back(target)
+        if kept is None:
+            raise ReloadError(f"{target} was not sent, and cannot be read back from the engine")
+        return kept
 
     def _in_place(self, target: str) -> Tensor | None:
         """The live tensor that still is this parameter in the checkpoint's own layout."""
@@ -397,9 +469,3 @@ def _check_made(blueprint: LayerBlueprint, twin: nn.Module) -> frozenset[str]:
 def targets_of(blueprints: Sequence[LayerBlueprint]) -> set[str]:
     """The parameters of some modules, by their names in the model."""
     return {target for blueprint in blueprints for target in blueprint.targets.values()}
-
-
-def _method(module: nn.Module) -> QuantizeMethodBase | None:
-    """What vLLM processes this module's weights with, if anything."""
-    method = getattr(module, "quant_method", None)
-    return method if isinstance(method, QuantizeMethodBase) else None

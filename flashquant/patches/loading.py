@@ -88,7 +88,7 @@ class Standing(NamedTuple):
     """What the engine core wants to know of one worker's weights after every call."""
 
     version: int
-    in_bracket: bool  # an update was begun, and not finished yet
+    holds_steps: bool  # an update is under way that no step may run beside
     torn: str  # why nothing may be generated, or nothing
 
 
@@ -99,7 +99,7 @@ def standing_of(model: nn.Module) -> Standing:
         return Standing(0, False, "")
     attached.session.look_around()
     return Standing(
-        attached.note_version(), attached.session.in_bracket, attached.session.health.complaint
+        attached.note_version(), attached.session.holds_steps, attached.session.health.complaint
     )
 
 

@@ -9,12 +9,14 @@ little about why.
 from __future__ import annotations
 
 import asyncio
+import functools
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from types import MappingProxyType
+from typing import Any, NamedTuple, TypeVar
 
 from pydantic import TypeAdapter
 
@@ -28,47 +30,99 @@ _T = TypeVar("_T")
 _REPORT = TypeAdapter(ReloadReport)  # a worker's answer comes as plain data
 
 _LOOK_EVERY = 0.05  # seconds
+_SLICE = 0.01  # seconds of an update that is prepared, between two steps of the engine
 _GRACE = 5.0  # seconds between a worker's death and the last answer that can still come
 
 
-def reload(llm: Any, path: str, *, atomic: bool, strict: bool) -> ReloadReport:
-    """One whole update of an `LLM` whose workers are elsewhere, from safetensors at a path.
+class Call(NamedTuple):
+    """What every worker is asked next."""
+
+    method: str
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = MappingProxyType({})
+
+
+# Yields what to ask the workers, is sent their answers, and returns the report.
+Conversation = Generator[Call, Sequence[Any], ReloadReport]
+
+
+def conversation(path: str, *, atomic: bool, strict: bool, prepare: bool = False) -> Conversation:
+    """What is said to the workers in one update, from safetensors at a path.
+
+    Prepared, it is many short calls, between which the engine takes its steps; only one of them,
+    the swap, is a pause.
 
     Raises:
         ReloadError: what the first worker that failed has said, with its rank;
             every worker is on its old weights (or torn, with `atomic=False`).
+
+    """
+    if not prepare:
+        options = {"atomic": atomic, "strict": strict}
+        return _report(_answers((yield Call(worker.TRY_RELOAD, (path,), options))))
+    try:
+        _answers((yield Call(worker.PREPARE, (path,), {"atomic": atomic})))
+        while any(_answers((yield Call(worker.FEED, (_SLICE,))))):
+            pass
+        report = _report(_answers((yield Call(worker.SWAP, (), {"strict": strict}))))
+    except ReloadError:
+        yield Call(worker.ABANDON)
+        raise
+    found = _answers((yield Call(worker.DIGEST, (_SLICE,), {"anew": True})))
+    while not all(done for done, _ in found):
+        found = _answers((yield Call(worker.DIGEST, (_SLICE,))))
+    return report.with_digests([taken for _, taken in found])
+
+
+def reload(llm: Any, path: str, **options: bool) -> ReloadReport:
+    """One whole update of an `LLM` whose workers are elsewhere; see `conversation`.
+
+    Raises:
         WorkerLost: a worker's process ended.
 
     """
+    talk = conversation(path, **options)
     with _Watch(llm.collective_rpc(worker.MEMBER)) as watch:
-        answering = _in_a_thread(
-            lambda: llm.collective_rpc(
-                worker.TRY_RELOAD, args=(path,), kwargs={"atomic": atomic, "strict": strict}
-            )
-        )
-        while not answering.done():
-            wait([answering], timeout=_LOOK_EVERY)
-            watch.raise_if_lost_for(_GRACE)
-        with watch.explaining():
-            answers = answering.result()
-    return _merged(answers)
-
-
-async def reload_async(engine: Any, path: str, *, atomic: bool, strict: bool) -> ReloadReport:
-    """The same for an `AsyncLLM`, between two steps of the engine."""
-    with _Watch(await call(engine, worker.MEMBER)) as watch:
-        answering = asyncio.ensure_future(
-            call(engine, worker.TRY_RELOAD, path, atomic=atomic, strict=strict)
-        )
-        try:
+        answers: Sequence[Any] | None = None
+        while True:
+            try:
+                ask = next(talk) if answers is None else talk.send(answers)
+            except StopIteration as end:
+                report: ReloadReport = end.value
+                return report
+            answering = _in_a_thread(functools.partial(_ask, llm, ask))
             while not answering.done():
-                await asyncio.wait([answering], timeout=_LOOK_EVERY)
+                wait([answering], timeout=_LOOK_EVERY)
                 watch.raise_if_lost_for(_GRACE)
             with watch.explaining():
                 answers = answering.result()
-        finally:
-            answering.cancel()  # no answer will come any more, or it is there
-    return _merged(answers)
+
+
+def _ask(llm: Any, ask: Call) -> Sequence[Any]:
+    answers: Sequence[Any] = llm.collective_rpc(ask.method, args=ask.args, kwargs=dict(ask.kwargs))
+    return answers
+
+
+async def reload_async(engine: Any, path: str, **options: bool) -> ReloadReport:
+    """The same for an `AsyncLLM`, between two steps of the engine."""
+    talk = conversation(path, **options)
+    with _Watch(await call(engine, worker.MEMBER)) as watch:
+        answers: Sequence[Any] | None = None
+        while True:
+            try:
+                ask = next(talk) if answers is None else talk.send(answers)
+            except StopIteration as end:
+                report: ReloadReport = end.value
+                return report
+            answering = asyncio.ensure_future(call(engine, ask.method, *ask.args, **ask.kwargs))
+            try:
+                while not answering.done():
+                    await asyncio.wait([answering], timeout=_LOOK_EVERY)
+                    watch.raise_if_lost_for(_GRACE)
+                with watch.explaining():
+                    answers = answering.result()
+            finally:
+                answering.cancel()  # no answer will come any more, or it is there
 
 
 async def call(engine: Any, method: str, *args: Any, **kwargs: Any) -> list[Any]:
@@ -86,13 +140,16 @@ async def call(engine: Any, method: str, *args: Any, **kwargs: Any) -> list[Any]
     return [answer for replica in answers for answer in replica]
 
 
-def _merged(answers: Sequence[Mapping[str, Any]]) -> ReloadReport:
+def _answers(answers: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """What the workers answered, or the one error that matters."""
     failures = {rank: answer for rank, answer in enumerate(answers) if "error" in answer}
     if failures:
         raise _failure(failures, len(answers))
-    return ReloadReport.of_workers(
-        [_REPORT.validate_python(answer["report"]) for answer in answers]
-    )
+    return [answer["answer"] for answer in answers]
+
+
+def _report(reports: Sequence[Any]) -> ReloadReport:
+    return ReloadReport.of_workers([_REPORT.validate_python(report) for report in reports])
 
 
 def _failure(failures: Mapping[int, Mapping[str, str]], size: int) -> ReloadError:

@@ -97,6 +97,9 @@ def _storage(name: str, own: Tensor, made: _Made, *, changed: bool) -> Storage:
         reason = f"{made.watcher.told[name]} takes it out of torch's sight"
     elif others:
         reason = f"{', '.join(others)} is made of it"
+    elif made.handles:
+        # Whoever made it may have read anything: such operations pass torch's dispatcher unseen.
+        reason = f"{', '.join(made.handles)} keeps memory of its own"
     elif not views:
         reason = "nothing that the kernels read is made of it"
     elif not all(_covers(leaf, own) for path, leaf in made.leaves if path in views):
@@ -141,6 +144,8 @@ class _Made:
     def __init__(self, twin: nn.Module, watcher: Origins, held: set[int]) -> None:
         self.watcher = watcher
         self.leaves = _tensor_leaves(twin)
+        everything = kernel_state.leaves(twin).items()
+        self.handles = [path for path, leaf in everything if not isinstance(leaf, Tensor)]
         self._from = {path: self._origins(leaf, held) for path, leaf in self.leaves}
         in_sight = {storage_of(leaf) for _, leaf in self.leaves}
         self.hidden = watcher.kept_outside(in_sight)
@@ -172,20 +177,20 @@ def _covers(leaf: Tensor, own: Tensor) -> bool:
         leaf.dtype == own.dtype
         and leaf.storage_offset() == own.storage_offset()
         and leaf.numel() == own.numel()
-        and _is_dense(leaf)
-        and _is_dense(own)
+        and is_dense(leaf)
+        and is_dense(own)
     )
 
 
 def _holds(leaf: Tensor, rows: Tensor) -> bool:
     """Whether the memory behind a leaf is, byte for byte, that of contiguous `rows`."""
-    if leaf.dtype != rows.dtype or leaf.numel() != rows.numel() or not _is_dense(leaf):
+    if leaf.dtype != rows.dtype or leaf.numel() != rows.numel() or not is_dense(leaf):
         return False
     memory = leaf.as_strided((leaf.numel(),), (1,))
     return torch.equal(memory.view(torch.uint8), rows.contiguous().flatten().view(torch.uint8))
 
 
-def _is_dense(tensor: Tensor) -> bool:
+def is_dense(tensor: Tensor) -> bool:
     """Whether a tensor has no gaps and no overlaps."""
     expected = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):

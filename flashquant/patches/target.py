@@ -23,7 +23,12 @@ from flashquant.weights import Weights, named_tensors
 
 
 def reload_weights(
-    target: Any, weights: Weights, *, atomic: bool = True, strict: bool = True
+    target: Any,
+    weights: Weights,
+    *,
+    atomic: bool = True,
+    strict: bool = True,
+    prepare: bool = False,
 ) -> Any:
     """Bring one complete set of bf16 weights into a serving engine, in place.
 
@@ -40,6 +45,10 @@ def reload_weights(
             leaves the engine torn: it refuses to generate until a complete reload.
         strict: every parameter must arrive. Without it, whole layers may keep
             their old weights; half a layer never goes live.
+        prepare: make everything beside the live weights first, while the engine generates, and
+            pause it only to swap them in. Costs the memory of a second set of quantized
+            weights until then. Where the caller's own process is the engine's, nothing can be
+            generated meanwhile; the report tells the two times apart all the same.
 
     Returns:
         A `ReloadReport`; for an `AsyncLLM`, an awaitable of one. Data-parallel
@@ -49,18 +58,17 @@ def reload_weights(
         ReloadError: and, with `atomic`, every live tensor is what it was.
 
     """
+    options = {"atomic": atomic, "strict": strict, "prepare": prepare}
     if (model := _model_of(target)) is not None:
-        return session_of(model).reload(weights, atomic=atomic, strict=strict)
+        return session_of(model).reload(weights, **options)
     if _is_async(target):
-        return _reload_async(target, weights, atomic=atomic, strict=strict)
+        return _reload_async(target, weights, **options)
     _check_llm(target)
     if isinstance(_executor(target), UniProcExecutor):  # this process holds the (or a) worker
-        (report,) = target.collective_rpc(
-            worker.RELOAD, args=(weights,), kwargs={"atomic": atomic, "strict": strict}
-        )
+        (report,) = target.collective_rpc(worker.RELOAD, args=(weights,), kwargs=options)
     else:
         with _stored(weights) as path:
-            report = remote.reload(target, path, atomic=atomic, strict=strict)
+            report = remote.reload(target, path, **options)
     return report
 
 
@@ -82,13 +90,11 @@ def status(target: Any) -> Any:
     return _one_status(target.collective_rpc(worker.STATUS))
 
 
-async def _reload_async(
-    engine: Any, weights: Weights, *, atomic: bool, strict: bool
-) -> ReloadReport:
+async def _reload_async(engine: Any, weights: Weights, **options: bool) -> ReloadReport:
     with ExitStack() as stack:
         # Writing a model's tensors takes a while, in which the event loop serves others.
         path = await asyncio.to_thread(stack.enter_context, _stored(weights))
-        return await remote.reload_async(engine, path, atomic=atomic, strict=strict)
+        return await remote.reload_async(engine, path, **options)
 
 
 async def _status_async(engine: Any) -> Status:

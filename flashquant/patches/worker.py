@@ -10,34 +10,95 @@ unread, so across processes a failure travels as an answer too.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
+
+from torch import Tensor
 
 from flashquant.members import Member
 from flashquant.patches.loading import session_of, standing_of
 from flashquant.patches.point import PatchPoint
 from flashquant.report import ReloadReport
-from flashquant.weights import Weights
+from flashquant.weights import Weights, named_tensors
 
 logger = logging.getLogger(__name__)
 
 
-def _reload(worker: Any, weights: Weights, atomic: bool = True, strict: bool = True) -> Any:
+def _reload(
+    worker: Any,
+    weights: Weights,
+    atomic: bool = True,
+    strict: bool = True,
+    prepare: bool = False,
+) -> Any:
     """One whole update of this worker's model; `flashquant.ReloadReport`, or raises."""
-    return session_of(worker.get_model()).reload(weights, atomic=atomic, strict=strict)
+    session = session_of(worker.get_model())
+    return session.reload(weights, atomic=atomic, strict=strict, prepare=prepare)
 
 
-def _try_reload(
-    worker: Any, weights: Weights, atomic: bool = True, strict: bool = True
-) -> dict[str, Any]:
-    """The same: `{"report": ...}` as plain data, or `{"error": class, "says": message}`."""
-    try:
-        report: ReloadReport = _reload(worker, weights, atomic, strict)
-    except Exception as failure:  # whatever it is, the front end raises it
-        logger.exception("this worker's update failed and was rolled back")
-        return {"error": type(failure).__name__, "says": str(failure)}
-    return {"report": asdict(report)}
+def _answering(method: Callable[..., Any]) -> Callable[..., dict[str, Any]]:
+    """The same method: `{"answer": ...}`, or `{"error": class, "says": message}`."""
+
+    def answer(worker: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        try:
+            result = method(worker, *args, **kwargs)
+        except Exception as failure:  # whatever it is, the front end raises it
+            logger.exception("this worker's update failed and was rolled back")
+            return {"error": type(failure).__name__, "says": str(failure)}
+        return {"answer": asdict(result) if isinstance(result, ReloadReport) else result}
+
+    return answer
+
+
+def _prepare(worker: Any, weights: Weights, atomic: bool = True) -> bool:
+    """Begin an update that is prepared in slices, while the engine generates."""
+    session = session_of(worker.get_model())
+    session.begin(atomic=atomic, prepares=True)
+    vars(worker)[_FEED] = named_tensors(weights)
+    return True
+
+
+def _feed(worker: Any, seconds: float) -> bool:
+    """Prepare for about so long; False when there is nothing left."""
+    session = session_of(worker.get_model())
+    feed: Iterator[tuple[str, Tensor]] = vars(worker)[_FEED]
+    until, left = time.perf_counter() + seconds, True
+
+    def some() -> Iterator[tuple[str, Tensor]]:
+        nonlocal left
+        for pair in feed:
+            yield pair
+            if time.perf_counter() > until:
+                return
+        left = False
+
+    session.push(some())
+    return left
+
+
+def _swap(worker: Any, strict: bool = True) -> Any:
+    """What was prepared goes live: the pause."""
+    return session_of(worker.get_model()).close(strict=strict)
+
+
+def _abandon(worker: Any) -> None:
+    """An update that will not be finished."""
+    session_of(worker.get_model()).abandon()
+
+
+def _digest(worker: Any, seconds: float, *, anew: bool = False) -> tuple[bool, str | None]:
+    """Take the digest for about so long: whether that was the end of it, and what it is."""
+    session = session_of(worker.get_model())
+    if anew:
+        vars(worker)[_DIGESTING] = session.digesting() if session.takes_digests else iter(())
+    slices: Iterator[str | None] = vars(worker)[_DIGESTING]
+    until = time.perf_counter() + seconds
+    for found in slices:
+        if found is not None or time.perf_counter() > until:
+            return found is not None, found
+    return True, None
 
 
 def _status(worker: Any) -> dict[str, Any]:
@@ -55,15 +116,28 @@ def _standing(worker: Any) -> tuple[Any, ...]:
     return tuple(standing_of(worker.get_model()))
 
 
+# Where a worker keeps what is under way between two calls.
+_FEED, _DIGESTING = "_flashquant_feed", "_flashquant_digesting"
+
 RELOAD = "flashquant_reload"
 TRY_RELOAD = "flashquant_try_reload"
+PREPARE = "flashquant_prepare"
+FEED = "flashquant_feed"
+SWAP = "flashquant_swap"
+ABANDON = "flashquant_abandon"
+DIGEST = "flashquant_digest"
 STATUS = "flashquant_status"
 MEMBER = "flashquant_member"
 STANDING = "flashquant_standing"
 
 _METHODS: dict[str, Callable[..., Any]] = {
     RELOAD: _reload,
-    TRY_RELOAD: _try_reload,
+    TRY_RELOAD: _answering(_reload),
+    PREPARE: _answering(_prepare),
+    FEED: _answering(_feed),
+    SWAP: _answering(_swap),
+    ABANDON: _abandon,
+    DIGEST: _answering(_digest),
     STATUS: _status,
     MEMBER: _member,
     STANDING: _standing,

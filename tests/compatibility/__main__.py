@@ -57,7 +57,8 @@ def _verdict(cell: Cell, alone: Cell) -> Cell:
     if alone.verdict == ENGINE:
         if cell.verdict == DIED:
             return alone
-        return replace(alone, why=f"{cell.why} vLLM alone: {alone.why}")
+        layer = cell.why.partition(":")[0]
+        return replace(alone, why=f"{alone.why}; flashquant refuses {layer} before it loads")
     if cell.verdict == REFUSED:
         return cell
     return replace(alone, why=f"{cell.why} ({alone.why})")

@@ -62,9 +62,10 @@ def _last_words(code: int, log: str) -> str:
 
 
 def _main(arguments: Sequence[str]) -> None:
+    from vllm.model_executor.models import registry
+
     from tests.compatibility.control import blame
     from tests.compatibility.trial import judge  # before vLLM: it sets the environment
-    from vllm.model_executor.models import registry
 
     verb, folder, *names = arguments
     look = {"judge": judge, "blame": blame}[verb]

@@ -60,7 +60,7 @@ def test_the_only_worker_needs_no_rank():
 def test_reports_become_one():
     slow, fast = a_report(seconds=2.0, ranks=("a",)), a_report(seconds=1.0, ranks=("b",))
 
-    report = reload({"report": asdict(slow)}, {"report": asdict(fast)})
+    report = reload({"answer": asdict(slow)}, {"answer": asdict(fast)})
 
     assert report.seconds == 2.0
     assert report.ranks == ("a", "b")

@@ -77,7 +77,7 @@ def bare_worker(starts_on: str, weights: Any) -> dict[str, Any]:
     answer = call("flashquant_try_reload", weights)
     return {
         "before": before,
-        "reported": answer["report"]["digest"],
+        "reported": answer["answer"]["digest"],
         "after": call("flashquant_status")["digest"],
         "process": call("flashquant_member")[2],
     }

@@ -1,0 +1,140 @@
+"""One layer that is written where its kernels read it: row by row, without processing.
+
+Inside a bracket, rows of codes are made right in live memory, and the undo log keeps what was
+there. A push by itself may bring a part of a fused layer only, and the engine may generate before
+the rest arrives; so it waits in a stage, as small as the live memory, until it is complete.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from flashquant.engine import Reach
+from flashquant.patches import kernel_state
+from flashquant.patches.blueprint import LayerBlueprint
+from flashquant.patches.kernel_state import Carry
+from flashquant.plan import Fill, Write
+from flashquant.undo import UndoLog
+from flashquant.write import Stage, write
+
+
+class DirectLayer:
+    """A module all of whose parameters lie in live memory as they arrive.
+
+    Args:
+        blueprint: the module.
+        homes: its live memory, laid out as rows arrive, by target; codes and the scales that
+            are made with them are two targets.
+
+    """
+
+    road = "direct"
+
+    def __init__(self, blueprint: LayerBlueprint, homes: Mapping[str, Tensor]) -> None:
+        self.name = blueprint.name
+        self.device: torch.device = next(iter(homes.values())).device
+        self.homes = dict(homes)
+        self._blueprints = (blueprint,)
+        self._stages = {
+            target: Stage(home.shape, home.stride(), home.dtype) for target, home in homes.items()
+        }
+        self._prepared: Carry | None = None
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        return tuple(self._stages)
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """What must still arrive of parameters that have begun to; codes wait for their scales."""
+        started = {target for target, stage in self._stages.items() if stage.started}
+        needed = {target for target in self._stages if not started.isdisjoint(self._pair(target))}
+        return tuple(t for t, stage in self._stages.items() if t in needed and not stage.complete)
+
+    @property
+    def ready(self) -> bool:
+        return any(stage.started for stage in self._stages.values()) and not self.missing
+
+    def stage(self, target: str) -> Stage:
+        return self._stages[target]
+
+    def window(self, step: Write | Fill, undo: UndoLog, reach: Reach) -> Tensor:
+        stage, home = self._stages[step.target], self.homes[step.target]
+        alone = len(self._pair(step.target)) == 1 and step.target_view.numel == stage.numel
+        if reach is Reach.PARTS or (reach is Reach.WHOLE and alone):
+            window = step.target_view.into(home)
+            if not stage.started:
+                stage.adopt(home)
+            undo.remember(window)
+            return window
+        return step.target_view.into(stage.memory(self.device))
+
+    def receive(
+        self,
+        step: Write | Fill,
+        incoming: Tensor,
+        undo: UndoLog,
+        reach: Reach,
+        maxima: Tensor | None,
+    ) -> None:
+        stage = self._stages[step.target]
+        if isinstance(step, Write) and _is_there(step, incoming, stage):
+            stage.arrived(step.target_view, maxima)
+        else:
+            self.window(step, undo, reach)
+            write(step, incoming, stage, self.device, maxima)
+
+    def drop(self) -> None:
+        self._prepared = None
+        for stage in self._stages.values():
+            stage.clear()
+
+    def prepare(self, undo: UndoLog) -> None:
+        self._prepared = self._carry()
+        self._prepared.remember(undo, soon=False)
+        for stage in self._stages.values():
+            stage.clear()
+
+    def commit(self, undo: UndoLog) -> int:
+        started = [t for t, stage in self._stages.items() if stage.started]
+        if self._prepared is not None:
+            written = self._prepared.apply()
+        else:
+            carry = self._carry()
+            carry.remember(undo)
+            carry.apply()
+            written = sum(self.homes[target].nbytes for target in started)
+        self.drop()
+        return written
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Every live tensor of the layer, by full name."""
+        for blueprint in self._blueprints:
+            for path, tensor in kernel_state.tensors(blueprint.module):
+                yield f"{blueprint.name}.{path}", tensor
+
+    contents = tensors
+
+    def _carry(self) -> Carry:
+        """What has arrived and is not in its place yet."""
+        carry = Carry()
+        for target, stage in self._stages.items():
+            if stage.started:
+                carry.copy(self.homes[target], stage.memory(self.device))
+        return carry
+
+    def _pair(self, target: str) -> set[str]:
+        """A parameter, with its scales or its codes, which mean nothing without each other."""
+        partners = (target, f"{target}_scale", target.removesuffix("_scale"))
+        return {partner for partner in partners if partner in self._stages}
+
+
+def _is_there(step: Write, incoming: Tensor, stage: Stage) -> bool:
+    """Whether codes were made right where this step would put them."""
+    if not stage.nbytes:
+        return False
+    window = step.target_view.into(stage.memory(incoming.device))
+    return step.source_view.into(incoming).data_ptr() == window.data_ptr()
