@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from flashquant.errors import ReloadError
-from flashquant.weights import named_tensors
+from flashquant.weights import few_at_a_time, named_tensors
 
 WEIGHTS = {"a.weight": torch.arange(6.0).view(2, 3), "b.bias": torch.ones(2).bfloat16()}
 
@@ -92,3 +95,35 @@ def test_a_broken_safetensors_file_is_named(tmp_path):
 
     with pytest.raises(ReloadError, match=r"model\.safetensors is no safetensors file"):
         list(named_tensors(tmp_path))
+
+
+def test_few_at_a_time_keeps_order_and_says_everything_once():
+    sent = [(f"w{number}", torch.full((4,), float(number))) for number in range(150)]
+
+    together = list(few_at_a_time(iter(sent)))
+
+    assert [len(few) for few in together] == [64, 64, 22]
+    assert [name for few in together for name, _ in few] == [name for name, _ in sent]
+
+
+def test_what_waits_for_others_is_a_copy():
+    """A sender may reuse its buffer as soon as it is asked for the next tensor."""
+
+    def reusing() -> Iterator[tuple[str, Tensor]]:
+        buffer = torch.empty(4)
+        for number in range(3):
+            yield f"w{number}", buffer.fill_(number)
+
+    (few,) = few_at_a_time(reusing())
+
+    assert [tensor[0].item() for _, tensor in few] == [0, 1, 2]
+
+
+def test_a_large_tensor_comes_alone_and_is_not_copied():
+    large = torch.empty(3 << 20, dtype=torch.float32)
+    small = torch.ones(4)
+
+    together = list(few_at_a_time([("a", small), ("large", large), ("b", small)]))
+
+    assert [[name for name, _ in few] for few in together] == [["a"], ["large"], ["b"]]
+    assert together[1][0][1] is large

@@ -10,6 +10,7 @@ freshly initialised model they are all zeros and ones, and prove nothing.
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,8 @@ _KINDS: dict[str, tuple[type[PreTrainedConfig], type[PreTrainedModel]]] = {
 }
 
 _HEAD_DIM = 64
+# As llm-compressor leaves them alone.
+_ROUTERS = (r".*mlp\.gate$", r".*block_sparse_moe\.gate$", r".*shared_expert_gate$")
 
 
 def _stored_as(kind: str) -> dict[str, Any]:
@@ -52,7 +55,7 @@ def _stored_as(kind: str) -> dict[str, Any]:
         "quant_method": "compressed-tensors",
         "format": "int-quantized" if kind == "int8" else "float-quantized",
         "quantization_status": "compressed",
-        "ignore": ["lm_head"],
+        "ignore": ["lm_head", *(f"re:{pattern}" for pattern in _ROUTERS)],
         "config_groups": {"group_0": group},
     }
 
@@ -99,8 +102,8 @@ def make(
 def make_quantized(source: Path, path: Path, kind: str = "int8") -> Path:
     """Write the compressed-tensors sibling of a bf16 checkpoint, in `int8` (W8A8) or `fp8`.
 
-    Every linear layer but `lm_head` becomes codes `[N, K]` and float32 scales
-    `[N, 1]`; activations are quantized per token by the engine.
+    Every linear layer but `lm_head` and routers becomes codes `[N, K]` and float32 scales
+    `[N, 1]`, experts one by one; activations are quantized per token by the engine.
     """
     quantize = {"int8": quantize_rows, "fp8": quantize_rows_to_fp8}[kind]
     quantized: dict[str, Tensor] = {}
@@ -150,7 +153,9 @@ def _random(name: str, shape: torch.Size, dice: torch.Generator) -> Tensor:
 
 
 def _is_linear(name: str, tensor: Tensor) -> bool:
-    return tensor.ndim == 2 and not name.startswith(("model.embed_tokens.", "lm_head."))
+    layer = name.removesuffix(".weight")
+    kept = layer in ("model.embed_tokens", "lm_head") or any(re.match(p, layer) for p in _ROUTERS)
+    return tensor.ndim == 2 and not kept
 
 
 def _write(path: Path, config: dict[str, Any], weights: dict[str, Tensor]) -> None:
