@@ -16,31 +16,22 @@ import importlib.util
 import json
 import os
 import random
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import torch
 
-from benchmarks import environment
-from benchmarks.sync_latency import (
-    SCHEMES,
-    Sync,
-    Timing,
-    Weights,
-    both_policies,
-    checkpoint,
-    machine,
-    markdown,
-    milliseconds,
-    start,
-    timed,
-    whole,
-)
+from benchmarks import environment, models
+from benchmarks.models import Weights, both_policies
+from benchmarks.results import machine, markdown, milliseconds
 
+if TYPE_CHECKING:
+    from flashquant.patches.bench import Sync, Timing
+
+SCHEMES = ("bf16", "int8", "fp8_vllm", "fp8_channel")
 _NO_DIGEST = {"FLASHQUANT_DIGEST": "0"}
 _NO_LEDGER = {"FLASHQUANT_LEDGER": "0"}
 
@@ -80,10 +71,9 @@ class Result:
 
 def measure(model: str, rounds: int) -> Result:
     """Start the engines, then let each take its turns."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = checkpoint(model, Path(folder))
-        policies = both_policies(path)
-        syncs = start_engines(path, Path(folder))
+    path = models.checkpoint(model)
+    policies = both_policies(path)
+    syncs = start_engines(path)
     timings = take_shuffled_turns(syncs, policies, rounds)
     return Result(
         machine=machine(),
@@ -95,9 +85,10 @@ def measure(model: str, rounds: int) -> Result:
     )
 
 
-def start_engines(path: Path, folder: Path) -> dict[str, Sync]:
+def start_engines(path: Path) -> dict[str, Sync]:
     """One engine a scheme and column, ready to be reloaded, in the order of the turns."""
     import flashquant
+    from flashquant.patches.bench import whole
 
     flashquant.patch()
     arms = {EVERYTHING: ({}, True), **WITHOUT}
@@ -110,6 +101,8 @@ def start_engines(path: Path, folder: Path) -> dict[str, Sync]:
 
 def start_with(path: Path, scheme: str, variables: Mapping[str, str]) -> Any:
     """An engine whose reloads carry the proofs that these variables leave."""
+    from flashquant.patches.bench import start
+
     with mock.patch.dict(os.environ, variables):
         return start(path, scheme)
 
@@ -118,11 +111,13 @@ def take_shuffled_turns(
     syncs: dict[str, Sync], policies: Sequence[Weights], rounds: int
 ) -> dict[str, Timing]:
     """Time each once a round, in an order of that round's own, after one round nobody counts."""
+    from flashquant.patches.bench import Timing, timed
+
     dice = random.Random(0)
     seconds: dict[str, list[float]] = {name: [] for name in syncs}
     for turn in range(rounds + 1):
         for name in dice.sample(list(syncs), len(syncs)):
-            seconds[name].append(timed(syncs[name], policies[(turn + 1) % 2]))
+            seconds[name].append(timed(syncs[name], policies[(turn + 1) % 2])[0])
     return {name: Timing(name, first, rest) for name, (first, *rest) in seconds.items()}
 
 

@@ -38,8 +38,9 @@ from torch import Tensor
 
 import flashquant
 from benchmarks import environment
+from benchmarks.results import machine
+from benchmarks.safety_cost import SCHEMES
 from benchmarks.soak_report import Result, save, tables
-from benchmarks.sync_latency import SCHEMES, machine, start
 from flashquant.errors import ReloadError
 from flashquant.verify import footprints
 from tests.engine import faults
@@ -100,6 +101,8 @@ def measure(
         with ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
             fresh = list(pool.map(fresh_digest, paths, [scheme] * 2))
         flashquant.patch()
+        from flashquant.patches.bench import start  # vLLM, in an environment that is prepared
+
         llm = start(paths[0], scheme)
         # Clones: a tensor that still lies in its file would count as resident when it is read.
         pairs = [[(n, t.clone()) for n, t in policies.tensors(policy).items()] for policy in "ab"]
@@ -127,6 +130,8 @@ def measure(
 def fresh_digest(path: Path, scheme: str) -> str | None:
     """What an engine holds that was started on a policy; runs in a process of its own."""
     flashquant.patch()
+    from flashquant.patches.bench import start
+
     digest: str | None = flashquant.status(start(path, scheme)).digest
     return digest
 

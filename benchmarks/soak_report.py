@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean, quantiles
 
-from benchmarks.sync_latency import markdown, milliseconds
+from benchmarks.results import markdown, milliseconds
 from benchmarks.trend import Trend, trend
 
 WARM_UP = 0.2  # of all reloads, left out of the slope

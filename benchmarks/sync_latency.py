@@ -1,294 +1,133 @@
-"""How long a weight sync takes, beside vLLM's own reload and the copy of the same bytes.
+"""How long a weight sync takes: flashquant, vLLM's own reload, FlashRL's method, a restart.
 
-    python -m benchmarks.sync_latency [--model smollm2|tiny] [--rounds 5] [--out benchmarks/out]
+    python -m benchmarks.sync_latency [--model smollm2 qwen2.5-0.5b ...] [--scheme int8 ...]
+                                      [--rounds 5] [--out benchmarks/out]
 
-Every contender lives in this one process and all take turns, round after round, so that a
-slow minute of the machine is everybody's. The two policies alternate. The copy limit is
-`copy_` of the same bf16 tensors into memory of their own: read each byte once, write it once.
+A process a scheme. In it live flashquant's engine in that scheme, an unpatched engine in the
+same scheme wherever vLLM has it, and an unpatched bf16 engine; all take turns, round after
+round, so that a slow minute of the machine is everybody's, and two policies alternate. The copy
+limit is `copy_` of the same bf16 tensors into memory of their own, once a turn as well. What is
+timed here is not judged: where vLLM's own reload is wrong, `benchmarks.beside_vllm` says so.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
-import importlib.util
-import json
+import multiprocessing
 import os
-import platform
-import tempfile
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
-from typing import Any
-from unittest import mock
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from benchmarks import environment
-from examples.demo import smollm2
+from benchmarks import contenders, environment, latency_report, models
+from benchmarks.results import described, machine, save_json, save_text
 from tests import tiny_models
 
-SCHEMES = ("bf16", "int8", "fp8_vllm", "fp8_channel")
-COPY_LIMIT = "copy limit"
-NATIVE = "vLLM's own reload, bf16"
+if TYPE_CHECKING:
+    from flashquant.patches.bench import Sync, Timing
 
-Weights = dict[str, Tensor]
-Sync = Callable[[Weights], object]
-
-
-@dataclass(frozen=True)
-class Timing:
-    """One row: how long a sync took, in seconds.
-
-    Attributes:
-        first: the very first one, with what is learned only once (write plans, kernels).
-        rounds: each one after it.
-
-    """
-
-    name: str
-    first: float
-    rounds: list[float]
-
-    @property
-    def median(self) -> float:
-        return median(self.rounds)
+SCHEMES = ("bf16", "int8", "int8 frozen", "int8 refreshed", "fp8_vllm", "fp8_channel")
 
 
 @dataclass(frozen=True)
 class Result:
-    """Everything that one run found; plain data."""
+    """What one process found; plain data. Seconds, bytes.
 
-    machine: dict[str, str]
+    Attributes:
+        warm: a new engine in a process that has vLLM imported and two engines behind it.
+        cold: a new process that imports vLLM and starts one.
+
+    """
+
     model: str
+    scheme: str
     tensors: int
     bytes: int
     threads: int
     syncs: list[Timing]
-    restarts: dict[str, float]
+    warm: float
+    cold: float
 
 
-def measure(model: str, rounds: int) -> Result:
-    """Start the engines, then sync each in turn."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = checkpoint(model, Path(folder))
-        policies = both_policies(path)
-        engines, restarts = start_engines(path, Path(folder))
-        timings = take_turns(contenders(engines, policies[0]), policies, rounds)
+def measure(model: str, scheme: str, rounds: int) -> Result:
+    """One scheme; in a process of its own."""
+    environment.prepare()
+    import flashquant
+    from flashquant.patches.bench import take_turns
+
+    flashquant.patch()
+    path = models.checkpoint(model)
+    policies = models.both_policies(path)
+    syncs, warm = start(path, scheme, policies[0])
+    timings = take_turns(syncs, policies, rounds)
     return Result(
-        machine=machine(),
-        model=path.name,
+        model=model,
+        scheme=scheme,
         tensors=len(policies[0]),
-        bytes=sum(tensor.nbytes for tensor in policies[0].values()),
+        bytes=models.size(policies[0]),
         threads=torch.get_num_threads(),  # vLLM decides it with the first engine
         syncs=timings,
-        restarts=restarts,
+        warm=warm,
+        cold=restart(path, scheme),
     )
 
 
-def checkpoint(model: str, folder: Path) -> Path:
-    """SmolLM2-135M as the demo converts it, or a random Llama of two layers."""
-    if model == "smollm2":
-        return smollm2.checkpoint(smollm2.default_cache_dir())
-    return tiny_models.make("llama", 0, folder / "tiny-llama")
+def start(path: Path, scheme: str, weights: Mapping[str, Tensor]) -> tuple[dict[str, Sync], float]:
+    """Everybody who takes a turn, by the name of the row; and what a restart takes."""
+    from flashquant.patches import bench
 
-
-def both_policies(path: Path) -> tuple[Weights, Weights]:
-    """What the engine starts on, and the same after a step of two percent."""
-    weights = {name: tensor.clone() for name, tensor in tiny_models.tensors(path).items()}
-    return weights, {name: (tensor * 1.02).to(tensor.dtype) for name, tensor in weights.items()}
-
-
-def start_engines(path: Path, folder: Path) -> tuple[dict[str, Any], dict[str, float]]:
-    """One engine a contender and the seconds each took to start.
-
-    The first engine of a process pays for imports and global state, and none of
-    these should: a tiny one goes ahead. vLLM wants all of them kept alive.
-    """
-    import flashquant
-
-    flashquant.patch()
-    engines = {"": start(tiny_models.make("llama", 1, folder / "first"), None)}
-    seconds: dict[str, float] = {}
-    for name in (NATIVE, *SCHEMES):
-        began = time.perf_counter()
-        engines[name] = start(path, None if name == NATIVE else name)
-        seconds[name] = time.perf_counter() - began
-    return engines, seconds
-
-
-def start(path: Path, config: str | None) -> Any:
-    """An engine as a trainer starts it; without FLASHRL_CONFIG, flashquant leaves it alone."""
-    from vllm import LLM
-
-    with mock.patch.dict(os.environ, {} if config is None else {"FLASHRL_CONFIG": config}):
-        return LLM(
-            str(path),
-            skip_tokenizer_init=True,
-            enforce_eager=True,
-            kv_cache_memory_bytes=16 << 20,
-            max_model_len=128,
-            dtype="bfloat16",
-        )
-
-
-def contenders(engines: dict[str, Any], weights: Weights) -> dict[str, Sync]:
-    """Every way to bring the weights somewhere, by the name of its row."""
-    syncs: dict[str, Sync] = {COPY_LIMIT: copy_limit(weights), NATIVE: native(engines[NATIVE])}
-    for scheme in SCHEMES:
-        llm = engines[scheme]
-        syncs[f"{scheme}: whole"] = whole(llm, atomic=True)
-        syncs[f"{scheme}: whole, atomic=False"] = whole(llm, atomic=False)
-        syncs[f"{scheme}: one tensor a call"] = tensor_by_tensor(llm)
-    return syncs
-
-
-def copy_limit(weights: Weights) -> Sync:
-    """`copy_` into memory that exists already, tensor by tensor."""
-    live = {name: tensor.clone() for name, tensor in weights.items()}
-
-    def sync(weights: Weights) -> None:
-        for name, tensor in weights.items():
-            live[name].copy_(tensor)
-
-    return sync
-
-
-def native(llm: Any) -> Sync:
-    """vLLM's layerwise reload of an engine that flashquant does not look after."""
-
-    def sync(weights: Weights) -> None:
-        llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights.items())})
-
-    return sync
-
-
-def whole(llm: Any, *, atomic: bool) -> Sync:
-    """One call for everything, with undo log or without."""
-    import flashquant
-
-    def sync(weights: Weights) -> object:
-        return flashquant.reload_weights(llm, weights, atomic=atomic)
-
-    return sync
-
-
-def tensor_by_tensor(llm: Any) -> Sync:
-    """`model.load_weights` as most trainers call it: without a beginning and an end."""
-    model = llm.apply_model(lambda model: model)[0]
-
-    def sync(weights: Weights) -> None:
-        for pair in weights.items():
-            model.load_weights([pair])
-
-    return sync
-
-
-def take_turns(syncs: dict[str, Sync], policies: Sequence[Weights], rounds: int) -> list[Timing]:
-    """Time A B C A B C ..., after one turn that nobody counts."""
-    seconds: dict[str, list[float]] = {name: [] for name in syncs}
-    for turn in range(rounds + 1):
-        for name, sync in syncs.items():
-            seconds[name].append(timed(sync, policies[(turn + 1) % 2]))
-    return [Timing(name, first, rest) for name, (first, *rest) in seconds.items()]
-
-
-def timed(sync: Sync, weights: Weights) -> float:
-    """Seconds of one sync, without a garbage collection that another one made necessary."""
-    gc.collect()
+    syncs = {bench.COPY_LIMIT: bench.copy_limit(weights)}
+    bf16 = bench.start(path, None)
+    syncs[f"{bench.NATIVE}, bf16"] = bench.native(bf16)
+    syncs |= contenders.unpatched(path, scheme, bf16)
+    config = contenders.config(path, scheme)
     began = time.perf_counter()
-    sync(weights)
+    ours = bench.start(path, config)
+    warm = time.perf_counter() - began
+    return syncs | contenders.flashquants(ours), warm
+
+
+_RESTART = """
+import sys
+from pathlib import Path
+from benchmarks import environment
+environment.prepare()
+import flashquant
+from flashquant.patches import bench
+flashquant.patch()
+bench.start(Path(sys.argv[1]), sys.argv[2])
+"""
+
+
+def restart(path: Path, scheme: str) -> float:
+    """Seconds that a new process takes until it could generate."""
+    command = [sys.executable, "-c", _RESTART, str(path), contenders.config(path, scheme)]
+    began = time.perf_counter()
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     return time.perf_counter() - began
 
 
-def machine() -> dict[str, str]:
-    """What a number from here must be read with."""
-    import vllm
-
-    return {
-        "cpu": cpu_model(),
-        "cores": str(len(os.sched_getaffinity(0))),
-        "AMX": "yes" if torch.cpu._is_amx_tile_supported() else "no",
-        "torch": torch.__version__,
-        "vllm": vllm.__version__,
-    }
+@contextmanager
+def own_process() -> Iterator[Any]:
+    """A process for one scheme, gone afterwards with its engines; its noise goes to a file."""
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn, initializer=_be_quiet) as process:
+        yield process
 
 
-def cpu_model() -> str:
-    """The name in /proc/cpuinfo, or whatever Python knows."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def table(result: Result) -> str:
-    """The syncs in markdown, the limit first."""
-    medians = {timing.name: timing.median for timing in result.syncs}
-    rows = [
-        (
-            timing.name,
-            milliseconds(timing.median),
-            milliseconds(min(timing.rounds)),
-            f"{timing.median / medians[COPY_LIMIT]:.1f}x",
-            f"{timing.median / medians[NATIVE]:.2f}x",
-            milliseconds(timing.first),
-        )
-        for timing in result.syncs
-    ]
-    titles = ("sync", "median", "fastest", "of the copy limit", "of vLLM's own", "first")
-    return markdown(titles, rows)
-
-
-def restart_table(result: Result) -> str:
-    """What a trainer without a sync pays: a new engine, in a process that is warm."""
-    own = {timing.name.partition(":")[0]: timing.median for timing in reversed(result.syncs)}
-    rows = [
-        (name, f"{seconds:.2f} s", f"{seconds / own[name]:.1f}x")
-        for name, seconds in result.restarts.items()
-    ]
-    return markdown(("engine restart", "seconds", "of its sync"), rows)
-
-
-def markdown(titles: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
-    """A table: first column to the left, numbers to the right."""
-    lines = [titles, (":--", *["--:"] * (len(titles) - 1)), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
-def milliseconds(seconds: float) -> str:
-    return f"{seconds * 1e3:.1f} ms"
-
-
-def save(result: Result, out: Path) -> list[Path]:
-    """Write JSON and, where matplotlib is installed, a picture."""
-    out.mkdir(parents=True, exist_ok=True)
-    written = out / f"sync_latency-{result.model}.json"
-    written.write_text(json.dumps(asdict(result), indent=2) + "\n")
-    if importlib.util.find_spec("matplotlib") is None:
-        return [written]
-    return [written, plot(result, written.with_suffix(".png"))]
-
-
-def plot(result: Result, path: Path) -> Path:
-    """Bars of the medians, each round a dot, the copy limit a line."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 0.35 * len(result.syncs) + 1), layout="constrained")
-    axes = figure.subplots()
-    names = [timing.name for timing in result.syncs]
-    axes.barh(names, [timing.median * 1e3 for timing in result.syncs], color="#8fb3d9")
-    for timing in result.syncs:
-        dots = [seconds * 1e3 for seconds in timing.rounds]
-        axes.plot(dots, [timing.name] * len(dots), "k.", markersize=3)
-    axes.axvline(result.syncs[0].median * 1e3, color="#c0392b", linewidth=1)
-    axes.invert_yaxis()
-    axes.set_xlabel(f"ms, {result.model}, {result.bytes / 1e6:.0f} MB of bf16")
-    figure.savefig(path, dpi=150)
-    return path
+def _be_quiet() -> None:
+    """Progress bars of vLLM and warnings of C++ libraries would tear the tables apart."""
+    if not os.environ.get("VLLM_LOGGING_LEVEL"):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -296,18 +135,28 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.sync_latency", description="how long a weight sync takes"
     )
-    parser.add_argument("--model", choices=("smollm2", "tiny"), default="smollm2")
+    parser.add_argument("--model", nargs="+", choices=models.NAMES, default=["smollm2"])
+    parser.add_argument("--scheme", nargs="+", choices=SCHEMES, default=list(SCHEMES))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/out"))
     arguments = parser.parse_args(argv)
-    environment.prepare()
-    print(", ".join(f"{fact}: {value}" for fact, value in machine().items()), flush=True)
-    result = measure(arguments.model, arguments.rounds)
-    print(f"\n{result.model}: {result.tensors} tensors, {result.bytes / 1e6:.1f} MB of bf16")
-    print(f"median of {arguments.rounds} rounds, {result.threads} threads")
-    print(f"\n{table(result)}\n\n{restart_table(result)}\n")
-    for path in save(result, arguments.out):
-        print(f"wrote {path}")
+    facts = machine()
+    print(described(facts), flush=True)
+    results: list[Result] = []
+    for model in arguments.model:
+        tiny_models.tensors(models.checkpoint(model))  # made, and in the page cache
+        for scheme in arguments.scheme:
+            with own_process() as process:
+                results.append(process.submit(measure, model, scheme, arguments.rounds).result())
+            print(f"\n{latency_report.one(results[-1])}", flush=True)
+        mine = [result for result in results if result.model == model]
+        text = f"{described(facts)}\n\n{latency_report.tables(mine)}"
+        print(f"\n{latency_report.summary(mine)}")
+        save_text(text, arguments.out / f"sync_latency-{model}.md")
+        save_json(mine, facts, arguments.out / f"sync_latency-{model}.json")
+        latency_report.plot(mine, arguments.out / f"sync_latency-{model}.png")
+    if len(arguments.model) > 1:
+        latency_report.plot_growth(results, arguments.out / "sync_latency-growth.png")
     return 0
 
 

@@ -1,0 +1,178 @@
+"""Is 8 bit faster at generating, and after how many tokens has its sync paid for itself?
+
+    python -m benchmarks.rollout [--model smollm2 qwen2.5-0.5b] [--batch 1 8 32]
+                                 [--tokens 48] [--rounds 3] [--out benchmarks/out]
+
+Engines of all schemes live in one process and take turns, batch size by batch size, round after
+round; medians. Prompts are 32 random tokens, and nobody stops early. The break-even line: a sync
+into 8 bit that takes longer than one into bf16 owes the difference, each token that comes faster
+pays some of it back. Where 8 bit is not faster, it never does, and the table says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from benchmarks import environment, models
+from benchmarks.results import (
+    described,
+    machine,
+    markdown,
+    milliseconds,
+    save_json,
+    save_plot,
+    save_text,
+)
+
+SCHEMES = ("bf16", "int8", "fp8_vllm", "fp8_channel")
+_PROMPT = 32
+
+
+@dataclass(frozen=True)
+class Rate:
+    """One engine at one batch size.
+
+    Attributes:
+        seconds: of each round, for `tokens` new tokens, prompts included.
+        sync: seconds that a whole reload of this engine takes, median.
+
+    """
+
+    model: str
+    scheme: str
+    batch: int
+    tokens: int
+    seconds: list[float]
+    sync: float
+
+    @property
+    def per_second(self) -> float:
+        return self.tokens / median(self.seconds)
+
+
+def measure(model: str, batches: Sequence[int], tokens: int, rounds: int) -> list[Rate]:
+    """All schemes of one model."""
+    import flashquant
+    from flashquant.patches import bench
+
+    flashquant.patch()
+    path = models.checkpoint(model)
+    room = {"max_model_len": _PROMPT + tokens + 16, "kv_cache_memory_bytes": 512 << 20}
+    engines = {scheme: bench.start(path, scheme, **room) for scheme in SCHEMES}
+    syncs = {scheme: bench.whole(llm, atomic=True) for scheme, llm in engines.items()}
+    timings = bench.take_turns(syncs, models.both_policies(path), rounds)
+    took = {timing.name: timing.median for timing in timings}
+    found = []
+    for batch in batches:
+        seconds: dict[str, list[float]] = {scheme: [] for scheme in SCHEMES}
+        for turn in range(rounds + 1):
+            for scheme, llm in engines.items():
+                seconds[scheme].append(generate(llm, batch, tokens, turn))
+        found += [
+            Rate(model, scheme, batch, batch * tokens, seconds[scheme][1:], took[scheme])
+            for scheme in SCHEMES
+        ]
+        print(table(found[-len(SCHEMES) :]), flush=True)
+    return found
+
+
+def generate(llm: Any, batch: int, tokens: int, seed: int) -> float:
+    """Seconds of one batch; other prompts each time, so that no cache helps."""
+    from vllm import SamplingParams
+
+    dice = torch.Generator().manual_seed(seed)
+    asked = torch.randint(1000, (batch, _PROMPT), generator=dice).tolist()
+    prompts = [{"prompt_token_ids": prompt} for prompt in asked]
+    sampling = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True, detokenize=False)
+    began = time.perf_counter()
+    llm.generate(prompts, sampling, use_tqdm=False)
+    return time.perf_counter() - began
+
+
+def break_even(rate: Rate, bf16: Rate) -> str:
+    """After how many tokens a sync has paid for itself."""
+    saved = 1 / bf16.per_second - 1 / rate.per_second
+    owed = rate.sync - bf16.sync
+    if rate is bf16:
+        return ""
+    if saved <= 0:
+        return "never: not faster here"
+    return "at once" if owed <= 0 else f"{owed / saved:,.0f} tokens"
+
+
+def table(rates: Sequence[Rate]) -> str:
+    """One row a scheme and batch size."""
+    rows = []
+    for rate in rates:
+        (bf16,) = [
+            other
+            for other in rates
+            if (other.model, other.batch, other.scheme) == (rate.model, rate.batch, "bf16")
+        ]
+        rows.append(
+            (
+                f"{rate.model}, {rate.scheme}, {rate.batch} at once",
+                f"{rate.per_second:.0f}",
+                f"{rate.per_second / bf16.per_second:.2f}x",
+                milliseconds(rate.sync),
+                break_even(rate, bf16),
+            )
+        )
+    return markdown(("engine", "tokens/s", "of bf16", "a sync", "has paid for itself after"), rows)
+
+
+def plot(rates: Sequence[Rate], path: Path) -> None:
+    """Tokens a second over the batch size, of bf16; a line a scheme, a panel a model."""
+    with save_plot(path, figsize=(7, 4)) as axes:
+        styles = dict(zip(dict.fromkeys(r.model for r in rates), ("-", "--", ":"), strict=False))
+        colors = dict(zip(SCHEMES, ("#777777", "#cc6677", "#ddaa33", "#4477aa"), strict=True))
+        for model, style in styles.items():
+            for scheme, color in colors.items():
+                mine = [r for r in rates if (r.model, r.scheme) == (model, scheme)]
+                axes.plot(
+                    [rate.batch for rate in mine],
+                    [rate.per_second for rate in mine],
+                    style,
+                    marker="o",
+                    color=color,
+                    label=f"{model}, {scheme}",
+                )
+        axes.set(xscale="log", yscale="log", xlabel="requests at once", ylabel="tokens a second")
+        axes.set_xticks(sorted({r.batch for r in rates}), sorted({r.batch for r in rates}))
+        axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure, print, save."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.rollout", description="tokens a second of each scheme"
+    )
+    parser.add_argument("--model", nargs="+", choices=models.NAMES, default=["smollm2"])
+    parser.add_argument("--batch", nargs="+", type=int, default=[1, 8, 32])
+    parser.add_argument("--tokens", type=int, default=48)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/out"))
+    arguments = parser.parse_args(argv)
+    environment.prepare()
+    facts = machine()
+    print(described(facts), flush=True)
+    found: list[Rate] = []
+    for model in arguments.model:
+        found += measure(model, arguments.batch, arguments.tokens, arguments.rounds)
+    facts["threads"] = str(torch.get_num_threads())
+    save_text(f"{described(facts)}\n\n{table(found)}", arguments.out / "rollout.md")
+    save_json(found, facts, arguments.out / "rollout.json")
+    plot(found, arguments.out / "rollout.png")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
