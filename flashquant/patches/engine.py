@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -123,7 +123,8 @@ class LiveEngine:
         with (
             set_current_vllm_config(self._vllm_config),
             set_default_torch_dtype(dtype),
-            self.device,
+            # A default device is asked at every call of torch; the host is one already.
+            nullcontext() if self.device.type == "cpu" else self.device,
             torch.no_grad(),
         ):
             yield

@@ -14,12 +14,11 @@ and the digest.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
 from types import FunctionType
 from typing import Protocol, TypeGuard
 
-import torch
 from torch import Tensor, nn
 from vllm._custom_ops import CPUDNNLGEMMHandler
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
@@ -40,10 +39,9 @@ Leaf = Tensor | Handle
 
 # What nn.Module itself keeps in an instance; tensors are walked by their own dicts.
 _MODULE_INTERNALS = frozenset(vars(nn.Module()))
-# What most attributes are, and holds no tensor: the walk is taken for every layer, several times.
-_PLAIN = frozenset({bool, int, float, str, type(None), dict, set, torch.dtype})
 # What vLLM binds to an attention or a state-space layer when it has the memory: not weights.
 _CACHES = frozenset({"kv_cache"})
+_SKIPPED = _MODULE_INTERNALS | _CACHES
 
 
 def is_processor(value: object) -> bool:
@@ -53,9 +51,24 @@ def is_processor(value: object) -> bool:
     they have in common is the method that processes it. Some layers have one too, but
     no layer is a method; vLLM's method of unquantized experts is an `nn.Module`, though.
     """
-    return hasattr(type(value), "process_weights_after_loading") and (
-        isinstance(value, QuantizeMethodBase) or not isinstance(value, nn.Module)
+    return _processes(type(value))
+
+
+@functools.cache
+def _processes(kind: Hashable) -> bool:
+    """Whether this is the type of a processor. It is asked tens of thousands of times a reload."""
+    return (
+        isinstance(kind, type)
+        and hasattr(kind, "process_weights_after_loading")
+        and (issubclass(kind, QuantizeMethodBase) or not issubclass(kind, nn.Module))
     )
+
+
+@functools.cache
+def _may_hold(kind: Hashable) -> bool:
+    """Whether the walk has to look into a value of this type; most attributes are plain."""
+    containers = (Tensor, CPUDNNLGEMMHandler, FunctionType, list, tuple)
+    return isinstance(kind, type) and (issubclass(kind, containers) or _processes(kind))
 
 
 def is_handle(value: object) -> TypeGuard[Handle]:
@@ -68,7 +81,7 @@ def leaves(module: nn.Module) -> dict[str, Leaf]:
     own = {**module._parameters, **module._buffers}
     found: dict[str, Leaf] = {name: value for name, value in own.items() if value is not None}
     for name, value in (*vars(module).items(), *module._modules.items()):
-        if type(value) not in _PLAIN and name not in _MODULE_INTERNALS | _CACHES:
+        if _may_hold(type(value)) and name not in _SKIPPED:
             found.update(_walk(name, value))
     return found
 
@@ -87,7 +100,7 @@ def _walk(path: str, value: object) -> Iterator[tuple[str, Leaf]]:
         yield path, value
     elif is_processor(value):
         for name, inner in vars(value).items():
-            if type(inner) not in _PLAIN:
+            if _may_hold(type(inner)):
                 yield from _walk(f"{path}.{name}", inner)
     elif isinstance(value, FunctionType) and value.__closure__:
         names = value.__code__.co_freevars

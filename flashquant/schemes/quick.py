@@ -75,7 +75,8 @@ def int8_refreshed(
 
 
 def _kernels(weight: Tensor) -> native.Kernels | None:
-    """Those that take this tensor; a class of its own may have no memory."""
-    if not native.Kernels.take(weight) or type(weight) not in (Tensor, torch.nn.Parameter):
+    """Those that take this tensor: it has memory, and nobody watches what is done to it."""
+    plain = type(weight).__torch_dispatch__ is Tensor.__torch_dispatch__
+    if not plain or not native.Kernels.take(weight) or torch.compiler.is_compiling():
         return None
     return native.kernels()
