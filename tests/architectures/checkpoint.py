@@ -68,6 +68,7 @@ def _complete(file: Path, model: nn.Module, config: PreTrainedConfig) -> None:
     """What vLLM asks for and transformers leaves out."""
     said = json.loads(file.read_text())
     said["architectures"] = [type(model).__name__]
-    if hasattr(config, "topk_method"):
-        said["topk_method"] = config.topk_method
+    for routing in ("topk_method", "scoring_func"):
+        if hasattr(config, routing):
+            said[routing] = getattr(config, routing)
     file.write_text(json.dumps(said, indent=2) + "\n")

@@ -76,10 +76,11 @@ MOE: dict[str, Callable[[], PreTrainedConfig]] = {
         topk_group=1,
     ),
     "deepseek-v3": lambda: shaped(
-        # transformers 5 leaves the method out; without it vLLM has no correction to load.
+        # transformers 5 leaves both out; vLLM would load no correction, and take a softmax.
         DeepseekV3Config,
         **_MLA,
         topk_method="noaux_tc",
+        scoring_func="sigmoid",
         n_group=4,
         topk_group=2,
     ),
