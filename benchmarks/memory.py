@@ -33,7 +33,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks import environment, models
-from benchmarks.results import described, machine, markdown, save_json, save_plot, save_text
+from benchmarks.results import (
+    described,
+    earlier,
+    machine,
+    markdown,
+    save_json,
+    save_plot,
+    save_text,
+)
 
 _M_MMAP_THRESHOLD = -3  # of mallopt, in malloc.h
 SCHEMES = ("bf16", "int8", "fp8_vllm", "fp8_channel")
@@ -245,8 +253,8 @@ def plot(found: list[Peak], path: Path) -> None:
         axes.set_yticks(range(len(found)), kinds, fontsize=8)
         axes.invert_yaxis()
         handles = [*axes.containers[:2], axes.lines[0]]
-        names = ["tensors", "resident memory", "limit: largest layer (+ all that is overwritten)"]
-        axes.legend(handles, names, loc="lower right", fontsize=8)
+        names = ["tensors", "resident memory", "limit: largest layer (+ undo)"]
+        axes.legend(handles, names, fontsize=8, ncols=3, loc="lower left", bbox_to_anchor=(0, 1))
         axes.set_xlabel("peak memory beside the live weights, MB")
 
 
@@ -259,7 +267,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--scheme", nargs="+", default=list(SCHEMES))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/out"))
     arguments = parser.parse_args(argv)
-    found: list[Peak] = []
+    file = arguments.out / "memory.json"
+    anew = {(model, scheme) for model in arguments.model for scheme in arguments.scheme}
+    known = [Peak(**peak) for peak in earlier(file)]
+    found = [peak for peak in known if (peak.model, peak.scheme) not in anew]
     for model in arguments.model:
         models.checkpoint(model)
         for scheme in arguments.scheme:
@@ -271,7 +282,7 @@ def main(argv: list[str] | None = None) -> int:
     text = f"{described(facts)}\n\n{table(found)}"
     print(f"\n{text}")
     save_text(text, arguments.out / "memory.md")
-    save_json(found, facts, arguments.out / "memory.json")
+    save_json(found, facts, file)
     plot(found, arguments.out / "memory.png")
     return 0
 

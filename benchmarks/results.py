@@ -62,6 +62,12 @@ def save_json(found: Any, facts: dict[str, str], path: Path) -> Path:
     return path
 
 
+def earlier(path: Path) -> list[dict[str, Any]]:
+    """What an earlier run wrote to this file, so that a few schemes can be measured at a time."""
+    found: list[dict[str, Any]] = json.loads(path.read_text())["found"] if path.exists() else []
+    return found
+
+
 def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return dataclasses.asdict(value)

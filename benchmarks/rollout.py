@@ -1,7 +1,7 @@
 """Is 8 bit faster at generating, and after how many tokens has its sync paid for itself?
 
-    python -m benchmarks.rollout [--model smollm2 qwen2.5-0.5b] [--batch 1 8 32]
-                                 [--tokens 48] [--rounds 3] [--out benchmarks/out]
+    python -m benchmarks.rollout [--model smollm2 qwen2.5-0.5b] [--scheme int8 ...]
+                                 [--batch 1 8 32] [--tokens 48] [--rounds 3] [--out benchmarks/out]
 
 Engines of all schemes live in one process and take turns, batch size by batch size, round after
 round; medians. Prompts are 32 random tokens, and nobody stops early. The break-even line: a sync
@@ -24,6 +24,7 @@ import torch
 from benchmarks import environment, models
 from benchmarks.results import (
     described,
+    earlier,
     machine,
     markdown,
     milliseconds,
@@ -58,29 +59,31 @@ class Rate:
         return self.tokens / median(self.seconds)
 
 
-def measure(model: str, batches: Sequence[int], tokens: int, rounds: int) -> list[Rate]:
-    """All schemes of one model."""
+def measure(
+    model: str, schemes: Sequence[str], batches: Sequence[int], tokens: int, rounds: int
+) -> list[Rate]:
+    """All these schemes of one model."""
     import flashquant
     from flashquant.patches import bench
 
     flashquant.patch()
     path = models.checkpoint(model)
     room = {"max_model_len": _PROMPT + tokens + 16, "kv_cache_memory_bytes": 512 << 20}
-    engines = {scheme: bench.start(path, scheme, **room) for scheme in SCHEMES}
+    engines = {scheme: bench.start(path, scheme, **room) for scheme in schemes}
     syncs = {scheme: bench.whole(llm, atomic=True) for scheme, llm in engines.items()}
     timings = bench.take_turns(syncs, models.both_policies(path), rounds)
     took = {timing.name: timing.median for timing in timings}
     found = []
     for batch in batches:
-        seconds: dict[str, list[float]] = {scheme: [] for scheme in SCHEMES}
+        seconds: dict[str, list[float]] = {scheme: [] for scheme in schemes}
         for turn in range(rounds + 1):
             for scheme, llm in engines.items():
                 seconds[scheme].append(generate(llm, batch, tokens, turn))
         found += [
             Rate(model, scheme, batch, batch * tokens, seconds[scheme][1:], took[scheme])
-            for scheme in SCHEMES
+            for scheme in schemes
         ]
-        print(table(found[-len(SCHEMES) :]), flush=True)
+        print(table(found[-len(schemes) :]), flush=True)
     return found
 
 
@@ -137,6 +140,8 @@ def plot(rates: Sequence[Rate], path: Path) -> None:
         for model, style in styles.items():
             for scheme, color in colors.items():
                 mine = [r for r in rates if (r.model, r.scheme) == (model, scheme)]
+                if not mine:
+                    continue
                 axes.plot(
                     [rate.batch for rate in mine],
                     [rate.per_second for rate in mine],
@@ -156,6 +161,7 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m benchmarks.rollout", description="tokens a second of each scheme"
     )
     parser.add_argument("--model", nargs="+", choices=models.NAMES, default=["smollm2"])
+    parser.add_argument("--scheme", nargs="+", choices=SCHEMES[1:], default=list(SCHEMES[1:]))
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8, 32])
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=3)
@@ -164,12 +170,15 @@ def main(argv: list[str] | None = None) -> int:
     environment.prepare()
     facts = machine()
     print(described(facts), flush=True)
-    found: list[Rate] = []
+    file = arguments.out / "rollout.json"
+    known = [Rate(**rate) for rate in earlier(file)]
+    found = [rate for rate in known if rate.model not in arguments.model]
     for model in arguments.model:
-        found += measure(model, arguments.batch, arguments.tokens, arguments.rounds)
+        schemes = [SCHEMES[0], *arguments.scheme]
+        found += measure(model, schemes, arguments.batch, arguments.tokens, arguments.rounds)
     facts["threads"] = str(torch.get_num_threads())
     save_text(f"{described(facts)}\n\n{table(found)}", arguments.out / "rollout.md")
-    save_json(found, facts, arguments.out / "rollout.json")
+    save_json(found, facts, file)
     plot(found, arguments.out / "rollout.png")
     return 0
 

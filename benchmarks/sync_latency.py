@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import contenders, environment, latency_report, models
-from benchmarks.results import described, machine, save_json, save_text
+from benchmarks.results import described, earlier, machine, save_json, save_text
 from tests import tiny_models
 
 if TYPE_CHECKING:
@@ -140,24 +140,46 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/out"))
     arguments = parser.parse_args(argv)
+    environment.prepare()
     facts = machine()
     print(described(facts), flush=True)
-    results: list[Result] = []
     for model in arguments.model:
+        file = arguments.out / f"sync_latency-{model}.json"
+        results = known(file)
         tiny_models.tensors(models.checkpoint(model))  # made, and in the page cache
         for scheme in arguments.scheme:
             with own_process() as process:
-                results.append(process.submit(measure, model, scheme, arguments.rounds).result())
-            print(f"\n{latency_report.one(results[-1])}", flush=True)
-        mine = [result for result in results if result.model == model]
-        text = f"{described(facts)}\n\n{latency_report.tables(mine)}"
-        print(f"\n{latency_report.summary(mine)}")
-        save_text(text, arguments.out / f"sync_latency-{model}.md")
-        save_json(mine, facts, arguments.out / f"sync_latency-{model}.json")
-        latency_report.plot(mine, arguments.out / f"sync_latency-{model}.png")
-    if len(arguments.model) > 1:
-        latency_report.plot_growth(results, arguments.out / "sync_latency-growth.png")
+                future = process.submit(measure, model, scheme, arguments.rounds)
+                if (refusal := future.exception()) is not None:
+                    print(f"\n{model} in {scheme}: {type(refusal).__name__}: {refusal}")
+                    continue
+                results[scheme] = future.result()
+            print(f"\n{latency_report.one(results[scheme])}", flush=True)
+        mine = [results[scheme] for scheme in SCHEMES if scheme in results]
+        if mine:
+            print(f"\n{latency_report.summary(mine)}")
+            save_text(
+                f"{described(facts)}\n\n{latency_report.tables(mine)}", file.with_suffix(".md")
+            )
+            save_json(mine, facts, file)
+            latency_report.plot(mine, file.with_suffix(".png"))
+    everything = [
+        r for file in arguments.out.glob("sync_latency-*.json") for r in known(file).values()
+    ]
+    if len({result.model for result in everything}) > 1:
+        latency_report.plot_growth(everything, arguments.out / "sync_latency-growth.png")
     return 0
+
+
+def known(file: Path) -> dict[str, Result]:
+    """What earlier runs found of one model, by scheme."""
+    from flashquant.patches.bench import Timing
+
+    found = [
+        Result(**{**each, "syncs": [Timing(**timing) for timing in each["syncs"]]})
+        for each in earlier(file)
+    ]
+    return {result.scheme: result for result in found}
 
 
 if __name__ == "__main__":

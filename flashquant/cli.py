@@ -1,6 +1,6 @@
 """`flashquant` on the command line.
 
-flashquant doctor [--json]                    is this machine one on which it works?
+flashquant doctor [--engine|--gpu] [--json]   is this machine one on which it works?
 flashquant profile make|inspect|compare|convert    int8 profiles: see `cli_profile`
 flashquant bench --model PATH                 how long does a sync take here? see `cli_bench`
 
@@ -22,7 +22,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from flashquant import cli_bench, cli_profile
-from flashquant.errors import FlashquantError
+from flashquant.errors import ConfigError, FlashquantError
 
 if TYPE_CHECKING:
     from flashquant.patches.doctor import Finding
@@ -36,7 +36,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     doctor = commands.add_parser("doctor", help="look whether flashquant works on this machine")
     doctor.add_argument("--json", action="store_true", help="for machines")
-    doctor.set_defaults(run=lambda chosen: _doctor(as_json=chosen.json))
+    engines = doctor.add_mutually_exclusive_group()
+    engines.add_argument(
+        "--engine", action="store_true", help="also serve a tiny model in each scheme, eagerly"
+    )
+    engines.add_argument(
+        "--gpu", action="store_true", help="the same on a GPU, compiled, with CUDA graphs"
+    )
+    doctor.add_argument(
+        "--scheme", action="append", help="only this one; may be given more than once"
+    )
+    doctor.set_defaults(run=_doctor)
     cli_profile.add_to(commands)
     cli_bench.add_to(commands)
     chosen = parser.parse_args(arguments)
@@ -48,16 +58,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _doctor(*, as_json: bool) -> int:
+def _doctor(chosen: argparse.Namespace) -> int:
     from flashquant.patches.doctor import examine
 
     findings = examine()
+    if chosen.engine or chosen.gpu:
+        findings += _examine_engines(chosen)
     failed = [finding for finding in findings if finding.verdict == "fails"]
-    if as_json:
+    if chosen.json:
         sys.stdout.write(json.dumps([asdict(finding) for finding in findings], indent=2) + "\n")
     else:
         _show(findings, failed)
     return 1 if failed else 0
+
+
+def _examine_engines(chosen: argparse.Namespace) -> list[Finding]:
+    from flashquant.patches.examination.engines import SCHEMES
+    from flashquant.patches.examination.front import examine_engines
+
+    schemes = chosen.scheme or SCHEMES
+    if unknown := sorted(set(schemes) - set(SCHEMES)):
+        raise ConfigError(
+            f"there is no scheme {', '.join(unknown)}; choose from {', '.join(SCHEMES)}"
+        )
+    progress = Console(stderr=True, soft_wrap=True)
+    return examine_engines(
+        gpu=chosen.gpu,
+        compiled=chosen.gpu,
+        schemes=schemes,
+        tell=lambda line: progress.print(line, style="dim"),
+    )
 
 
 def _show(findings: Sequence[Finding], failed: Sequence[Finding]) -> None:
@@ -69,8 +99,12 @@ def _show(findings: Sequence[Finding], failed: Sequence[Finding]) -> None:
         table.add_column()
         for finding in group:
             style = _STYLES[finding.verdict]
-            table.add_row(f"[{style}]{finding.verdict}[/]", finding.name, finding.detail)
-        console.print(table)
+            verdict = f"[{style}]{finding.verdict}[/]"
+            table.add_row(verdict, escape(finding.name), escape(finding.detail))
+        if topic == "verdict":  # in one line, to be pasted
+            console.print(finding.detail, soft_wrap=True, markup=False, highlight=False)
+        else:
+            console.print(table)
         console.print()
     if failed:
         console.print(f"[bold red]{len(failed)} of {len(findings)} fail[/]: see above what to do")

@@ -104,6 +104,19 @@ def _kernels() -> Iterator[Finding]:
         for name, quantize in _DEFINITIONS.items():
             yield _as_on_the_cpu(name, quantize, weight, device)
             yield _as_vllms(name, quantize, weight, device)
+        if device != "cpu":
+            yield _triton(device)
+
+
+def _triton(device: str) -> Finding:
+    """What is compiled for a GPU returns the bits of the definitions."""
+    from flashquant.schemes import fused  # Triton is there with torch for CUDA, not with any other
+
+    strange = fused.difference(torch.device(device))
+    verdict: Verdict = "fails" if strange else "ok"
+    return Finding(
+        "kernels", f"triton on {device}", verdict, strange or "every code and every scale"
+    )
 
 
 def _as_on_the_cpu(name: str, quantize: Quantize, weight: Tensor, device: str) -> Finding:

@@ -14,7 +14,7 @@ and the digest.
 from __future__ import annotations
 
 import functools
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import FunctionType
 from typing import Protocol, TypeGuard
@@ -42,6 +42,7 @@ _MODULE_INTERNALS = frozenset(vars(nn.Module()))
 # What vLLM binds to an attention or a state-space layer when it has the memory: not weights.
 _CACHES = frozenset({"kv_cache"})
 _SKIPPED = _MODULE_INTERNALS | _CACHES
+_HOLDS: dict[type, bool] = {}
 
 
 def is_processor(value: object) -> bool:
@@ -54,21 +55,20 @@ def is_processor(value: object) -> bool:
     return _processes(type(value))
 
 
-@functools.cache
-def _processes(kind: Hashable) -> bool:
-    """Whether this is the type of a processor. It is asked tens of thousands of times a reload."""
-    return (
-        isinstance(kind, type)
-        and hasattr(kind, "process_weights_after_loading")
-        and (issubclass(kind, QuantizeMethodBase) or not issubclass(kind, nn.Module))
+def _processes(kind: type) -> bool:
+    """Whether this is the type of a processor."""
+    return hasattr(kind, "process_weights_after_loading") and (
+        issubclass(kind, QuantizeMethodBase) or not issubclass(kind, nn.Module)
     )
 
 
-@functools.cache
-def _may_hold(kind: Hashable) -> bool:
+def _may_hold(kind: type) -> bool:
     """Whether the walk has to look into a value of this type; most attributes are plain."""
-    containers = (Tensor, CPUDNNLGEMMHandler, FunctionType, list, tuple)
-    return isinstance(kind, type) and (issubclass(kind, containers) or _processes(kind))
+    known = _HOLDS.get(kind)
+    if known is None:  # tens of thousands of values a reload, of a few dozen types
+        containers = (Tensor, CPUDNNLGEMMHandler, FunctionType, list, tuple)
+        known = _HOLDS[kind] = issubclass(kind, containers) or _processes(kind)
+    return known
 
 
 def is_handle(value: object) -> TypeGuard[Handle]:

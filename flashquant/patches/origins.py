@@ -70,10 +70,11 @@ class Origins(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leav
         results = [value for value in tree_leaves(result) if value is not None]
         unchanged = _only_views(func) or _copies_onto_itself(func, args)
         written = [] if unchanged else list(written_by(func, args, kwargs))
+        came_from = read | self._unknown_of((args, kwargs), written)
         for tensor in written:
-            self._follow_write(func, tensor, read)
+            self._follow_write(func, tensor, came_from)
         for tensor in tensors_in(results):
-            self._follow(func, tensor, read)
+            self._follow(func, tensor, came_from)
         if not (results or written) or not all(isinstance(value, Tensor) for value in results):
             self.told |= dict.fromkeys(read, str(func))
         return result
@@ -124,6 +125,13 @@ class Origins(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leav
                 tensor.untyped_storage()
             )
         return storage
+
+    def _unknown_of(self, values: Any, written: list[Tensor]) -> frozenset[str]:
+        """What is read from memory that was filled past torch may come from anything."""
+        # A single number is a constant, as `torch.tensor(448.0)`.
+        read = {storage_of(tensor) for tensor in tensors_in(values) if tensor.numel() > 1}
+        read -= {storage_of(tensor) for tensor in written}
+        return self.everything if read & self.blank else frozenset()
 
     def _origins_of(self, values: Any) -> frozenset[str]:
         found = (self.of.get(storage_of(tensor)) for tensor in tensors_in(values))

@@ -13,7 +13,8 @@ Told by watching one processing of a twin, not from the names of kernels:
 Limits
 1. What is launched past torch's dispatcher (a Triton kernel on raw pointers) is not seen.
    Bytes that it changes in a parameter are, and so is memory that only it can have filled;
-   what it adds to memory that torch has filled is not.
+   what it adds to memory that torch has filled is not, nor a single number that was computed
+   elsewhere and came back as a tensor.
 2. A parameter that no leaf shows any more, but something out of sight, is not told from one
    that is gone.
 """

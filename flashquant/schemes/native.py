@@ -154,7 +154,7 @@ def kernels() -> Kernels | None:
 
 def difference(found: Kernels) -> str | None:
     """The first kernel that returns other bits than its definition, by name."""
-    for weight in _hard_rows():
+    for weight in hard_rows():
         dice = torch.Generator().manual_seed(1)
         columns = torch.rand(weight.shape[1], generator=dice) + 0.5
         rows = 150 * torch.rand(len(weight), generator=dice) / absmax.row_absmax(weight).flatten()
@@ -199,7 +199,7 @@ def _factors(weight: Tensor, scale: Tensor | None, dim: int) -> Tensor:
     return scale.float().contiguous()
 
 
-def _hard_rows() -> Iterator[Tensor]:
+def hard_rows() -> Iterator[Tensor]:
     """Rows of very different sizes, zeros and ties among them; their length fits no lanes."""
     dice = torch.Generator().manual_seed(0)
     weight = torch.randn(67, 83, generator=dice) * torch.logspace(-30, 30, 67)[:, None]

@@ -110,7 +110,10 @@ LINEAR = (
         "packed",
     ),
     Case(
-        _with(replace(HOPPER, has=frozenset({"deep_gemm"})), VLLM_USE_DEEP_GEMM_E8M0=False),
+        _with(
+            replace(HOPPER, name="Hopper without e8m0", has=frozenset({"deep_gemm"})),
+            VLLM_USE_DEEP_GEMM_E8M0=False,
+        ),
         "fp8_block",
         "DeepGemmFp8BlockScaledMMKernel",
         "packed",
@@ -138,6 +141,7 @@ _TRITON = "TritonExperts"
 _TRTLLM = "flashinfer.utils.get_shuffle_matrix_a_row_indices"
 
 EXPERTS = (
+    *(_experts(machine, "int8", _TRITON, "rows") for machine in (AMPERE, HOPPER, BLACKWELL)),
     _experts(AMPERE, "fp8_vllm", "MarlinExperts", "packed"),
     _experts(AMPERE, "fp8_block", "MarlinExperts", "packed"),
     *(_experts(machine, "fp8_vllm", _TRITON, "codes") for machine in _FP8),

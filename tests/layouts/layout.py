@@ -9,22 +9,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from vllm.config.quantization import QuantizationConfigArgs
 
-from flashquant.patches.blueprint import LayerBlueprint
 from flashquant.patches.engine_args import ONLINE
-from flashquant.patches.kernel_state import is_processor
-from flashquant.patches.loading import session_of
-from flashquant.patches.storages import Storage, storages
-from flashquant.schemes import fp8_channel, fp8_tensor
+from flashquant.patches.examination.layouts import kernel_of, stored
+from flashquant.patches.storages import Storage
 from flashquant.verify import Footprint, footprints
 from tests import tiny_models
 from tests.engine.checkpoints import Policies, config_name
 from tests.layouts import models
 from tests.layouts.cases import Case
 from tests.layouts.machine import pretending
-
-_QUANTIZERS = {"fp8_vllm": fp8_tensor, "fp8_channel": fp8_channel}
-
 
 _ODD = {"odd": 516, "odd-k": 520}
 
@@ -70,7 +65,7 @@ def look(case: Case, folder: Path) -> Layout:
     """
     live = load(case, folder, "a", config_name(case.scheme))
     before = footprints(models.tensors(live).items())
-    stored, kernels = _stored(case, live), frozenset(map(_kernel, live.modules())) - {""}
+    kinds, kernels = _stored(case, live), frozenset(map(kernel_of, live.modules())) - {""}
     for policy in "bab":
         with pretending(case.machine):
             live.load_weights(_policies(case, folder).tensors(policy).items())
@@ -83,7 +78,7 @@ def look(case: Case, folder: Path) -> Layout:
     ]
     moved = [name for name, tensor in mine.items() if Footprint.of(tensor) != before[name]]
     compared = sum(tensor.nbytes for tensor in fresh.values())
-    return Layout(kernels, stored, compared, tuple(sorted(different)), tuple(moved))
+    return Layout(kernels, kinds, compared, tuple(sorted(different)), tuple(moved))
 
 
 def load(case: Case, folder: Path, policy: str, scheme: str | None) -> nn.Module:
@@ -92,12 +87,19 @@ def load(case: Case, folder: Path, policy: str, scheme: str | None) -> nn.Module
     if scheme is not None:
         checkpoint, options = policies.served(policy, case.scheme), {}
     else:
-        stored = "int8_w8a8" if case.scheme == "int8" else case.scheme
-        checkpoint = policies.served(policy, stored)
-        options = {"quantization": ONLINE[stored]} if stored in ONLINE else {}
+        alike = "int8_w8a8" if case.scheme == "int8" else case.scheme
+        checkpoint = policies.served(policy, alike)
+        options = _online(case, ONLINE[alike]) if alike in ONLINE else {}
     return models.load(
         case.machine, models.configured(checkpoint, scheme, **options, **case.options)
     )
+
+
+def _online(case: Case, quantization: str) -> dict[str, Any]:
+    """vLLM alone, told to leave routers in bf16, as flashquant does (`patches/moe.py`)."""
+    routers = QuantizationConfigArgs(ignore=["*.mlp.gate"])
+    experts = {"quantization_config": routers} if case.kind == "qwen3-moe" else {}
+    return {"quantization": quantization, **experts}
 
 
 def _policies(case: Case, folder: Path) -> Policies:
@@ -105,46 +107,15 @@ def _policies(case: Case, folder: Path) -> Policies:
 
 
 def _stored(case: Case, live: nn.Module) -> dict[str, Storage]:
-    """How the parameters of the quantized layers are stored; told apart only if they differ."""
-    engine: Any = session_of(live)._engine
+    """How the parameters of the case's layers are stored; told apart only if they differ."""
     found: dict[str, Storage] = {}
-    for layer in engine.layers:
-        for blueprint in layer._blueprints:
-            if _kernel(blueprint.module) != case.kernel:
-                continue
-            values = _random_values(blueprint)
-            with pretending(case.machine), engine._context():
-                mine = storages(blueprint.build(values), values, _QUANTIZERS.get(case.scheme))
-            for name, stored in mine.items():
-                same = found.setdefault(name, stored).kind == stored.kind
-                found |= {} if same else {f"{blueprint.name}.{name}": stored}
+    with pretending(case.machine):
+        layers = list(stored(live))
+    for layer, kernel, parameters in layers:
+        for name, storage in parameters.items() if kernel == case.kernel else ():
+            same = found.setdefault(name, storage).kind == storage.kind
+            found |= {} if same else {f"{layer.rpartition('.')[2]}.{name}": storage}
     return found
-
-
-def _random_values(blueprint: LayerBlueprint) -> dict[str, Tensor]:
-    dice = torch.Generator().manual_seed(0)
-    return {
-        name: _random(meta, dice) for name, meta in blueprint.parameters.items() if meta is not None
-    }
-
-
-def _random(meta: Tensor, dice: torch.Generator) -> Tensor:
-    if meta.dtype == torch.int8:
-        return torch.randint(-127, 128, meta.shape, generator=dice, dtype=torch.int8)
-    spread = torch.randn(meta.shape, generator=dice)
-    return (spread.abs() if meta.dtype == torch.float32 else spread).to(meta.dtype)
-
-
-def _kernel(module: nn.Module) -> str:
-    """The name of the kernel that the processors of a module hold, if it is quantized."""
-    processors = [value for value in vars(module).values() if is_processor(value)]
-    for processor in processors:
-        if type(processor).__module__.startswith("vllm.model_executor.kernels.linear"):
-            return type(processor).__name__
-        if (experts := getattr(processor, "experts_cls", None)) is not None:
-            return str(experts.__name__)
-        processors += [value for value in vars(processor).values() if is_processor(value)]
-    return ""
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

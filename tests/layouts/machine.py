@@ -17,7 +17,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
-from types import FunctionType, ModuleType
+from types import FunctionType, ModuleType, SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -27,8 +27,11 @@ from torch import Tensor
 from vllm import _custom_ops as ops
 from vllm import platforms
 from vllm.model_executor.layers.fused_moe.oracle import fp8, int8
+from vllm.model_executor.model_loader import base_loader
 from vllm.platforms.interface import DeviceCapability, PlatformEnum
 from vllm.utils import deep_gemm, flashinfer
+
+from flashquant.schemes import native
 
 _REAL = platforms.current_platform
 _CACHED = type(functools.cache(lambda: None))
@@ -118,6 +121,8 @@ def pretending(machine: Machine) -> Iterator[None]:
         for module, name, value in [*_constants(machine), *_answers(machine)]:
             put(module, name, value)
         stack.enter_context(mock.patch.dict(sys.modules, {**_flashinfer(), **_rocm(machine)}))
+        # What quantizes there is an operation of torch; C on host memory would not be seen.
+        put(native, "kernels", lambda: None)
         put(torch.accelerator, "empty_cache", lambda: None)
         put(torch.accelerator, "current_device_index", lambda: torch.device("cpu"))
         yield
@@ -126,20 +131,30 @@ def pretending(machine: Machine) -> Iterator[None]:
 @contextmanager
 def _forgetting() -> Iterator[None]:
     """What vLLM has cached meanwhile is about a machine that is not there."""
-    caches = {
-        id(value): value
-        for name, module in list(sys.modules.items())
-        if name.startswith("vllm.")
-        for value in list(vars(module).values())
-        if isinstance(value, _CACHED)
-    }
-    before = {key: cache.cache_info().currsize for key, cache in caches.items()}
+    caches = _caches(len(sys.modules))
+    before = [cache.cache_info().currsize for cache in caches]
     try:
         yield
     finally:
-        for key, cache in caches.items():
-            if cache.cache_info().currsize != before[key]:
+        for cache, size in zip(caches, before, strict=True):
+            if cache.cache_info().currsize != size:
                 cache.cache_clear()
+
+
+@functools.lru_cache(maxsize=1)
+def _caches(_: int) -> list[Any]:
+    """All of vLLM's; looked for again when there are more modules."""
+    found = {id(value): value for _, _, value in _globals(_CACHED)}
+    return list(found.values())
+
+
+def _globals(kind: Any) -> Iterator[tuple[ModuleType, str, Any]]:
+    """The global names of vLLM's modules that hold something of a kind."""
+    for module_name, module in list(sys.modules.items()):
+        if module_name.startswith("vllm."):
+            for name, value in list(vars(module).items()):
+                if isinstance(value, kind):
+                    yield module, name, value
 
 
 def _put(stack: ExitStack, owner: Any, name: str, value: Any) -> None:
@@ -190,6 +205,8 @@ def _constants(machine: Machine) -> list[tuple[Any, str, Any]]:
         (Fp8PerTensorOnlineLinearMethod, "activation_quant_key", keys[0 if per_token else 1]),
         (deep_gemm.DeepGemmQuantScaleFMT, "_oracle_cache", _scale_format(machine)),
         (deep_gemm, "_get_mk_alignment_for_contiguous_layout_impl", lambda: 128),
+        # Collecting garbage twice a load would be most of the time it takes.
+        (base_loader, "gc", SimpleNamespace(collect=lambda: 0)),
     ]
 
 
@@ -208,11 +225,14 @@ def _answers(machine: Machine) -> Iterator[tuple[Any, str, Any]]:
             has_flashinfer and machine.capability == 90
         ),
     }
-    for name, module in list(sys.modules.items()):
-        if name.startswith("vllm."):
-            for attribute, value in list(vars(module).items()):
-                if isinstance(value, FunctionType | _CACHED) and value in answers:
-                    yield module, attribute, answers[value]
+    for module, name, function in _uses(len(sys.modules), tuple(answers)):
+        yield module, name, answers[function]
+
+
+@functools.lru_cache(maxsize=1)
+def _uses(_: int, functions: tuple[Any, ...]) -> list[tuple[ModuleType, str, Any]]:
+    """Where these functions are called from; looked for again when there are more modules."""
+    return [use for use in _globals(FunctionType | _CACHED) if use[2] in functions]
 
 
 def _has_deep_gemm(machine: Machine) -> bool:

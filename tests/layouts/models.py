@@ -15,8 +15,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig, set_current_vllm_config
-from vllm.distributed import init_distributed_environment, initialize_model_parallel
-from vllm.distributed.parallel_state import model_parallel_is_initialized
+from vllm.distributed import init_distributed_environment, parallel_state
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.model_loader import get_model
 
@@ -60,11 +59,15 @@ def tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _be_the_only_worker() -> None:
-    if model_parallel_is_initialized():
-        return
+    """The groups of one worker; an engine of this process may have made those it needs itself."""
     if not torch.distributed.is_initialized():
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         init_distributed_environment(1, 0, f"tcp://127.0.0.1:{port}", 0, "gloo")
-    initialize_model_parallel(1, 1)
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel(1, 1)
+    if parallel_state._EP is None:  # the first model was a dense one
+        parallel_state._EP = parallel_state.init_model_parallel_group(
+            [[0]], parallel_state.get_world_group().local_rank, "gloo", group_name="ep"
+        )

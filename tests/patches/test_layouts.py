@@ -6,13 +6,20 @@ what follows. `python -m tests.layouts` writes the table there from the same cas
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
+import torch
 
-from tests.engine.checkpoints import config_name
-from tests.layouts.cases import CORNERS, EXPERTS, LINEAR, REFUSED, Case
+from flashquant.errors import ConfigError
+from flashquant.schemes import fp8_tensor
+from tests import tiny_models
+from tests.engine.checkpoints import Policies, config_name
+from tests.layouts import models
+from tests.layouts.cases import CORNERS, EXPERTS, HOPPER, LINEAR, MI350, REFUSED, Case
 from tests.layouts.layout import load, look
+from tests.layouts.machine import pretending
 
 
 @pytest.fixture(scope="module")
@@ -39,3 +46,52 @@ def test_what_vllm_cannot_load_is_refused_with_its_own_words(
     for scheme in (None, config_name(case.scheme)):
         with pytest.raises((ValueError, AssertionError), match=says):
             load(case, folder, "a", scheme)
+
+
+def test_rows_that_vllm_moves_apart_on_amd_stay_apart(folder: Path) -> None:
+    """VLLM_ROCM_FP8_PADDING: 256 bytes after each row of 512, so the layout has gaps."""
+    case = Case(MI350, "fp8_block", "TritonFp8BlockScaledMMKernel", "packed")
+    live = load(case, folder, "a", "fp8_block")
+
+    down = models.tensors(live)["model.layers.0.mlp.down_proj.weight"]
+
+    assert (down.shape, down.stride()) == ((256, 512), (768, 1))
+
+
+def test_one_scale_for_a_fused_layer_is_that_of_all_its_shards(folder: Path) -> None:
+    """q, k and v arrive one by one, in the wrong order, and share the largest maximum."""
+    case = Case(HOPPER, "fp8_vllm", "CutlassFP8ScaledMMLinearKernel", "codes")
+    live = load(case, folder, "a", "fp8_vllm")
+    sent = Policies(folder, "qwen2").tensors("b")
+    shards = [f"model.layers.0.self_attn.{shard}_proj.weight" for shard in "vkq"]
+    sent[shards[0]] = sent[shards[0]] * 7
+
+    for name in shards:
+        with pretending(HOPPER):
+            live.load_weights([(name, sent[name])])
+
+    whole = torch.cat([sent[name] for name in shards])
+    scale = models.tensors(live)["model.layers.0.self_attn.qkv_proj.weight_scale"]
+    assert torch.equal(scale, fp8_tensor(whole)[1])
+
+
+def test_a_checkpoint_with_a_scale_a_shard_is_refused_by_name(folder: Path) -> None:
+    """vLLM requantizes its shards to the largest scale; codes from here would not be those."""
+    path = folder / "a-scale-a-tensor"
+    tiny_models.make_quantized(Policies(folder, "qwen2").bf16("a"), path, "fp8")
+    config = json.loads((path / "config.json").read_text())
+    groups = config["quantization_config"]["config_groups"]
+    groups["group_0"]["weights"]["strategy"] = "tensor"
+    (path / "config.json").write_text(json.dumps(config))
+
+    with pytest.raises(ConfigError, match=r"quantized already .* Serve the bf16 checkpoint"):
+        models.configured(path, "fp8_vllm")
+
+
+def test_the_document_has_a_row_for_each_of_these_tests() -> None:
+    """Remade by `python -m tests.layouts`, when cases change."""
+    table = (Path(__file__).parents[2] / "docs/layouts.md").read_text()
+
+    missing = [case.id for case in (*LINEAR, *EXPERTS, *CORNERS) if f"[{case.id}]" not in table]
+    assert missing == []
+    assert "**differs**" not in table

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from flashquant.patches.storages import Storage, storages
-from flashquant.schemes import int8_channel
+from flashquant.schemes.int8 import int8_channel
 
 Process = Callable[[Any], None]
 
@@ -116,6 +116,12 @@ def pack_past_torch(layer: Any) -> None:
     layer.packed = torch.from_numpy(layer.weight.numpy() + 1)
 
 
+def stack_what_was_filled_past_torch(layer: Any) -> None:
+    part = torch.empty_like(layer.weight)
+    part.numpy()[:] = layer.weight.numpy() + 1
+    layer.packed = torch.stack([part, part])
+
+
 def show_half(layer: Any) -> None:
     layer.weight = as_parameter(layer.weight[:2])
 
@@ -143,6 +149,7 @@ def drop(layer: Any) -> None:
         (keep_a_number, "aten._local_scalar_dense.default takes it out"),
         (fill_past_torch, "packed is made of it"),
         (pack_past_torch, "packed is made of it"),
+        (stack_what_was_filled_past_torch, "packed is made of it"),
         (show_half, "shows other bytes"),
         (show_as_other_dtype, "shows other bytes"),
         (repeat_by_strides, "shows other bytes"),
@@ -208,6 +215,16 @@ def test_what_is_only_computed_on_the_way_counts_for_nothing() -> None:
 FLOATS = torch.randn(4, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
 
 
+def test_a_constant_is_made_of_nothing() -> None:
+    def process(layer: Any) -> None:
+        layer.scale = as_parameter(layer.scale / torch.tensor(448.0))
+
+    stored = after(process)
+
+    assert stored["weight"].kind == "rows"
+    assert stored["scale"].leaves == ("scale",)
+
+
 def quantize(layer: Any, weight: Tensor | None = None) -> None:
     codes, scales = int8_channel(layer.weight if weight is None else weight)
     layer.weight, layer.weight_scale = as_parameter(codes.t()), as_parameter(scales)
@@ -250,3 +267,18 @@ def test_stacked_experts_take_rows_of_codes_each() -> None:
         layer.weight_scale = as_parameter(torch.stack(scales))
 
     assert after(process, weight=FLOATS.view(2, 2, 8))["weight"].kind == "codes"
+
+
+def test_memory_that_is_filled_by_what_can_be_watched_is_nobody_elses() -> None:
+    """As vLLM's quantization of experts does: allocated empty, then filled one by one."""
+
+    def process(layer: Any) -> None:
+        weight = torch.empty_like(layer.weight)
+        for expert in range(len(weight)):
+            weight[expert] = layer.weight[expert] + 1
+        layer.weight = as_parameter(weight)
+
+    stored = after(process)
+
+    assert stored["weight"].kind == "packed"
+    assert stored["scale"].kind == "rows"

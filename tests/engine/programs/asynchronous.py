@@ -57,7 +57,8 @@ async def main(starts_on: str, pushed: str) -> dict[str, Any]:
     clients = [asyncio.create_task(client(number)) for number in range(CLIENTS)]
     for update in range(UPDATES):
         await asyncio.sleep(0.2)
-        report = await flashquant.reload_weights(engine, Path((pushed, starts_on)[update % 2]))
+        weights = Path((pushed, starts_on)[update % 2])
+        report = await flashquant.reload_weights(engine, weights, prepare=update % 4 > 1)
     in_flight = asyncio.create_task(answer("in flight", 64))
     await asyncio.sleep(0.1)
     report = await flashquant.reload_weights(engine, Path(pushed))

@@ -1,0 +1,35 @@
+"""One scheme, as a program of its own.
+
+    python -m flashquant.patches.examination SCHEME FOLDER ANSWER [--compiled]
+
+Each step is a line of JSON in ANSWER, written when it begins and when it is over: standard
+output belongs to vLLM.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from flashquant.patches.examination.engines import SCHEMES, examine
+
+
+def main() -> int:
+    """Examine, and answer."""
+    parser = argparse.ArgumentParser(prog="python -m flashquant.patches.examination")
+    parser.add_argument("scheme", choices=SCHEMES)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("answer", type=Path)
+    parser.add_argument("--compiled", action="store_true")
+    chosen = parser.parse_args()
+    with chosen.answer.open("w") as answer:
+        for step in examine(chosen.scheme, chosen.folder, compiled=chosen.compiled):
+            answer.write(json.dumps(asdict(step)) + "\n")
+            answer.flush()
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,169 @@
+"""What `doctor --engine` and `doctor --gpu` find, and that nothing ends them early."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from flashquant.cli import main
+from flashquant.patches.examination import engines, front, policies
+from flashquant.patches.examination.speed import timings
+from tests.engine.serving import choosing
+
+STEPS = ["vllm", "start", "bytes", "addresses", "outputs", "back"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("policies")
+    policies.write(path)
+    return path
+
+
+def verdicts(folder: Path, scheme: str) -> dict[str, tuple[str, str]]:
+    steps = engines.examine(scheme, folder, compiled=False)
+    return {step.name: (step.verdict, step.detail) for step in steps if step.verdict != "begun"}
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("scheme", engines.SCHEMES)
+def test_each_scheme_is_served_pushed_to_and_found_well(scheme: str, folder: Path) -> None:
+    # vLLM's blocks of fp8 want AMX; its kernels for it run on AVX-512, too.
+    with choosing("amx" if scheme == "fp8_block" else "native"):
+        found = verdicts(folder, scheme)
+
+    assert list(found) == STEPS
+    assert {verdict for verdict, _ in found.values()} == {"ok"}
+    assert "as vLLM alone loads them" in found["bytes"][1]
+
+
+@pytest.mark.engine
+def test_one_weight_that_is_another_is_found(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The proof that the comparison compares: what is pushed is not quite what vLLM loads."""
+    truth = policies.tensors
+
+    def a_little_off(path: Path) -> dict[str, torch.Tensor]:
+        sent = truth(path)
+        sent["model.layers.1.mlp.down_proj.weight"][0] *= 2
+        return sent
+
+    monkeypatch.setattr(policies, "tensors", a_little_off)
+
+    found = verdicts(folder, "fp8_channel")
+
+    assert [name for name, (verdict, _) in found.items() if verdict == "fails"] == [
+        "bytes",
+        "outputs",
+        "back",
+    ]
+    assert "model.layers.1.mlp.down_proj.weight" in found["bytes"][1]
+
+
+@pytest.mark.engine
+def test_a_scheme_in_a_program_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    """The whole command, as a person runs it."""
+    assert main(["doctor", "--engine", "--scheme", "fp8_channel", "--json"]) == 0
+
+    findings = json.loads(capsys.readouterr().out)
+    found = [f["name"] for f in findings if f["topic"] == "engine in fp8_channel"]
+    assert found == STEPS
+    assert findings[-1]["topic"] == "verdict"
+    assert findings[-1]["detail"].endswith("fp8_channel ok")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so_and_fails(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--gpu", "--json"]) == 1
+
+    (failed,) = [f for f in json.loads(capsys.readouterr().out) if f["verdict"] == "fails"]
+    assert "torch sees no GPU" in failed["detail"]
+    assert "doctor --engine" in failed["detail"]
+
+
+def test_a_gpu_that_vllm_does_not_serve_on_is_said_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+
+    (finding,) = front.examine_engines(gpu=True, compiled=True)
+
+    assert finding.verdict == "fails"
+    assert "vLLM for CUDA" in finding.detail
+
+
+def test_a_scheme_that_is_none_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--engine", "--scheme", "int4"]) == 1
+
+    assert "there is no scheme int4; choose from bf16, int8" in capsys.readouterr().err
+
+
+@pytest.fixture(params=["vllm", "start", "import"])
+def dying(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A program that is killed in a step."""
+    monkeypatch.setattr(front, "_PROGRAM", "tests.engine.programs.dying")
+    monkeypatch.setitem(os.environ, "DIES_IN", request.param)
+    return str(request.param)
+
+
+def test_a_program_that_is_killed_is_a_finding(dying: str, tmp_path: Path) -> None:
+    """Where vLLM alone dies, it is not flashquant that fails."""
+    found = front._examine("int8", tmp_path, compiled=False)
+
+    last = found[-1]
+    assert (last.topic, last.name) == ("engine in int8", dying)
+    assert last.verdict == ("skipped" if dying == "vllm" else "fails")
+    assert "ValueError: the kernel wants more" in last.detail
+    assert ("exit code -11" in last.detail) == (dying != "vllm")
+
+
+def test_an_exception_is_told_in_all_its_lines(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text(
+        "[rank0]: Traceback (most recent call last):\n[rank0]:     raise ValueError(\n"
+        "[rank0]: ValueError: no kernel. Reasons:\n[rank0]: it wants [AMX]\n"
+    )
+
+    assert front._last_words(log) == "ValueError: no kernel. Reasons: it wants [AMX]"
+
+
+def test_the_verdict_is_one_line_and_brackets_are_brackets(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    long = "flashquant on a machine " + "with a long name " * 12
+    found = [
+        front.Finding("engine in int8", "vllm", "skipped", "[rank0] says no"),
+        front.Finding("verdict", "engines", "ok", long),
+    ]
+    monkeypatch.setattr(front, "examine_engines", lambda **_: found)
+    monkeypatch.setattr("flashquant.patches.doctor.examine", list)
+
+    assert main(["doctor", "--engine"]) == 0
+
+    said = capsys.readouterr().out
+    assert long in said
+    assert "[rank0] says no" in said
+
+
+def test_the_verdict_tells_who_fails() -> None:
+    def found(scheme: str, verdict: Any) -> front.Finding:
+        return front.Finding(f"engine in {scheme}", "bytes", verdict, "")
+
+    findings = [found("int8", "ok"), found("fp8_block", "fails"), found("fp8_channel", "skipped")]
+    verdict = front._verdict(findings, torch.device("cpu"))
+
+    assert verdict.verdict == "fails"
+    assert "int8 ok, fp8_block FAILS, fp8_channel not served by vLLM" in verdict.detail
+
+
+def test_speeds_are_beside_the_copy_limit() -> None:
+    found = list(timings(torch.device("cpu")))
+
+    assert [finding.name for finding in found] == [
+        "int8 on cpu",
+        "fp8_channel on cpu",
+        "fp8_vllm on cpu",
+    ]
+    assert all("times the copy limit of" in finding.detail for finding in found)
