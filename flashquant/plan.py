@@ -120,6 +120,8 @@ class TensorPlan:
 def beside(name: str, codes: TensorPlan) -> TensorPlan:
     """The plan of the scales `[N, 1]` of a weight `[N, K]`: a scale goes where its row went.
 
+    Of a weight that the loader transposes, `[K, N]`, the rows are those that come out.
+
     Args:
         name: of the scales.
         codes: the plan of the weight.
@@ -130,7 +132,7 @@ def beside(name: str, codes: TensorPlan) -> TensorPlan:
     """
     return TensorPlan(
         name,
-        (codes.shape[0], 1),
+        (codes.shape[1 if codes.turns_rows else 0], 1),
         torch.float32,
         tuple(_scale_step(name, codes, step) for step in codes.steps),
     )
@@ -138,13 +140,19 @@ def beside(name: str, codes: TensorPlan) -> TensorPlan:
 
 def _scale_step(name: str, codes: TensorPlan, step: Step) -> Write:
     views = (step.source_view, step.target_view) if isinstance(step, Write) else ()
-    if not views or any(len(view.shape) != 2 or view.stride[1] != 1 for view in views):
+    if not views or any(len(view.shape) != 2 or 1 not in view.stride for view in views):
         raise ReloadError(
             f"the engine's loader does more with {codes.name} than to put rows somewhere, so there "
             "is no place for its scales. Please report this model."
         )
-    source, target = (View((v.shape[0], 1), (1, 1), v.offset // v.stride[0]) for v in views)
+    source, target = (View((v.shape[0], 1), (1, 1), _first_row(v)) for v in views)
     return Write(name, source, f"{step.target}_scale", target)
+
+
+def _first_row(window: View) -> int:
+    """Of a window of a matrix, or of a transposed one."""
+    row, column = window.stride
+    return window.offset // row if column == 1 else window.offset % column
 
 
 class WritePlan:

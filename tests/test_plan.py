@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flashquant.plan import Fill, Replay, TensorPlan, View, Write, WritePlan
+from flashquant.plan import Fill, Replay, TensorPlan, View, Write, WritePlan, beside
 
 K_PROJ = TensorPlan(
     name="k_proj.weight",
@@ -141,3 +141,16 @@ def test_a_plan_keeps_the_order_in_which_names_were_first_seen():
     assert "a" in plan
     assert "b" not in plan
     assert plan["a"] is late
+
+
+def test_scales_go_where_the_rows_of_a_transposed_weight_went():
+    """GPT-2: of `[K, N]`, columns 2 and 3 become rows 5 and 6."""
+    turned = Write("w", View((2, 3), (1, 4), 2), "fused", View((2, 3), (3, 1), 15))
+    codes = TensorPlan("w", (3, 4), torch.bfloat16, (turned,))
+
+    (step,) = beside("w_scale", codes).steps
+
+    assert step.source_view.into(torch.arange(4.0).view(4, 1)).flatten().tolist() == [2, 3]
+    assert step.target_view.into(torch.arange(8.0).view(8, 1)).flatten().tolist() == [5, 6]
+    assert step.target == "fused_scale"
+    assert beside("w_scale", codes).shape == (4, 1)

@@ -14,7 +14,8 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 
 from flashquant.calibration import Calibration
 from flashquant.checks import Checks
-from flashquant.patches.blueprint import ModelBlueprint
+from flashquant.errors import UnsupportedEngine
+from flashquant.patches.blueprint import LayerBlueprint, ModelBlueprint
 from flashquant.patches.direct import Direct
 from flashquant.patches.direct_layer import DirectLayer
 from flashquant.patches.engine_args import ADDITIONAL_CONFIG_KEY, ONLINE, PROFILE_KEY
@@ -90,6 +91,7 @@ class LiveEngine:
     def note_loaded(self) -> None:
         """All weights are in, none is processed: take their digests."""
         for blueprint in self._blueprint.layers:
+            _refuse_late_parameters(blueprint)
             self._loaded |= blueprint.digests()
 
     def note_processed(self) -> None:
@@ -126,6 +128,17 @@ class LiveEngine:
             torch.no_grad(),
         ):
             yield
+
+
+def _refuse_late_parameters(blueprint: LayerBlueprint) -> None:
+    """A parameter that was not there when the model was created has no place in the plan."""
+    for name, meta in blueprint.parameters.items():
+        if meta is None and blueprint.module._parameters.get(name) is not None:
+            raise UnsupportedEngine(
+                f"{blueprint.name}.{name} ({type(blueprint.module).__name__}) was made while the "
+                "checkpoint was loaded, so flashquant cannot tell where a push of it would land. "
+                "Unset FLASHRL_CONFIG to serve this model unpatched."
+            )
 
 
 def asks_for_session(vllm_config: VllmConfig) -> bool:

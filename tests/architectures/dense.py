@@ -16,6 +16,7 @@ from transformers import (
     GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
+    NemotronConfig,
     Olmo2Config,
     OPTConfig,
     Phi3Config,
@@ -81,4 +82,6 @@ DENSE: dict[str, Callable[[], PreTrainedConfig]] = {
         word_embed_proj_dim=HIDDEN,
         tie_word_embeddings=True,
     ),
+    # Picked once everything else was done: norms stored as 1 + w with biases, no gate.
+    "nemotron": lambda: shaped(NemotronConfig, attention_bias=True, mlp_bias=True),
 }

@@ -57,7 +57,8 @@ def _verdict(cell: Cell, alone: Cell) -> Cell:
     if alone.verdict == ENGINE:
         if cell.verdict == DIED:
             return alone
-        return replace(alone, why=f"{cell.why} vLLM alone: {alone.why}")
+        layer = cell.why.partition(":")[0]
+        return replace(alone, why=f"{alone.why}; flashquant refuses {layer} before it loads")
     if cell.verdict == REFUSED:
         return cell
     return replace(alone, why=f"{cell.why} ({alone.why})")
@@ -66,10 +67,11 @@ def _verdict(cell: Cell, alone: Cell) -> Cell:
 def _run(verb: str, asked: Sequence[Asked], folder: Path) -> Iterable[Cell]:
     """Experts apart: vLLM has an expert-parallel group where the first engine has experts."""
     for experts in (False, True):
-        yield from workers.run(verb, [a for a in asked if _has_experts(a[0]) == experts], folder)
+        yield from workers.run(verb, [a for a in asked if has_experts(a[0]) == experts], folder)
 
 
-def _has_experts(architecture: str) -> bool:
+def has_experts(architecture: str) -> bool:
+    """Whether vLLM takes it for a mixture of experts."""
     config = ARCHITECTURES[architecture]()
     return any(hasattr(config, name) for name in _EXPERTS)
 

@@ -34,6 +34,14 @@ def markdown(cells: Sequence[Cell]) -> str:
     return "\n".join([*lines, "", *notes] if notes else lines)
 
 
+def read(page: str) -> dict[str, dict[str, str]]:
+    """The verdicts of a page, by architecture and scheme, with the numbers of their reasons."""
+    between = page.partition(BEGIN)[2].partition(END)[0]
+    lines = [line for line in between.splitlines() if line.startswith("| ")]
+    (_, *schemes), *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines)
+    return {name: dict(zip(schemes, cells, strict=True)) for name, *cells in rows}
+
+
 def _short(why: str) -> str:
     """On one line, without what differs from layer to layer or from run to run."""
     line = " ".join(why.replace("|", "/").split())

@@ -2,8 +2,8 @@
 
 `exact` means: B is pushed over A, A over B and B over A once more, as one iterator and a
 tensor at a time; each time everything the kernels read, the log-probs of four prompts and
-16 greedy tokens of each are bit for bit those of an engine that was started there, and
-no live tensor has moved.
+16 greedy tokens of each are bit for bit those of an engine that was started there. An
+update that is taken back leaves no trace, and no live tensor has moved.
 """
 
 from __future__ import annotations
@@ -70,6 +70,11 @@ def _differences(architecture: str, scheme: str, folder: Path) -> str:
         expected = (live if which == "a" else fresh).start
         if different := live.snapshot().different_from(expected):
             return f"after {push.__name__} of {which}: {different}"
+    live.session.begin()
+    _one_iterator(live.model, tiny_models.tensors(paths["a"]))
+    live.session.abandon()
+    if different := live.snapshot().different_from(fresh.start):
+        return f"after an update that was taken back: {different}"
     after = footprints(live.tensors().items())
     moved = [name for name, where in after.items() if before.get(name) != where]
     return f"moved: {moved[:3]}" if moved else ""
