@@ -22,7 +22,7 @@ from torch import Tensor
 
 from flashquant.drift import Clipping
 from flashquant.errors import MisfitTensor, ProfileError
-from flashquant.fit import check_finite
+from flashquant.fit import Doubts, check_finite
 from flashquant.profiles import Entry, Profile, fingerprint
 from flashquant.pruning import Pruning
 from flashquant.schemes.chunks import row_chunks
@@ -145,7 +145,11 @@ class Calibration:
         )
 
     def stored(
-        self, name: str, tensor: Tensor, into: Tensor | None = None
+        self,
+        name: str,
+        tensor: Tensor,
+        into: Tensor | None = None,
+        doubts: Doubts | None = None,
     ) -> Iterator[tuple[str, Tensor]]:
         """Yield a pushed tensor as the engine stores it, codes together with their scales.
 
@@ -153,6 +157,7 @@ class Calibration:
             name: as the trainer sends it.
             tensor: floats.
             into: where its codes are to be written; new memory if not given.
+            doubts: takes what a device would have to be waited for.
 
         Raises:
             MisfitTensor: it is codes, or their scales; or holds values that are not finite.
@@ -173,7 +178,7 @@ class Calibration:
         scale = self._weight_scale(name, entry)
         if self._scales == "frozen":
             frozen = int8_frozen(tensor, columns, rows, into)
-            check_finite(name, frozen.peak)  # codes of NaN would be zeros
+            check_finite(name, frozen.peak, (), doubts)  # codes of NaN would be zeros
             self.clipping[name] = Clipping(frozen.clipped, frozen.peak)
             codes = frozen.codes
         else:

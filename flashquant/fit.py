@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from flashquant.errors import MisfitTensor
+from flashquant.schemes.quick import absmax
 from flashquant.schemes.quick import peak as peak_of
 
 # What a trainer may send; each is quantized from its own precision.
@@ -48,14 +49,68 @@ def check_dtype(name: str, sent: torch.dtype, stored: torch.dtype) -> None:
     )
 
 
-def check_finite(name: str, tensor: Tensor, stored: Iterable[torch.dtype] = ()) -> None:
-    """One pass: the absolute maximum tells whether every value is finite, and stays so stored."""
+class Doubts:
+    """Maxima of tensors on a device that is not waited for until an update is to stand.
+
+    A value that is not finite is then found at the end of its push, or of its bracket, and taken
+    back with everything else. On the host nothing is gained by waiting, so there nothing waits.
+    """
+
+    def __init__(self) -> None:
+        self._open: list[tuple[str, Tensor, tuple[torch.dtype, ...]]] = []
+
+    def add(self, name: str, peak: Tensor, stored: Iterable[torch.dtype]) -> None:
+        self._open.append((name, peak.reshape(()).float(), tuple(stored)))
+
+    def resolve(self) -> None:
+        """Wait once for each device, and look at all of them.
+
+        Raises:
+            MisfitTensor: one is not finite, or not once stored.
+
+        """
+        doubts, self._open = self._open, []
+        devices = {peak.device for _, peak, _ in doubts}
+        for device in devices:
+            here = [doubt for doubt in doubts if doubt[1].device == device]
+            peaks = torch.stack([peak for _, peak, _ in here]).tolist()
+            for (name, _, stored), peak in zip(here, peaks, strict=True):
+                _check_peak(name, peak, stored)
+
+
+def check_finite(
+    name: str, tensor: Tensor, stored: Iterable[torch.dtype] = (), doubts: Doubts | None = None
+) -> None:
+    """One pass: the absolute maximum tells whether every value is finite, and stays so stored.
+
+    Args:
+        name: of the tensor, for the error.
+        tensor: any; only floats can be wrong.
+        stored: the dtypes that its values will have.
+        doubts: takes what would have to be waited for.
+
+    Raises:
+        MisfitTensor: it holds NaN or Inf, or values beyond a dtype.
+
+    """
     if not tensor.is_floating_point():
         return
-    if tensor.element_size() == 1:  # codes: torch has no maximum of float8, and e4m3 no infinity
-        peak = math.nan if tensor.isnan().any() else 0.0
+    codes = tensor.element_size() == 1  # torch has no maximum of float8, and e4m3 no infinity
+    if doubts is not None and not is_at_hand(tensor):
+        peak_there = torch.where(tensor.isnan().any(), math.nan, 0.0) if codes else absmax(tensor)
+        doubts.add(name, peak_there, stored)
+    elif codes:
+        _check_peak(name, math.nan if tensor.isnan().any() else 0.0, stored)
     else:
-        peak = peak_of(tensor)
+        _check_peak(name, peak_of(tensor), stored)
+
+
+def is_at_hand(tensor: Tensor) -> bool:
+    """Whether its values can be looked at without waiting for a device."""
+    return tensor.device.type == "cpu"
+
+
+def _check_peak(name: str, peak: float, stored: Iterable[torch.dtype]) -> None:
     if not math.isfinite(peak):
         raise MisfitTensor(
             f"{name} holds NaN or infinite values. Look at the trainer's last step; "

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from flashquant.calibration import Calibration
 from flashquant.errors import UnsupportedEngine
-from flashquant.fit import check_finite
+from flashquant.fit import Doubts, check_finite
 from flashquant.plan import TensorPlan
 from flashquant.schemes.stored import Quantize, holds_codes, quantizer
 
@@ -83,7 +83,10 @@ class Recipe:
 
 
 def as_stored(
-    recipe: Recipe, tensor: Tensor, into: Tensor | None = None
+    recipe: Recipe,
+    tensor: Tensor,
+    into: Tensor | None = None,
+    doubts: Doubts | None = None,
 ) -> Iterable[tuple[str, Tensor]]:
     """The tensor itself, or its codes and its scales, each under its checkpoint name.
 
@@ -92,6 +95,7 @@ def as_stored(
         tensor: `[N, K]` where it is to be quantized, or `[E, N, K]`, unsharded; transposed where
             the engine's loader transposes it.
         into: `[N, K]`, where the codes are to be written; new memory if not given.
+        doubts: takes what a device would have to be waited for.
 
     Raises:
         MisfitTensor: values that are not finite, or would not be once stored.
@@ -100,16 +104,16 @@ def as_stored(
     """
     tensor, name = tensor.contiguous(), recipe.name
     if recipe.calibration is not None:
-        stored = list(recipe.calibration.stored(name, tensor, into))
+        stored = list(recipe.calibration.stored(name, tensor, into, doubts))
         for stored_name, values in stored:
-            check_finite(stored_name, values, [values.dtype])
+            check_finite(stored_name, values, [values.dtype], doubts)
         return stored
     if not (recipe.makes_codes and is_float(tensor)):
-        check_finite(name, tensor, recipe.dtypes)
+        check_finite(name, tensor, recipe.dtypes, doubts)
         return ((name, tensor),)
     codes, scales = recipe.quantize(tensor, into)
     # A row that holds NaN or Inf has such an absolute maximum, so its scale tells.
-    check_finite(name, scales)
+    check_finite(name, scales, (), doubts)
     return ((name, codes), (recipe.scale_name, scales))
 
 

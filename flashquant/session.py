@@ -128,6 +128,8 @@ class Session:
         try:
             with self._transactions.push() as update, torch.no_grad():
                 written = self._take(offered, update)
+                if alone:
+                    update.doubts.resolve()
         except BaseException:
             if alone:  # a bracket that fails takes everything back, and owes nothing
                 self._arrivals.note_refused(offered.names)
@@ -167,6 +169,7 @@ class Session:
             for layer in list(update.waiting.values()):
                 if layer.ready:
                     self._let_live(layer, update)
+            update.doubts.resolve()
             start = update.since(start, "commit")
             self._arrivals.check_complete(update, self._routes.wanted, strict=strict)
             self._swap_in(update)
@@ -395,7 +398,7 @@ class Session:
                 if isinstance(step, Write):
                     update.claim(stage, step.target_view)
                     into = layer.window(step, update.undo, update.reach)
-        stored = as_stored(way.recipe, tensor, into)
+        stored = as_stored(way.recipe, tensor, into, update.doubts)
         clipping = {} if self._calibration is None else self._calibration.clipping
         for name, values in stored:
             # Not a norm that these codes silence: it may still come itself.

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from flashquant.drift import Noted
 from flashquant.engine import Layer, Reach
+from flashquant.fit import Doubts
 from flashquant.plan import View
 from flashquant.report import Drift
 from flashquant.undo import UndoLog
@@ -44,6 +45,7 @@ class Update:
     live: set[str] = field(default_factory=set)  # parameters, arrived now or earlier
     committed: set[str] = field(default_factory=set)  # layers
     waiting: dict[str, Layer] = field(default_factory=dict)  # layers, of which something came
+    doubts: Doubts = field(default_factory=Doubts)
     prepared: dict[str, Layer] = field(default_factory=dict)  # layers
     ignored: list[str] = field(default_factory=list)  # names the engine's loader drops
     tensors: int = 0

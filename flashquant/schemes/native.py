@@ -142,10 +142,15 @@ class Kernels:
         kernel(weight.data_ptr(), weight.stride(0), *arguments, *weight.shape)
 
 
+def wanted() -> bool:
+    """Whether FLASHQUANT_NATIVE leaves the work to kernels: unless it says 0."""
+    return os.environ.get("FLASHQUANT_NATIVE", "1") not in ("0", "false", "no")
+
+
 @functools.cache
 def kernels() -> Kernels | None:
     """The kernels of this machine, built and believed; None where there are none."""
-    if os.environ.get("FLASHQUANT_NATIVE", "1") in ("0", "false", "no"):
+    if not wanted():
         return None
     try:
         found = Kernels(ctypes.CDLL(str(built())))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Final
+import functools
+import logging
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -10,6 +12,8 @@ from torch import Tensor
 from flashquant.schemes import absmax as maxima
 from flashquant.schemes import fp8, int8, native, smoothed
 from flashquant.schemes.smoothed import Frozen
+
+logger = logging.getLogger(__name__)
 
 # One thread reads so many faster than others are woken.
 _FEW: Final = 1 << 17
@@ -41,14 +45,14 @@ def peak(tensor: Tensor) -> float:
 
 def int8_channel(weight: Tensor, codes: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """`int8.int8_channel`."""
-    kernels = _kernels(weight)
-    return (int8 if kernels is None else kernels).int8_channel(weight, codes)
+    made: tuple[Tensor, Tensor] = _by_rows(weight, int8).int8_channel(weight, codes)
+    return made
 
 
 def fp8_channel(weight: Tensor, codes: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """`fp8.fp8_channel`."""
-    kernels = _kernels(weight)
-    return (fp8 if kernels is None else kernels).fp8_channel(weight, codes)
+    made: tuple[Tensor, Tensor] = _by_rows(weight, fp8).fp8_channel(weight, codes)
+    return made
 
 
 def fp8_tensor(weight: Tensor, codes: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -70,9 +74,9 @@ def int8_frozen(
     codes: Tensor | None = None,
 ) -> Frozen:
     """`smoothed.int8_frozen`."""
-    kernels = _kernels(weight)
-    made_by = smoothed if kernels is None else kernels
-    return made_by.int8_frozen(weight, input_scale, output_scale, codes)
+    by = _by_rows(weight, smoothed)
+    made: Frozen = by.int8_frozen(weight, input_scale, output_scale, codes)
+    return made
 
 
 def int8_refreshed(
@@ -94,3 +98,31 @@ def _kernels(weight: Tensor) -> native.Kernels | None:
     if not plain or not native.Kernels.take(weight) or torch.compiler.is_compiling():
         return None
     return native.kernels()
+
+
+def _by_rows(weight: Tensor, definition: Any) -> Any:
+    """Who quantizes these rows: C on the host, Triton on a GPU, or the definition."""
+    if weight.device.type == "cuda" and weight.dim() == 2 and not torch.compiler.is_compiling():
+        return _on_gpu(weight.device) or definition
+    return _kernels(weight) or definition
+
+
+@functools.cache
+def _on_gpu(device: torch.device) -> Any:
+    """The Triton kernels, if they return the bits of the definitions on this device."""
+    if not native.wanted():
+        return None
+    try:
+        from flashquant.schemes import fused
+    except ImportError as missing:  # Triton comes with torch for CUDA
+        logger.info("rows on %s are quantized by torch: %s", device, missing)
+        return None
+    if (strange := fused.difference(device)) is None:
+        return fused
+    logger.error(
+        "%s, compiled for %s, differs from its definition, so torch quantizes instead. Please "
+        "report it with the output of `flashquant doctor`.",
+        strange,
+        torch.cuda.get_device_name(device),
+    )
+    return None

@@ -13,6 +13,8 @@
 /* Below this many elements, a second thread costs more than it brings. */
 #define WORTH_THREADS (1 << 17)
 #define ROWS _Pragma("omp parallel for schedule(static) if (n * k > WORTH_THREADS)")
+#define BLOCKS ROWS
+enum { TOGETHER = 4 };
 #define PARTS(j, part)                                                                           \
     some part;                                                                                   \
     for (int64_t j = 0; j < k && (part = up_to(k - j), 1); j += LANES)
@@ -103,27 +105,71 @@ static inline uint32_t peak_f32(const float *restrict row, int64_t k) {
         }                                                                                        \
     }                                                                                            \
                                                                                                  \
-    /* (w * by_row) * by_column: the order is FlashRL's. */                                      \
+    /* (w * by_row) * by_column: the order is FlashRL's. Some rows at once, which read each factor  \
+     * of the columns together: those of a long row are more than the nearest cache holds. */    \
+    static inline __attribute__((always_inline)) void refresh_##name(                            \
+        const T *weight, int64_t stride, int8_t *codes, int64_t out, const float *by_row,        \
+        const float *by_column, const float *weight_scale, float *scales, int64_t k,             \
+        const int rows) {                                                                        \
+        words bits[TOGETHER];                                                                    \
+        floats inverse[TOGETHER];                                                                \
+        for (int r = 0; r < rows; r++) bits[r] = each(0);                                        \
+        PARTS(j, part) {                                                                         \
+            floats columns = load_f32(by_column + j, part);                                      \
+            for (int r = 0; r < rows; r++) {                                                     \
+                floats x = times(load_##name(weight + r * stride + j, part), every(by_row[r]));  \
+                bits[r] = larger(bits[r], both(as_bits(times(x, columns)), each(MAGNITUDE)));    \
+            }                                                                                    \
+        }                                                                                        \
+        for (int r = 0; r < rows; r++) {                                                         \
+            float peak = largest(bits[r]) ? float_of(largest(bits[r])) : 1.0f;                   \
+            inverse[r] = every(127.0f / peak);                                                   \
+            scales[r] = weight_scale[r] * (peak / 127.0f);                                       \
+        }                                                                                        \
+        PARTS(l, rest) {                                                                         \
+            floats columns = load_f32(by_column + l, rest);                                      \
+            for (int r = 0; r < rows; r++) {                                                     \
+                floats x = times(load_##name(weight + r * stride + l, rest), every(by_row[r]));  \
+                x = times(times(x, columns), inverse[r]);                                        \
+                store(codes + r * out + l, rounded(x), rest);                                    \
+            }                                                                                    \
+        }                                                                                        \
+    }                                                                                            \
+                                                                                                 \
     void int8_refreshed_##name(const T *weight, int64_t stride, int8_t *codes, int64_t out,      \
                                const float *by_row, const float *by_column,                      \
                                const float *weight_scale, float *scales, int64_t n, int64_t k) { \
-        ROWS for (int64_t i = 0; i < n; i++) {                                                   \
-            const T *row = weight + i * stride;                                                  \
-            floats factor = every(by_row[i]);                                                    \
-            words bits = each(0);                                                                \
-            PARTS(j, part) {                                                                     \
-                floats x = times(times(load_##name(row + j, part), factor),                      \
-                                 load_f32(by_column + j, part));                                 \
-                bits = larger(bits, both(as_bits(x), each(MAGNITUDE)));                          \
+        BLOCKS for (int64_t i = 0; i < n; i += TOGETHER) {                                       \
+            if (i + TOGETHER <= n)                                                               \
+                refresh_##name(weight + i * stride, stride, codes + i * out, out, by_row + i,    \
+                               by_column, weight_scale + i, scales + i, k, TOGETHER);            \
+            else                                                                                 \
+                for (int64_t l = i; l < n; l++)                                                  \
+                    refresh_##name(weight + l * stride, stride, codes + l * out, out,            \
+                                   by_row + l, by_column, weight_scale + l, scales + l, k, 1);   \
+        }                                                                                        \
+    }                                                                                            \
+                                                                                                 \
+    static inline __attribute__((always_inline)) void freeze_##name(                             \
+        const T *weight, int64_t stride, int8_t *codes, int64_t out, const float *by_row,        \
+        const float *by_column, uint32_t most, float *peaks, int64_t *clipped, int64_t k,        \
+        const int rows) {                                                                        \
+        words peak[TOGETHER], outside[TOGETHER];                                                 \
+        for (int r = 0; r < rows; r++) peak[r] = outside[r] = each(0);                           \
+        PARTS(j, part) {                                                                         \
+            floats columns = load_f32(by_column + j, part);                                      \
+            for (int r = 0; r < rows; r++) {                                                     \
+                floats x = times(load_##name(weight + r * stride + j, part), every(by_row[r]));  \
+                x = times(x, columns);                                                           \
+                words bits = both(as_bits(x), each(MAGNITUDE));                                  \
+                peak[r] = larger(peak[r], bits);                                                 \
+                outside[r] = counted(outside[r], bits, most);                                    \
+                store(codes + r * out + j, rounded(clamped(x, -128.0f, 127.0f)), part);          \
             }                                                                                    \
-            float peak = largest(bits) ? float_of(largest(bits)) : 1.0f;                         \
-            floats inverse = every(127.0f / peak);                                               \
-            scales[i] = weight_scale[i] * (peak / 127.0f);                                       \
-            PARTS(l, rest) {                                                                     \
-                floats x = times(times(load_##name(row + l, rest), factor),                      \
-                                 load_f32(by_column + l, rest));                                 \
-                store(codes + i * out + l, rounded(times(x, inverse)), rest);                    \
-            }                                                                                    \
+        }                                                                                        \
+        for (int r = 0; r < rows; r++) {                                                         \
+            peaks[r] = float_of(largest(peak[r]));                                               \
+            clipped[r] = total(outside[r]);                                                      \
         }                                                                                        \
     }                                                                                            \
                                                                                                  \
@@ -131,20 +177,14 @@ static inline uint32_t peak_f32(const float *restrict row, int64_t k) {
                             const float *by_row, const float *by_column, float held,             \
                             float *peaks, int64_t *clipped, int64_t n, int64_t k) {              \
         uint32_t most = bits_of(held);                                                           \
-        ROWS for (int64_t i = 0; i < n; i++) {                                                   \
-            const T *row = weight + i * stride;                                                  \
-            floats factor = every(by_row[i]);                                                    \
-            words peak = each(0), outside = each(0);                                             \
-            PARTS(j, part) {                                                                     \
-                floats x = times(times(load_##name(row + j, part), factor),                      \
-                                 load_f32(by_column + j, part));                                 \
-                words bits = both(as_bits(x), each(MAGNITUDE));                                  \
-                peak = larger(peak, bits);                                                       \
-                outside = counted(outside, bits, most);                                          \
-                store(codes + i * out + j, rounded(clamped(x, -128.0f, 127.0f)), part);          \
-            }                                                                                    \
-            peaks[i] = float_of(largest(peak));                                                  \
-            clipped[i] = total(outside);                                                         \
+        BLOCKS for (int64_t i = 0; i < n; i += TOGETHER) {                                       \
+            if (i + TOGETHER <= n)                                                               \
+                freeze_##name(weight + i * stride, stride, codes + i * out, out, by_row + i,     \
+                              by_column, most, peaks + i, clipped + i, k, TOGETHER);             \
+            else                                                                                 \
+                for (int64_t l = i; l < n; l++)                                                  \
+                    freeze_##name(weight + l * stride, stride, codes + l * out, out, by_row + l, \
+                                  by_column, most, peaks + l, clipped + l, k, 1);                \
         }                                                                                        \
     }
 

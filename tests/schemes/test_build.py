@@ -62,3 +62,14 @@ def test_a_compiler_that_fails_leaves_the_work_to_torch(cache, monkeypatch):
     finally:
         native.kernels.cache_clear()
     assert not any(cache.iterdir())
+
+
+def test_without_avx512_the_bits_are_the_same(cache, monkeypatch):
+    """As it is built for other CPUs: one element at a time, vectorized by the compiler."""
+    monkeypatch.setattr(build, "_FLAGS", (*build._FLAGS, "-mno-avx512f"))
+    try:
+        library = build.built()
+    except build.BuildError as refusal:
+        pytest.skip(f"this compiler knows no such flag: {refusal}")
+
+    assert native.difference(native.Kernels(ctypes.CDLL(str(library)))) is None
