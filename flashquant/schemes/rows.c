@@ -14,7 +14,7 @@
 #define WORTH_THREADS (1 << 17)
 #define ROWS _Pragma("omp parallel for schedule(static) if (n * k > WORTH_THREADS)")
 #define BLOCKS ROWS
-enum { TOGETHER = 4 };
+enum { TOGETHER = 8 };
 #define PARTS(j, part)                                                                           \
     some part;                                                                                   \
     for (int64_t j = 0; j < k && (part = up_to(k - j), 1); j += LANES)
@@ -105,8 +105,8 @@ static inline uint32_t peak_f32(const float *restrict row, int64_t k) {
         }                                                                                        \
     }                                                                                            \
                                                                                                  \
-    /* (w * by_row) * by_column: the order is FlashRL's. Some rows at once, which read each factor  \
-     * of the columns together: those of a long row are more than the nearest cache holds. */    \
+    /* (w * by_row) * by_column: the order is FlashRL's. Some rows at once: they come from memory   \
+     * beside each other, and read each factor of the columns together. */                       \
     static inline __attribute__((always_inline)) void refresh_##name(                            \
         const T *weight, int64_t stride, int8_t *codes, int64_t out, const float *by_row,        \
         const float *by_column, const float *weight_scale, float *scales, int64_t k,             \
