@@ -24,7 +24,7 @@ from flashquant.calibration import Calibration
 from flashquant.checks import Checks
 from flashquant.drift import Drifts
 from flashquant.engine import Engine, Layer
-from flashquant.errors import MisfitTensor, ReloadError
+from flashquant.errors import MisfitTensor, MovedTensor, ReloadError
 from flashquant.fit import check_finite
 from flashquant.health import Health
 from flashquant.plan import Replay, Write, WritePlan
@@ -69,6 +69,7 @@ class Session:
         self._ways = Ways(engine, self._routes, calibration)
         self._arrivals = Arrivals(engine)
         self._witness = Witness({})
+        self._unaudited: dict[str, Footprint] = {}
         self._drifts = Drifts(1.0 if calibration is None else calibration.warn_above)
         self._transactions = Transactions(ballot, self._settle)
 
@@ -173,7 +174,10 @@ class Session:
             start = update.since(start, "commit")
             self._arrivals.check_complete(update, self._routes.wanted, strict=strict)
             self._swap_in(update)
-            self._check_unmoved(update.before, *self._engine.layers)
+            if update.prepares:
+                self._unaudited = update.before
+            else:
+                self._check_unmoved(update.before, *self._engine.layers)
 
     @property
     def in_bracket(self) -> bool:
@@ -214,6 +218,7 @@ class Session:
             report = self.close(strict=strict)
         finally:
             self.abandon()
+        self.audit()
         if not self._checks.digest:
             return replace(report, seconds=time.perf_counter() - start)
         digesting = time.perf_counter()
@@ -235,6 +240,22 @@ class Session:
             raise ReloadError("no update is under way")
         now = time.perf_counter()
         return self._report(update, now, pause=now - (start if update.prepares else update.start))
+
+    def audit(self) -> None:
+        """After a prepared update, when the engine generates again: nothing has moved.
+
+        Raises:
+            MovedTensor: a live tensor is not where it was. The engine is torn.
+
+        """
+        self._transactions.sweep()
+        before, self._unaudited = self._unaudited, {}
+        try:
+            if before:
+                self._check_unmoved(before, *self._engine.layers)
+        except MovedTensor:
+            self.health.moved = True
+            raise
 
     def digesting(self) -> Iterator[str | None]:
         """The digest, in slices of a layer: None until it is known, or if an update came between.
@@ -315,6 +336,7 @@ class Session:
 
     def _begin(self, *, atomic: bool, prepares: bool) -> None:
         self.look_around()
+        self.audit()
         update = Update(UndoLog(keep=atomic), bracket=True, prepares=prepares)
         with self._transactions.begin(update):
             if not atomic:

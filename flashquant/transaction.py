@@ -42,6 +42,7 @@ class Transactions:
         self.health = Health()
         self.version = 0
         self._ballot = ballot
+        self._spent: list[UndoLog] = []
         self._settle = settle
 
     @property
@@ -113,6 +114,11 @@ class Transactions:
             if update.over:
                 self.current = None
 
+    def sweep(self) -> None:
+        """Free what prepared updates have left behind."""
+        while self._spent:
+            self._spent.pop().forget()
+
     def abandon(self) -> None:
         """Close a bracket that will not be finished: roll it back, if it is still open."""
         if self.current is not None:
@@ -179,7 +185,10 @@ class Transactions:
 
     def _stand(self, update: Update) -> None:
         """Nothing can take it back any more."""
-        update.undo.forget()
+        if update.prepares:
+            self._spent.append(update.undo)  # the engine waits; what it holds is freed by `sweep`
+        else:
+            update.undo.forget()
         if update.committed:
             self.version += 1
         self.health.heal(update.live)

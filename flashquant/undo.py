@@ -32,6 +32,7 @@ class UndoLog:
     def __init__(self, *, keep: bool = True) -> None:
         self._keep = keep
         self._steps: list[Callable[[], object]] = []
+        self._held: list[object] = []
         self.bytes = 0
         self.touched = False
 
@@ -55,6 +56,10 @@ class UndoLog:
         old = _on_host(live)
         self._steps.append(functools.partial(live.copy_, old))
         self.bytes += old.nbytes
+
+    def hold(self, value: object) -> None:
+        """Keep something alive as long as the log: to free it takes time, which may be dear now."""
+        self._held.append(value)
 
     def touch(self) -> None:
         """What has been remembered is overwritten from now on."""
@@ -81,6 +86,7 @@ class UndoLog:
     def forget(self) -> None:
         """The transaction stands: free what was kept."""
         self._steps.clear()
+        self._held.clear()
 
 
 def _on_host(live: Tensor) -> Tensor:

@@ -106,6 +106,7 @@ class DirectLayer:
         started = [t for t, stage in self._stages.items() if stage.started]
         if self._prepared is not None:
             written = self._prepared.apply()
+            undo.hold(self._prepared)
         else:
             carry = self._carry()
             carry.remember(undo)

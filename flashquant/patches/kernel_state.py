@@ -14,7 +14,7 @@ and the digest.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from types import FunctionType
 from typing import Protocol, TypeGuard
@@ -123,6 +123,17 @@ class Carry:
 
     copies: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     handles: list[tuple[Handle, Handle]] = field(default_factory=list)
+    _noted: set[tuple[int, int]] = field(default_factory=set)
+
+    @classmethod
+    def of(cls, parts: Iterable[Carry]) -> Carry:
+        """Several as one."""
+        whole = cls()
+        for part in parts:
+            for live, fresh in part.copies:
+                whole.copy(live, fresh)
+            whole.handles.extend(part.handles)
+        return whole
 
     def add(self, values: dict[str, Leaf], into: dict[str, Leaf], name: str) -> None:
         """Compare a freshly processed layer with the live one.
@@ -145,9 +156,15 @@ class Carry:
                 self.handles.append((target, value))
 
     def copy(self, live: Tensor, fresh: Tensor) -> None:
-        """A live tensor is to hold what a fresh one does, unless that is the same memory."""
-        if live.data_ptr() != fresh.data_ptr() or not live.numel():
-            self.copies.append((live.detach(), fresh.detach()))
+        """A live tensor is to hold what a fresh one does, unless that is the same memory.
+
+        Modules that are tied hold one tensor, and are handed one: it is copied once.
+        """
+        addresses = (live.data_ptr(), fresh.data_ptr())
+        if live.numel() and (addresses[0] == addresses[1] or addresses in self._noted):
+            return
+        self._noted.add(addresses)
+        self.copies.append((live.detach(), fresh.detach()))
 
     def remember(self, undo: UndoLog, *, soon: bool = True) -> None:
         """Let an undo log keep what is live."""

@@ -12,9 +12,10 @@ here: whatever any of them derived from it (a packed copy) is made anew.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, cast
 
@@ -191,8 +192,9 @@ class LiveLayer:
                 if (live_home := self._in_place(target)) is not None:
                     homes[values.data_ptr()] = live_home
             standing = {t: self._standing(t) for t in self._stages if t not in staged}
-            with cpu.handlers_read(homes):
-                carry = self._processed({**staged, **standing})
+            making = self._processed({**staged, **standing})
+            with cpu.handlers_read(homes), contextlib.closing(making) as parts:
+                carry = Carry.of(parts)
             if homes.refused:
                 return  # it waits as it is, and is processed when it goes live
         for tensor, target, view in self._stale:
@@ -215,6 +217,7 @@ class LiveLayer:
             for target, value in digests.items():
                 self._note_digest(target, value, undo)
             written = carry.apply()
+            undo.hold(carry)
             self.drop()
             return written
         self._check_ties()
@@ -316,21 +319,28 @@ class LiveLayer:
         for target in self._stages:
             values[target], moved = self._settle(target, undo)
             written += moved
-        carry = self._processed(values)
-        carry.remember(undo)
-        return written + carry.apply()
+        # Closed at once if something fails: it holds what vLLM has set for the whole process.
+        with contextlib.closing(self._processed(values)) as parts:
+            for carry in parts:
+                carry.remember(undo)
+                written += carry.apply()
+        return written
 
-    def _processed(self, values: Mapping[str, Tensor]) -> Carry:
-        """What vLLM's processing makes of these values, beside what is live."""
-        carry = Carry()
+    def _processed(self, values: Mapping[str, Tensor]) -> Generator[Carry, None, None]:
+        """What vLLM's processing makes of these values, beside what is live.
+
+        One module at a time, so that no more than one is held, unless one reads another.
+        """
         with self._context():
-            twins = list(self._twins(values))
+            twins = self._twins(values)
+            if any(blueprint.sources for blueprint in self._blueprints):
+                twins = iter(list(twins))
             for blueprint, twin in twins:
+                carry = Carry()
                 fresh, live = (self._leaves(blueprint, one) for one in (twin, blueprint.module))
                 carry.add(fresh, live, blueprint.name)
-            for _, twin in twins:
                 kernel_state.take_apart(twin)
-        return carry
+                yield carry
 
     def _twins(self, values: Mapping[str, Tensor]) -> Iterator[tuple[LayerBlueprint, nn.Module]]:
         """Every module of the layer, built anew and processed in vLLM's own order."""
