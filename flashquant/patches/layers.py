@@ -324,6 +324,7 @@ class LiveLayer:
             for carry in parts:
                 carry.remember(undo)
                 written += carry.apply()
+                del carry  # and with it what it replaced, before the next one is made
         return written
 
     def _processed(self, values: Mapping[str, Tensor]) -> Generator[Carry, None, None]:
@@ -341,6 +342,7 @@ class LiveLayer:
                 carry.add(fresh, live, blueprint.name)
                 kernel_state.take_apart(twin)
                 yield carry
+                del carry, fresh, live
 
     def _twins(self, values: Mapping[str, Tensor]) -> Iterator[tuple[LayerBlueprint, nn.Module]]:
         """Every module of the layer, built anew and processed in vLLM's own order."""
