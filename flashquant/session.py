@@ -23,21 +23,20 @@ from flashquant.arrivals import Arrivals
 from flashquant.calibration import Calibration
 from flashquant.checks import Checks
 from flashquant.drift import Drifts
-from flashquant.engine import Engine, Layer
-from flashquant.errors import MisfitTensor, MovedTensor, ReloadError
-from flashquant.fit import check_finite
+from flashquant.engine import Engine
+from flashquant.errors import MovedTensor, ReloadError
 from flashquant.health import Health
-from flashquant.plan import Replay, Write, WritePlan
+from flashquant.plan import WritePlan
 from flashquant.quantize import Recipe, as_stored
 from flashquant.report import ReloadReport, Status
+from flashquant.road import Road
 from flashquant.routes import Routes
-from flashquant.schemes.quick import row_absmax
 from flashquant.schemes.stored import holds_codes
 from flashquant.transaction import Transactions
 from flashquant.undo import UndoLog
 from flashquant.update import Update
-from flashquant.verify import Footprint, check_unmoved, digest, digests, footprints
-from flashquant.ways import Landing, Way, Ways
+from flashquant.verify import Footprint, digest, digests
+from flashquant.ways import Ways
 from flashquant.weights import NamedTensors, Offered, Weights, few_at_a_time, named_tensors
 from flashquant.witness import Witness
 
@@ -71,6 +70,7 @@ class Session:
         self._witness = Witness({})
         self._unaudited: dict[str, Footprint] = {}
         self._drifts = Drifts(1.0 if calibration is None else calibration.warn_above)
+        self._road = Road(engine, self._ways, self._drifts, calibration, self._checks)
         self._transactions = Transactions(ballot, self._settle)
 
     @property
@@ -128,7 +128,7 @@ class Session:
         offered, alone = Offered(weights), self._transactions.current is None
         try:
             with self._transactions.push() as update, torch.no_grad():
-                written = self._take(offered, update)
+                written = self._road.take(offered, update)
                 if alone:
                     update.doubts.resolve()
         except BaseException:
@@ -166,18 +166,13 @@ class Session:
 
         """
         with self._transactions.finish() as update, torch.no_grad():
-            start = time.perf_counter()
-            for layer in list(update.waiting.values()):
-                if layer.ready:
-                    self._let_live(layer, update)
-            update.doubts.resolve()
-            start = update.since(start, "commit")
+            self._road.finish(update)
             self._arrivals.check_complete(update, self._routes.wanted, strict=strict)
-            self._swap_in(update)
+            self._road.swap_in(update)
             if update.prepares:
                 self._unaudited = update.before
             else:
-                self._check_unmoved(update.before, *self._engine.layers)
+                self._road.check_unmoved(update.before, *self._engine.layers)
 
     @property
     def in_bracket(self) -> bool:
@@ -252,7 +247,7 @@ class Session:
         before, self._unaudited = self._unaudited, {}
         try:
             if before:
-                self._check_unmoved(before, *self._engine.layers)
+                self._road.check_unmoved(before, *self._engine.layers)
         except MovedTensor:
             self.health.moved = True
             raise
@@ -343,7 +338,7 @@ class Session:
                 update.at_stake = frozenset(self._routes.wanted)
             for layer in self._engine.layers:
                 layer.drop()
-            update.before = self._footprints(*self._engine.layers)
+            update.before = self._road.footprints(*self._engine.layers)
 
     def _first(self, weights: NamedTensors) -> Iterator[tuple[str, Tensor]]:
         quantized = any(holds_codes(meta.dtype) for meta in self._engine.targets.values())
@@ -372,65 +367,6 @@ class Session:
             self._routes.learn_together(few)
             yield from few
 
-    def _take(self, weights: NamedTensors, update: Update) -> set[str]:
-        """Plan, quantize, write and commit, one tensor at a time."""
-        written: set[str] = set()
-        if self._calibration is not None:
-            self._calibration.remember(update.undo)
-        for name, sent in weights:
-            if update.over:
-                raise ReloadError(f"the update was rolled back before {name} arrived; send it anew")
-            start = time.perf_counter()
-            way, tensor = self._admit(name, sent, update)
-            start = update.since(start, "plan")
-            stored, made_there = self._quantize(way, tensor, update)
-            start = update.since(start, "quantize")
-            landings = [
-                self._write(way, each, values, update, arrived=values is made_there)
-                for each, values in stored
-            ]
-            start = update.since(start, "write")
-            for landing in landings:
-                written.update(landing.entry.targets)
-                self._commit(landing, update)
-            update.since(start, "commit")
-        return written
-
-    def _admit(self, name: str, sent: object, update: Update) -> tuple[Way, Tensor]:
-        """Refuse a tensor before anything is touched, or say where it goes."""
-        if name in update.names:
-            raise MisfitTensor(f"{name} arrived twice in one update; send each tensor once")
-        way = self._ways.of(name, sent)
-        tensor = way.check(sent)
-        update.tensors += 1
-        update.bytes_in += tensor.nbytes
-        update.names.add(name)
-        if not way.entry.steps:
-            update.ignored.append(name)
-        return way, tensor
-
-    def _quantize(
-        self, way: Way, tensor: Tensor, update: Update
-    ) -> tuple[Iterable[tuple[str, Tensor]], Tensor | None]:
-        """What is stored of a tensor, and which of it was made right where it belongs."""
-        landing = way.landing_of_codes(tensor)
-        into = None
-        if landing is not None:
-            for step, layer, stage in landing.steps:
-                if isinstance(step, Write):
-                    update.claim(stage, step.target_view)
-                    into = layer.window(step, update.undo, update.reach)
-        stored = as_stored(way.recipe, tensor, into, update.doubts)
-        clipping = {} if self._calibration is None else self._calibration.clipping
-        for name, values in stored:
-            # Not a norm that these codes silence: it may still come itself.
-            if name in (way.name, way.recipe.scale_name):
-                update.names.add(name)
-            noted = self._drifts.note(name, values, clipping.pop(name, None))
-            if noted is not None:
-                update.noted[name] = noted
-        return stored, into
-
     def _settle(self, update: Update, stands: bool) -> None:
         """An update is over: what is live is what it should be."""
         for layer in () if stands else update.prepared.values():
@@ -438,86 +374,6 @@ class Session:
         if stands:
             update.drift = self._drifts.settle(update.noted)
         self._witness.settle(update.committed if stands else None)
-
-    def _write(
-        self, way: Way, stored: str, tensor: Tensor, update: Update, *, arrived: bool
-    ) -> Landing:
-        landing = self._ways.landing(way, stored, tensor)
-        tensor = tensor.contiguous() if not landing.rows else tensor
-        maxima = self._maxima(landing, tensor)
-        for step, layer, stage in landing.steps:
-            update.claim(stage, step.target_view)
-            if arrived:
-                stage.arrived(step.target_view, maxima)
-            elif not isinstance(step, Replay):
-                layer.receive(step, tensor, update.undo, update.reach, maxima)
-            update.arrived.add(step.target)
-            update.waiting[layer.name] = layer
-        if landing.entry.needs_loader:
-            self._replay(landing, tensor)
-        return landing
-
-    def _maxima(self, landing: Landing, tensor: Tensor) -> Tensor | None:
-        """Those of the rows of the whole tensor, where other workers hold shards of its layer."""
-        if not self._engine.shares_scales:
-            return None
-        sole = len(landing.entry.targets) == 1  # of a tensor that is cut up, each has its own
-        wanted = sole and tensor.dim() == 2 and tensor.is_floating_point()
-        return row_absmax(tensor) if wanted else None
-
-    def _replay(self, landing: Landing, tensor: Tensor) -> None:
-        """The loader does more than copy: run it for real, on staged memory."""
-        stages = {step.target: stage for step, _, stage in landing.steps}
-        memory = {target: stage.memory(self._engine.device) for target, stage in stages.items()}
-        with self._engine.laid_out(memory):
-            self._engine.load([(landing.entry.name, tensor)])
-        for step, _, stage in landing.steps:
-            check_finite(landing.entry.name, step.target_view.into(memory[step.target]))
-            stage.arrived(step.target_view)
-
-    def _commit(self, landing: Landing, update: Update) -> None:
-        """Let those layers go live that this tensor completed.
-
-        Inside a bracket, one that a complete update would bring more of waits for the end.
-        """
-        for layer in landing.layers:
-            if (not update.bracket or self._ways.is_full(layer)) and layer.ready:
-                self._let_live(layer, update)
-
-    def _let_live(self, layer: Layer, update: Update) -> None:
-        for stage in map(layer.stage, layer.targets):
-            if stage.count > len(update.staged[stage]):  # earlier pushes brought the rest
-                earlier = stage.windows - update.staged[stage]
-                stage.remember(earlier, update.undo, values=False)
-        update.live.update(target for target in layer.targets if layer.stage(target).started)
-        update.waiting.pop(layer.name, None)
-        if update.prepares:
-            layer.prepare(update.undo)
-            update.prepared[layer.name] = layer
-            return
-        update.committed.add(layer.name)
-        before = {} if update.bracket else self._footprints(layer)
-        update.bytes_out += layer.commit(update.undo)
-        if not update.bracket:
-            self._check_unmoved(before, layer)
-
-    def _swap_in(self, update: Update) -> None:
-        """What was prepared goes live: from here on, the engine may not generate."""
-        start = time.perf_counter()
-        for name, layer in update.prepared.items():
-            update.undo.touch()
-            update.committed.add(name)
-            update.bytes_out += layer.commit(update.undo)
-        if update.prepares:
-            update.since(start, "swap")
-
-    def _footprints(self, *layers: Layer) -> dict[str, Footprint]:
-        if not self._checks.ledger:
-            return {}
-        return footprints(item for layer in layers for item in layer.tensors())
-
-    def _check_unmoved(self, before: dict[str, Footprint], *layers: Layer) -> None:
-        check_unmoved(before, self._footprints(*layers))
 
     def _report(self, update: Update, now: float, *, pause: float) -> ReloadReport:
         seconds = now - update.start

@@ -89,7 +89,7 @@ STREAMS: dict[str, Callable[[Pairs, int], Stream]] = {
 # Where an update allocates, computes or writes: a function, and whether it fails
 # before it has done its work, or after.
 CALLS = (
-    ("flashquant.session.as_stored", "before"),
+    ("flashquant.road.as_stored", "before"),
     ("flashquant.undo._on_host", "before"),
     ("flashquant.undo.UndoLog.remember", "after"),
     ("flashquant.undo.UndoLog.remember_how", "after"),
@@ -107,7 +107,7 @@ CALLS = (
     ("flashquant.patches.kernel_state.Carry.apply", "after"),
     ("flashquant.patches.kernel_state._overwrite", "after"),
     ("flashquant.patches.kernel_state._pointers", "before"),
-    ("flashquant.session.check_unmoved", "before"),
+    ("flashquant.road.check_unmoved", "before"),
 )
 
 

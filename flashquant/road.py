@@ -1,0 +1,202 @@
+"""The way of one tensor through an update: admitted, quantized, written, its layer committed.
+
+    for each tensor:  plan it (once) -> quantize it -> write it -> commit its layer
+
+What an update is, and whether it stands, is the session's business.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+
+from torch import Tensor
+
+from flashquant.calibration import Calibration
+from flashquant.checks import Checks
+from flashquant.drift import Drifts
+from flashquant.engine import Engine, Layer
+from flashquant.errors import MisfitTensor, ReloadError
+from flashquant.fit import check_finite
+from flashquant.plan import Replay, Write
+from flashquant.quantize import as_stored, is_float
+from flashquant.schemes.quick import row_absmax
+from flashquant.update import Update
+from flashquant.verify import Footprint, check_unmoved, footprints
+from flashquant.ways import Landing, Way, Ways
+from flashquant.weights import NamedTensors
+
+
+class Road:
+    """Takes tensors into the layers of one live engine, on behalf of an update.
+
+    Args:
+        engine: the model.
+        ways: where every name lands.
+        drifts: who is told how codes move.
+        calibration: the profile by which pushes are quantized; None where each row is by itself.
+        checks: which proofs every update carries.
+
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        ways: Ways,
+        drifts: Drifts,
+        calibration: Calibration | None,
+        checks: Checks,
+    ) -> None:
+        self._engine, self._ways, self._drifts = engine, ways, drifts
+        self._calibration, self._checks = calibration, checks
+
+    def take(self, weights: NamedTensors, update: Update) -> set[str]:
+        """Plan, quantize, write and commit, one tensor at a time."""
+        written: set[str] = set()
+        if self._calibration is not None:
+            self._calibration.remember(update.undo)
+        for name, sent in weights:
+            if update.over:
+                raise ReloadError(f"the update was rolled back before {name} arrived; send it anew")
+            start = time.perf_counter()
+            way, tensor = self._admit(name, sent, update)
+            start = update.since(start, "plan")
+            stored, made_there = self._quantize(way, tensor, update)
+            start = update.since(start, "quantize")
+            landings = [
+                self._write(way, each, values, update, arrived=values is made_there)
+                for each, values in stored
+            ]
+            start = update.since(start, "write")
+            for landing in landings:
+                written.update(landing.entry.targets)
+                self._commit(landing, update)
+            update.since(start, "commit")
+        return written
+
+    def _admit(self, name: str, sent: object, update: Update) -> tuple[Way, Tensor]:
+        """Refuse a tensor before anything is touched, or say where it goes."""
+        if name in update.names:
+            raise MisfitTensor(f"{name} arrived twice in one update; send each tensor once")
+        way = self._ways.of(name, sent)
+        tensor = way.check(sent)
+        update.tensors += 1
+        update.bytes_in += tensor.nbytes
+        update.names.add(name)
+        if not way.entry.steps:
+            update.ignored.append(name)
+        return way, tensor
+
+    def _quantize(
+        self, way: Way, tensor: Tensor, update: Update
+    ) -> tuple[Iterable[tuple[str, Tensor]], Tensor | None]:
+        """What is stored of a tensor, and which of it was made right where it belongs."""
+        landing = way.landing_of_codes(tensor)
+        into = None
+        if landing is not None:
+            for step, layer, stage in landing.steps:
+                if isinstance(step, Write):
+                    update.claim(stage, step.target_view)
+                    into = layer.window(step, update.undo, update.reach)
+        stored = as_stored(way.recipe, tensor, into, update.doubts)
+        clipping = {} if self._calibration is None else self._calibration.clipping
+        for name, values in stored:
+            # Not a norm that these codes silence: it may still come itself.
+            if name in (way.name, way.recipe.scale_name):
+                update.names.add(name)
+            noted = self._drifts.note(name, values, clipping.pop(name, None))
+            if noted is not None:
+                update.noted[name] = noted
+        return stored, into
+
+    def _write(
+        self, way: Way, stored: str, tensor: Tensor, update: Update, *, arrived: bool
+    ) -> Landing:
+        landing = self._ways.landing(way, stored, tensor)
+        tensor = tensor.contiguous() if not landing.rows else tensor
+        maxima = self._maxima(landing, tensor)
+        for step, layer, stage in landing.steps:
+            update.claim(stage, step.target_view)
+            if arrived:
+                stage.arrived(step.target_view, maxima)
+            elif not isinstance(step, Replay):
+                layer.receive(step, tensor, update.undo, update.reach, maxima)
+            update.arrived.add(step.target)
+            update.waiting[layer.name] = layer
+        if landing.entry.needs_loader:
+            self._replay(landing, tensor)
+        return landing
+
+    def _maxima(self, landing: Landing, tensor: Tensor) -> Tensor | None:
+        """Those of the rows of the whole tensor, where other workers hold shards of its layer."""
+        if not self._engine.shares_scales:
+            return None
+        sole = len(landing.entry.targets) == 1  # of a tensor that is cut up, each has its own
+        # Codes have their scales already, and those are of whole rows.
+        wanted = sole and tensor.dim() == 2 and is_float(tensor)
+        return row_absmax(tensor) if wanted else None
+
+    def _replay(self, landing: Landing, tensor: Tensor) -> None:
+        """The loader does more than copy: run it for real, on staged memory."""
+        stages = {step.target: stage for step, _, stage in landing.steps}
+        memory = {target: stage.memory(self._engine.device) for target, stage in stages.items()}
+        with self._engine.laid_out(memory):
+            self._engine.load([(landing.entry.name, tensor)])
+        for step, _, stage in landing.steps:
+            check_finite(landing.entry.name, step.target_view.into(memory[step.target]))
+            stage.arrived(step.target_view)
+
+    def finish(self, update: Update) -> None:
+        """Nothing more will come: let those layers go live that are as ready as they will be."""
+        start = time.perf_counter()
+        for layer in list(update.waiting.values()):
+            if layer.ready:
+                self._let_live(layer, update)
+        update.doubts.resolve()
+        update.since(start, "commit")
+
+    def _commit(self, landing: Landing, update: Update) -> None:
+        """Let those layers go live that this tensor completed.
+
+        Inside a bracket, one that a complete update would bring more of waits for the end.
+        """
+        for layer in landing.layers:
+            if (not update.bracket or self._ways.is_full(layer)) and layer.ready:
+                self._let_live(layer, update)
+
+    def _let_live(self, layer: Layer, update: Update) -> None:
+        for stage in map(layer.stage, layer.targets):
+            if stage.count > len(update.staged[stage]):  # earlier pushes brought the rest
+                earlier = stage.windows - update.staged[stage]
+                stage.remember(earlier, update.undo, values=False)
+        update.live.update(target for target in layer.targets if layer.stage(target).started)
+        update.waiting.pop(layer.name, None)
+        if update.prepares:
+            layer.prepare(update.undo)
+            update.prepared[layer.name] = layer
+            return
+        update.committed.add(layer.name)
+        before = {} if update.bracket else self.footprints(layer)
+        update.bytes_out += layer.commit(update.undo)
+        if not update.bracket:
+            self.check_unmoved(before, layer)
+
+    def swap_in(self, update: Update) -> None:
+        """What was prepared goes live: from here on, the engine may not generate."""
+        start = time.perf_counter()
+        for name, layer in update.prepared.items():
+            update.undo.touch()
+            update.committed.add(name)
+            update.bytes_out += layer.commit(update.undo)
+        if update.prepares:
+            update.since(start, "swap")
+
+    def footprints(self, *layers: Layer) -> dict[str, Footprint]:
+        """Where the live tensors of some layers are, if a ledger is kept."""
+        if not self._checks.ledger:
+            return {}
+        return footprints(item for layer in layers for item in layer.tensors())
+
+    def check_unmoved(self, before: dict[str, Footprint], *layers: Layer) -> None:
+        """Raise MovedTensor where one is no longer what it was."""
+        check_unmoved(before, self.footprints(*layers))
