@@ -285,6 +285,7 @@ class Session:
         self.abandon()
         for layer in self._engine.layers:
             layer.drop()
+        self._transactions.reserve.clear()
         self.health.asleep = True
         if not keeps_weights:
             self.health.tear(self._routes.wanted)
@@ -332,7 +333,8 @@ class Session:
     def _begin(self, *, atomic: bool, prepares: bool) -> None:
         self.look_around()
         self.audit()
-        update = Update(UndoLog(keep=atomic), bracket=True, prepares=prepares)
+        undo = UndoLog(keep=atomic, reserve=self._transactions.reserve)
+        update = Update(undo, bracket=True, prepares=prepares)
         with self._transactions.begin(update):
             if not atomic:
                 update.at_stake = frozenset(self._routes.wanted)

@@ -15,6 +15,7 @@ from flashquant.agree import Ballot
 from flashquant.errors import MovedTensor, ReloadError, TornWeights
 from flashquant.health import Health
 from flashquant.interrupts import uninterrupted
+from flashquant.reserve import Reserve
 from flashquant.undo import UndoLog
 from flashquant.update import Update
 
@@ -29,6 +30,7 @@ class Transactions:
             somebody closes it.
         health: whether what is live may be served and written.
         version: how many updates stand.
+        reserve: the memory of their undo logs.
 
     """
 
@@ -41,6 +43,7 @@ class Transactions:
         self.current: Update | None = None
         self.health = Health()
         self.version = 0
+        self.reserve = Reserve()
         self._ballot = ballot
         self._spent: list[UndoLog] = []
         self._settle = settle
@@ -79,7 +82,7 @@ class Transactions:
         update = self.current
         if update is None:
             self.health.check_writable()
-            self.current = update = Update(UndoLog())
+            self.current = update = Update(UndoLog(reserve=self.reserve))
         elif update.over:
             raise ReloadError(
                 "this update failed and was rolled back; the old weights are served. Finish it, or "

@@ -13,6 +13,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from flashquant.reserve import Copies, Reserve
+
 
 class UndoLog:
     """The old values of one transaction, oldest first.
@@ -29,8 +31,14 @@ class UndoLog:
 
     """
 
-    def __init__(self, *, keep: bool = True) -> None:
+    def __init__(self, *, keep: bool = True, reserve: Reserve | None = None) -> None:
+        """Args:
+        keep: whether there is to be a way back.
+        reserve: host memory for the copies; of its own if not given.
+
+        """
         self._keep = keep
+        self._copies = Copies(reserve or Reserve())
         self._steps: list[Callable[[], object]] = []
         self._held: list[object] = []
         self.bytes = 0
@@ -53,7 +61,7 @@ class UndoLog:
         if not self._keep:
             return
         live = live.detach()
-        old = _on_host(live)
+        old = self._copies.of(live) if live.device.type == "cpu" else _pinned(live)
         self._steps.append(functools.partial(live.copy_, old))
         self.bytes += old.nbytes
 
@@ -82,16 +90,16 @@ class UndoLog:
         while self._steps:
             self._steps[-1]()
             self._steps.pop()
+        self._copies.free()
 
     def forget(self) -> None:
         """The transaction stands: free what was kept."""
         self._steps.clear()
         self._held.clear()
+        self._copies.free()
 
 
-def _on_host(live: Tensor) -> Tensor:
-    """A copy in host memory; from a GPU, pinned and in stream order, without a wait."""
-    if live.device.type == "cpu":
-        return live.clone()
+def _pinned(live: Tensor) -> Tensor:
+    """A copy in pinned host memory, in stream order, without a wait."""
     pinned = torch.empty_like(live, device="cpu", pin_memory=True)
     return pinned.copy_(live, non_blocking=True)

@@ -133,6 +133,15 @@ class ModelBlueprint:
             homes.update(dict.fromkeys(layer._shared, home))
         return groups
 
+    def shared(self) -> Iterator[Tensor]:
+        """The live parameters that more than one module holds."""
+        seen: set[int] = set()
+        for layer in self.layers:
+            for parameter in layer.module._parameters.values():
+                if id(parameter) in seen and parameter is not None:
+                    yield parameter
+                seen.add(id(parameter))
+
     def stale(self) -> list[Borrowed]:
         """The windows that processing has left behind: the parameter is elsewhere now."""
         homes = {

@@ -7,7 +7,9 @@
 3. The CPU fp8 matmuls read a float32 bias, and are handed a bf16 one.
 4. A oneDNN handler keeps a raw pointer to its scales: it has to be that of the live ones, also
    where it is made before they hold the values that it is for.
-5. The fp8 matmul for blocks computes 32 rows at a time. Where some are left over, it ends the
+5. Of a weight that two modules share, each packs a copy: twice the memory, and twice the time,
+   for a matmul of the embeddings that nobody asks for. They are handed one.
+6. The fp8 matmul for blocks computes 32 rows at a time. Where some are left over, it ends the
    process at the first batch of four tokens or less; such a layer is refused while it loads.
 
 Nothing here touches another platform.
@@ -15,7 +17,7 @@ Nothing here touches another platform.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -107,6 +109,34 @@ def _create_onednn_scaled_mm(
     return original(weight, weight_scales, output_type, dynamic_quant, *args, **kwargs)
 
 
+@contextmanager
+def packed_once(shared: Iterable[Tensor]) -> Iterator[None]:
+    """Modules that hold one of these weights get one handler, which packs it once.
+
+    Args:
+        shared: weights that several modules hold; they stay as they are inside.
+
+    """
+    before = _packed.set({weight.data_ptr(): None for weight in shared})
+    try:
+        yield
+    finally:
+        _packed.reset(before)
+
+
+_packed: ContextVar[dict[int, Any] | None] = ContextVar("flashquant_packed", default=None)
+
+
+def _create_onednn_mm(original: Any, weight: Tensor, *args: Any, **kwargs: Any) -> Any:
+    packed, address = _packed.get() or {}, weight.data_ptr()
+    handler = packed.get(address)
+    if handler is None or (handler.k, handler.n) != tuple(weight.shape):
+        handler = original(weight, *args, **kwargs)
+        if address in packed:
+            packed[address] = handler
+    return handler
+
+
 def _with_float32_bias(
     original: Any, kernel: Any, layer: Any, x: Tensor, bias: Tensor | None = None, **kwargs: Any
 ) -> Tensor:
@@ -146,6 +176,11 @@ POINTS = (
         "vllm._custom_ops:create_onednn_scaled_mm",
         expects=("weight", "weight_scales", "output_type", "dynamic_quant", ...),
         wrapper=_create_onednn_scaled_mm,
+    ),
+    PatchPoint(
+        "vllm._custom_ops:create_onednn_mm",
+        expects=("weight", ...),
+        wrapper=_create_onednn_mm,
     ),
     PatchPoint(
         f"{_KERNELS}:CPUFp8PerTensorScaledMMLinearKernel.apply_weights",

@@ -73,6 +73,11 @@ class LiveEngine:
         """Every checkpoint-format parameter, on meta."""
         return self._blueprint.targets
 
+    @property
+    def shared(self) -> Iterator[Tensor]:
+        """The live parameters that several modules hold, as a tied head and the embeddings do."""
+        return self._blueprint.shared()
+
     def load(self, weights: NamedTensors) -> object:
         """The model's own `load_weights`."""
         return self._load(weights)

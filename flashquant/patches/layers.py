@@ -277,6 +277,22 @@ class LiveLayer:
                 bound |= set() if found else {target}
         return {target: tuple(found) for target, found in homes.items() if target not in bound}
 
+    @functools.cached_property
+    def _echoes(self) -> frozenset[str]:
+        """The modules that hold nothing but what one before them holds, as a tied head may.
+
+        What goes into that one has gone into these.
+        """
+        if any(blueprint.sources for blueprint in self._blueprints):
+            return frozenset()  # an attention may want to read them
+        echoes, held = set(), set[int]()
+        for blueprint in self._blueprints:
+            mine = {id(leaf) for leaf in kernel_state.leaves(blueprint.module).values()}
+            if mine <= held:
+                echoes.add(blueprint.name)
+            held |= mine
+        return frozenset(echoes)
+
     def _copies(self, blueprint: LayerBlueprint) -> Mapping[str, tuple[str, ...]]:
         """What processing only hands on, learned once for each kind of module."""
         method = method_of(blueprint.module)
@@ -348,6 +364,8 @@ class LiveLayer:
         """Every module of the layer, built anew and processed in vLLM's own order."""
         instead: dict[int, object] = {}
         for blueprint in self._blueprints:
+            if blueprint.name in self._echoes:
+                continue
             if method_of(blueprint.module) is not None and not blueprint.sources:
                 mine = {name: values[target] for name, target in blueprint.targets.items()}
                 twin = instead[id(blueprint.module)] = blueprint.build(mine)

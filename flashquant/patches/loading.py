@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from flashquant.errors import ReloadError
+from flashquant.patches.cpu import packed_once
 from flashquant.patches.engine import LiveEngine, asks_for_session
 from flashquant.patches.peers import ballot_for
 from flashquant.patches.point import PatchPoint
@@ -130,7 +131,8 @@ def _process_weights_after_loading(
         attached.session.check_nothing_waits()
         return
     attached.engine.note_loaded()
-    original(model, model_config, target_device)
+    with packed_once(attached.engine.shared):
+        original(model, model_config, target_device)
     attached.engine.note_processed()
     attached.session.open()
     logger.info("flashquant looks after %s: %s", type(model).__name__, attached.session.status())
