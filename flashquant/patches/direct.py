@@ -54,6 +54,7 @@ class Direct:
     Args:
         quantize: what makes codes and scales of the floats of an online scheme; None where
             vLLM quantizes them in a way that is not ours.
+        by_row: whether it makes a scale for each row `[N, 1]`, or one `[1]` for the parameter.
         context: the surroundings in which vLLM processes layers.
         device: where they live.
 
@@ -64,7 +65,10 @@ class Direct:
         quantize: Quantize | None,
         context: Callable[[], AbstractContextManager[object]],
         device: torch.device,
+        *,
+        by_row: bool = True,
     ) -> None:
+        self._by_row = by_row
         self._quantize, self._context, self._device = quantize, context, device
         self._known: dict[Kind, dict[str, Storage]] = {}
 
@@ -85,7 +89,7 @@ class Direct:
             live = [leaf for p in storage.leaves if isinstance(leaf := leaves.get(p), Tensor)]
             if meta is None or not live or len(live) < len(storage.leaves):
                 return None
-            found |= dict(_laid_out(target, storage, meta, live))
+            found |= dict(_laid_out(target, storage, meta, live, by_row=self._by_row))
         return found if len(found) >= len(blueprint.targets) else None
 
     def _probe(self, blueprint: LayerBlueprint) -> dict[str, Storage]:
@@ -105,17 +109,17 @@ class Direct:
 
 
 def _laid_out(
-    target: str, storage: Storage, meta: Tensor, live: list[Tensor]
+    target: str, storage: Storage, meta: Tensor, live: list[Tensor], *, by_row: bool
 ) -> Iterator[tuple[str, Tensor]]:
     """The live memory of one parameter as rows arrive in it; nothing, if that cannot be said."""
     if storage.kind == "rows" and meta.is_contiguous() and _is_one(live, meta):
         yield target, live[0].detach().as_strided(meta.shape, meta.stride())
     elif storage.kind == "codes" and meta.dim() == 2:
         codes, scales = live
-        rows = (meta.shape[0], 1)
-        if is_dense(codes) and is_dense(scales) and scales.numel() == rows[0]:
+        form = torch.Size((meta.shape[0], 1) if by_row else (1,))
+        if is_dense(codes) and is_dense(scales) and scales.numel() == form.numel():
             yield target, codes.detach().as_strided(meta.shape, (meta.shape[1], 1))
-            yield f"{target}_scale", scales.detach().as_strided(rows, (1, 1))
+            yield f"{target}_scale", scales.detach().as_strided(form, (1,) * len(form))
 
 
 def _is_one(live: list[Tensor], meta: Tensor) -> bool:

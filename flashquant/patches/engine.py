@@ -19,9 +19,10 @@ from flashquant.patches.blueprint import LayerBlueprint, ModelBlueprint
 from flashquant.patches.direct import Direct
 from flashquant.patches.direct_layer import DirectLayer
 from flashquant.patches.engine_args import ADDITIONAL_CONFIG_KEY, ONLINE, PROFILE_KEY
+from flashquant.patches.late_layer import LateLayer
 from flashquant.patches.layers import Learned, LiveLayer
 from flashquant.profiles import load_profile
-from flashquant.schemes import fp8_channel
+from flashquant.schemes import fp8_channel, fp8_tensor
 from flashquant.weights import NamedTensors
 
 # vLLM warns of a bf16 tensor on its way into an int8 parameter; while we watch
@@ -59,7 +60,7 @@ class LiveEngine:
             if profile
             else None
         )
-        self.layers: tuple[LiveLayer | DirectLayer, ...] = ()
+        self.layers: tuple[LiveLayer | DirectLayer | LateLayer, ...] = ()
         self.stored: dict[str, Tensor] = {}
         self._model = model
         self._vllm_config = vllm_config
@@ -102,15 +103,20 @@ class LiveEngine:
     def note_processed(self) -> None:
         """The model serves: find out what processing made of each layer."""
         learned: Learned = {}
-        # vLLM's online scheme by channel is ours to the bit; by tensor, shards share a scale.
-        ours = fp8_channel if self.scheme == "fp8_channel" else None
-        direct = Direct(ours, self._context, self.device)
+        # vLLM's online schemes are ours to the bit. By tensor, one has to see all of it; the
+        # scale of a shard that another worker has the rest of, vLLM has to find.
+        late = self.scheme == "fp8_vllm" and not self.shares_scales
+        ours = fp8_tensor if late else fp8_channel if self.scheme == "fp8_channel" else None
+        direct = Direct(ours, self._context, self.device, by_row=not late)
         stale = self._blueprint.stale()
         lent = {target for _, target, _ in stale}
-        layers: list[LiveLayer | DirectLayer] = []
+        layers: list[LiveLayer | DirectLayer | LateLayer] = []
         for group in self._blueprint.groups():
             alone = len(group) == 1 and lent.isdisjoint(group[0].targets.values())
             homes = direct.homes(group[0]) if alone else None
+            if homes is not None and late:
+                layers.append(LateLayer(group[0], homes, fp8_tensor))
+                continue
             if homes is not None:
                 layers.append(DirectLayer(group[0], homes))
                 self.stored |= {target: home.to("meta") for target, home in homes.items()}

@@ -90,7 +90,7 @@ STREAMS: dict[str, Callable[[Pairs, int], Stream]] = {
 # before it has done its work, or after.
 CALLS = (
     ("flashquant.road.as_stored", "before"),
-    ("flashquant.undo._on_host", "before"),
+    ("flashquant.reserve.Copies.of", "before"),
     ("flashquant.undo.UndoLog.remember", "after"),
     ("flashquant.undo.UndoLog.remember_how", "after"),
     ("flashquant.write.Stage.memory", "before"),
@@ -103,6 +103,9 @@ CALLS = (
     ("flashquant.patches.direct_layer.DirectLayer.window", "after"),
     ("flashquant.patches.direct_layer.DirectLayer.commit", "before"),
     ("flashquant.patches.direct_layer.DirectLayer.commit", "after"),
+    ("flashquant.patches.late_layer.write", "after"),
+    ("flashquant.patches.late_layer.LateLayer.commit", "before"),
+    ("flashquant.patches.late_layer.LateLayer.commit", "after"),
     ("flashquant.patches.kernel_state.Carry.add", "before"),
     ("flashquant.patches.kernel_state.Carry.apply", "after"),
     ("flashquant.patches.kernel_state._overwrite", "after"),

@@ -21,6 +21,8 @@ from flashquant.errors import (
     TornWeights,
     UnknownWeight,
 )
+from flashquant.patches import kernel_state
+from flashquant.patches.kernel_state import is_handle
 from flashquant.verify import footprints
 from tests.engine.checkpoints import SCHEMES, Policies, config_name
 from tests.engine.serving import Serving, serve
@@ -322,3 +324,20 @@ def test_a_writer_that_goes_past_every_door_is_reported(
     flashquant.reload_weights(live.llm, policies.tensors("a"))
     assert flashquant.status(live.llm).foreign == ()
     live.snapshot().assert_same(live.start)
+
+
+def test_a_tied_head_and_the_embeddings_share_one_packed_copy(tmp_path: Path) -> None:
+    policies = Policies(tmp_path, "tied")
+    serving = serve(policies.bf16("a"), "bf16")
+    packed = [
+        {id(leaf): leaf for leaf in kernel_state.leaves(module).values() if is_handle(leaf)}
+        for module in (serving.model.model.embed_tokens, serving.model.lm_head)
+    ]
+    if not any(packed):
+        pytest.skip("this machine's kernels pack no weight of a head into a oneDNN handler")
+
+    flashquant.reload_weights(serving.llm, policies.tensors("b"))
+
+    assert len(packed[0]) == 1
+    assert packed[0].keys() == packed[1].keys()
+    serving.snapshot().assert_same(serve(policies.bf16("b"), "bf16").start)
