@@ -17,7 +17,7 @@ from torch import Tensor
 _CHUNK: Final = 64 << 20
 _PAGE: Final = 2 << 20  # a huge one: touched in one go
 _ALIGNMENT: Final = 64
-_SMALL: Final = 64 << 10  # below, the C library has warm memory by itself
+_SMALL: Final = 4 << 10  # the C library has room for as little between other blocks
 
 
 class Reserve:
@@ -64,14 +64,19 @@ class Copies:
         """A copy that is valid until `free`; of any shape, stride and dtype, on the host."""
         if tensor.nbytes < _SMALL:
             return tensor.clone()
+        flat = self._room(tensor.nbytes).view(tensor.dtype)
+        if tensor.is_contiguous():
+            return flat.view(tensor.shape).copy_(tensor)
         form = torch.empty_like(tensor, device="meta")  # dense, and in the order of the original
-        start = -(-self._used // _ALIGNMENT) * _ALIGNMENT
-        if not self._chunks or start + form.nbytes > self._chunks[-1].nbytes:
-            self._chunks.append(self._reserve.take(form.nbytes))
-            start = 0
-        self._used = start + form.nbytes
-        flat = self._chunks[-1][start : self._used].view(tensor.dtype)
         return flat.as_strided(form.shape, form.stride()).copy_(tensor)
+
+    def _room(self, nbytes: int) -> Tensor:
+        start = -(-self._used // _ALIGNMENT) * _ALIGNMENT
+        if not self._chunks or start + nbytes > self._chunks[-1].nbytes:
+            self._chunks.append(self._reserve.take(nbytes))
+            start = 0
+        self._used = start + nbytes
+        return self._chunks[-1][start : self._used]
 
     def free(self) -> None:
         """Nobody reads the copies any more."""
