@@ -101,15 +101,15 @@ def flashquants(llm: Any) -> dict[str, Sync]:
 
 def without_digest(llm: Any, sync: Sync) -> Sync:
     """As with FLASHQUANT_DIGEST=0, which is read when an engine starts: this saves a second one."""
-    session = _session(llm)
-    kept = session._checks
+    own = session(llm)
+    kept = own._checks
 
     def undigested(weights: Mapping[str, Tensor]) -> object:
-        session._checks = Checks(ledger=kept.ledger, digest=False)
+        own._checks = Checks(ledger=kept.ledger, digest=False)
         try:
             return sync(weights)
         finally:
-            session._checks = kept
+            own._checks = kept
 
     return undigested
 
@@ -138,7 +138,8 @@ def buckets(weights: list[tuple[str, Tensor]]) -> Iterator[list[tuple[str, Tenso
         yield bucket
 
 
-def _session(llm: Any) -> Any:
+def session(llm: Any) -> Any:
+    """Flashquant's, of an engine in this process."""
     from flashquant.patches.loading import session_of
 
     return session_of(llm.apply_model(lambda model: model)[0])

@@ -7,11 +7,13 @@ Two independent measurements of one reload, taken of two reloads after a warm on
 
     tensors     a dispatch mode sees every tensor that torch makes, and when its storage is
                 freed: exact, to the byte, but blind to what kernels allocate inside (oneDNN)
+                and to what is reserved for undo logs
     resident    VmHWM, the high-water mark that the kernel keeps, reset just before: blind to
                 nothing, but in whole pages (malloc is told to give freed blocks back at once)
 
 Each engine has a process of its own: what another one left would be taken for its own. The
-trainer's tensors exist before the reload, so they do not count. The limit is the largest single
+trainer's tensors exist before the reload, so they do not count; what an undo log reserves for the
+next one is given back before, so that it does. The limit is the largest single
 layer as it arrives, and, with an undo log, everything that is overwritten.
 """
 
@@ -32,7 +34,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks import environment, models
+from benchmarks import contenders, environment, models
 from benchmarks.results import (
     described,
     earlier,
@@ -137,6 +139,7 @@ def peaks(model: str, scheme: str) -> list[Peak]:
         flashquant.reload_weights(llm, new, atomic=atomic)
         with Allocations() as allocations:
             flashquant.reload_weights(llm, old, atomic=atomic)
+        contenders.session(llm).free_reserve()
         before = reset_high_water_mark()
         report = flashquant.reload_weights(llm, new, atomic=atomic)
         resident = _status("VmHWM") - before
@@ -158,10 +161,7 @@ def peaks(model: str, scheme: str) -> list[Peak]:
 
 def largest_layer(llm: Any, weights: models.Weights) -> tuple[str, int]:
     """The layer whose incoming tensors have the most bytes, by the engine's own write plan."""
-    from flashquant.patches.loading import session_of
-
-    model = llm.apply_model(lambda model: model)[0]
-    plan = session_of(model).plan
+    plan = contenders.session(llm).plan
     incoming: dict[str, int] = {}
     for name, tensor in weights.items():
         targets = plan[name].targets if name in plan else ()

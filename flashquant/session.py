@@ -285,10 +285,14 @@ class Session:
         self.abandon()
         for layer in self._engine.layers:
             layer.drop()
-        self._transactions.reserve.clear()
+        self.free_reserve()
         self.health.asleep = True
         if not keeps_weights:
             self.health.tear(self._routes.wanted)
+
+    def free_reserve(self) -> None:
+        """Give back the host memory that is held for the next update's undo log."""
+        self._transactions.reserve.clear()
 
     def wake_up(self) -> None:
         """There is memory behind the weights again."""
