@@ -1,7 +1,7 @@
 """Is 8 bit faster at generating, and after how many tokens has its sync paid for itself?
 
     python -m benchmarks.rollout [--model smollm2 qwen2.5-0.5b] [--scheme int8 ...]
-                                 [--batch 1 8 32] [--tokens 48] [--seconds 15] [--rounds 3]
+                                 [--batch 1 8 32] [--tokens 48] [--seconds 10] [--rounds 3]
                                  [--out benchmarks/out]
 
 Engines of all schemes live in one process and take turns, batch size by batch size, round after
@@ -216,7 +216,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--scheme", nargs="+", choices=SCHEMES[1:], default=list(SCHEMES[1:]))
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8, 32])
     parser.add_argument("--tokens", type=int, default=48, help="most a request in a round")
-    parser.add_argument("--seconds", type=float, default=15, help="most an engine a batch size")
+    parser.add_argument("--seconds", type=float, default=10, help="most an engine a batch size")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/out"))
     arguments = parser.parse_args(argv)
