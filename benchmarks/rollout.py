@@ -1,12 +1,17 @@
 """Is 8 bit faster at generating, and after how many tokens has its sync paid for itself?
 
     python -m benchmarks.rollout [--model smollm2 qwen2.5-0.5b] [--scheme int8 ...]
-                                 [--batch 1 8 32] [--tokens 48] [--rounds 3] [--out benchmarks/out]
+                                 [--batch 1 8 32] [--tokens 48] [--seconds 10] [--rounds 3]
+                                 [--out benchmarks/out]
 
 Engines of all schemes live in one process and take turns, batch size by batch size, round after
-round; medians. Prompts are 32 random tokens, and nobody stops early. The break-even line: a sync
-into 8 bit that takes longer than one into bf16 owes the difference, each token that comes faster
-pays some of it back. Where 8 bit is not faster, it never does, and the table says so.
+round; medians. Counted is what comes after the first token of each prompt, and nobody stops early:
+a turn ends when every request has its tokens, or when the engine's seconds for this batch size,
+shared by its rounds, are over. So an engine that is twenty times slower makes fewer tokens.
+
+The break-even line: a sync into 8 bit that takes longer than one into bf16 owes the difference,
+each token that comes faster pays some of it back. Where 8 bit is not faster, it never does, and
+the table says so.
 """
 
 from __future__ import annotations
@@ -34,7 +39,7 @@ from benchmarks.results import (
 )
 
 SCHEMES = ("bf16", "int8", "fp8_vllm", "fp8_channel")
-_PROMPT = 32
+_PROMPT = 8
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,8 @@ class Rate:
     """One engine at one batch size.
 
     Attributes:
-        seconds: of each round, for `tokens` new tokens, prompts included.
+        tokens: new ones in each round, of all requests together, after the first of each.
+        seconds: what they took.
         sync: seconds that a whole reload of this engine takes, median.
 
     """
@@ -50,19 +56,35 @@ class Rate:
     model: str
     scheme: str
     batch: int
-    tokens: int
+    tokens: list[int]
     seconds: list[float]
     sync: float
 
     @property
     def per_second(self) -> float:
-        return self.tokens / median(self.seconds)
+        return median(new / took for new, took in zip(self.tokens, self.seconds, strict=True))
 
 
 def measure(
-    model: str, schemes: Sequence[str], batches: Sequence[int], tokens: int, rounds: int
+    model: str,
+    schemes: Sequence[str],
+    batches: Sequence[int],
+    *,
+    tokens: int,
+    seconds: float,
+    rounds: int,
 ) -> list[Rate]:
-    """All these schemes of one model."""
+    """All these schemes of one model.
+
+    Args:
+        model: one of `models.NAMES`.
+        schemes: bf16 and those that are compared with it.
+        batches: how many requests at once.
+        tokens: the most that a request makes in a round.
+        seconds: how long an engine may take for all rounds of a batch size.
+        rounds: how often each takes its turn, after one that does not count.
+
+    """
     import flashquant
     from flashquant.patches import bench
 
@@ -73,31 +95,60 @@ def measure(
     syncs = {scheme: bench.whole(llm, atomic=True) for scheme, llm in engines.items()}
     timings = bench.take_turns(syncs, models.both_policies(path), rounds)
     took = {timing.name: timing.median for timing in timings}
-    found = []
+    found: list[Rate] = []
     for batch in batches:
-        seconds: dict[str, list[float]] = {scheme: [] for scheme in schemes}
-        for turn in range(rounds + 1):
-            for scheme, llm in engines.items():
-                seconds[scheme].append(generate(llm, batch, tokens, turn))
-        found += [
-            Rate(model, scheme, batch, batch * tokens, seconds[scheme][1:], took[scheme])
-            for scheme in schemes
-        ]
-        print(table(found[-len(schemes) :]), flush=True)
+        rates = {scheme: Rate(model, scheme, batch, [], [], took[scheme]) for scheme in schemes}
+        for llm in engines.values():
+            generate(llm, batch, tokens=2)  # does not count
+        for turn in range(rounds):
+            for scheme, rate in rates.items():
+                new, spent = generate(
+                    engines[scheme], batch, tokens, seconds / rounds, seed=turn + 1
+                )
+                rate.tokens.append(new)
+                rate.seconds.append(spent)
+        found += rates.values()
+        print(table(list(rates.values())), flush=True)
     return found
 
 
-def generate(llm: Any, batch: int, tokens: int, seed: int) -> float:
-    """Seconds of one batch; other prompts each time, so that no cache helps."""
+def generate(
+    llm: Any, batch: int, tokens: int, seconds: float = 0, *, seed: int = 0
+) -> tuple[int, float]:
+    """One turn: how many tokens came after the first of each request, and in how many seconds.
+
+    Other prompts each time, so that no cache helps. A step that has begun ends, so the seconds,
+    of which the prompts are a part, may be a little more; one step is always made.
+    """
     from vllm import SamplingParams
 
+    engine = llm.llm_engine
+    sampling = SamplingParams(
+        max_tokens=1 + tokens, temperature=0, ignore_eos=True, detokenize=False
+    )
     dice = torch.Generator().manual_seed(seed)
-    asked = torch.randint(1000, (batch, _PROMPT), generator=dice).tolist()
-    prompts = [{"prompt_token_ids": prompt} for prompt in asked]
-    sampling = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True, detokenize=False)
-    began = time.perf_counter()
-    llm.generate(prompts, sampling, use_tqdm=False)
-    return time.perf_counter() - began
+    names = [f"{batch}-{seed}-{number}" for number in range(batch)]
+    for name in names:
+        prompt = torch.randint(1000, (_PROMPT,), generator=dice).tolist()
+        engine.add_request(name, {"prompt_token_ids": prompt}, sampling)
+    until = time.perf_counter() + seconds
+    have: dict[str, int] = {}
+    while len(have) < batch:
+        _step(engine, have)
+    first, began = sum(have.values()), time.perf_counter()
+    while engine.has_unfinished_requests():
+        _step(engine, have)
+        if time.perf_counter() > until:
+            break
+    took = time.perf_counter() - began
+    engine.abort_request(names)
+    return sum(have.values()) - first, took
+
+
+def _step(engine: Any, have: dict[str, int]) -> None:
+    """Let each request have its next token."""
+    for output in engine.step():
+        have[output.request_id] = len(output.outputs[0].token_ids)
 
 
 def break_even(rate: Rate, bf16: Rate) -> str:
@@ -123,7 +174,7 @@ def table(rates: Sequence[Rate]) -> str:
         rows.append(
             (
                 f"{rate.model}, {rate.scheme}, {rate.batch} at once",
-                f"{rate.per_second:.0f}",
+                f"{rate.per_second:,.1f}",
                 f"{rate.per_second / bf16.per_second:.2f}x",
                 milliseconds(rate.sync),
                 break_even(rate, bf16),
@@ -151,6 +202,7 @@ def plot(rates: Sequence[Rate], path: Path) -> None:
                     label=f"{model}, {scheme}",
                 )
         axes.set(xscale="log", yscale="log", xlabel="requests at once", ylabel="tokens a second")
+        axes.set_xticks([], minor=True)  # a log scale would name 2, 3, 4 and 6 as well
         axes.set_xticks(sorted({r.batch for r in rates}), sorted({r.batch for r in rates}))
         axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
 
@@ -163,7 +215,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model", nargs="+", choices=models.NAMES, default=["smollm2"])
     parser.add_argument("--scheme", nargs="+", choices=SCHEMES[1:], default=list(SCHEMES[1:]))
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8, 32])
-    parser.add_argument("--tokens", type=int, default=48)
+    parser.add_argument("--tokens", type=int, default=48, help="most a request in a round")
+    parser.add_argument("--seconds", type=float, default=10, help="most an engine a batch size")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/out"))
     arguments = parser.parse_args(argv)
@@ -175,7 +228,14 @@ def main(argv: list[str] | None = None) -> int:
     found = [rate for rate in known if rate.model not in arguments.model]
     for model in arguments.model:
         schemes = [SCHEMES[0], *arguments.scheme]
-        found += measure(model, schemes, arguments.batch, arguments.tokens, arguments.rounds)
+        found += measure(
+            model,
+            schemes,
+            arguments.batch,
+            tokens=arguments.tokens,
+            seconds=arguments.seconds,
+            rounds=arguments.rounds,
+        )
     facts["threads"] = str(torch.get_num_threads())
     save_text(f"{described(facts)}\n\n{table(found)}", arguments.out / "rollout.md")
     save_json(found, facts, file)

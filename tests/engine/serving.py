@@ -25,6 +25,7 @@ import flashquant
 from flashquant.patches import kernel_state
 from flashquant.patches.loading import session_of
 from flashquant.session import Session
+from tests.groups import make_experts_group
 
 _PROMPTS = [list(range(5 + shift, 45 + shift)) for shift in (0, 3, 11, 200)]
 
@@ -85,6 +86,7 @@ class Serving:
         from vllm import LLM
 
         flashquant.patch()
+        make_experts_group()
         with mock.patch.dict(os.environ, FLASHRL_CONFIG=self.scheme):
             return LLM(
                 str(self.checkpoint),

@@ -21,6 +21,7 @@ from vllm.model_executor.model_loader import get_model
 
 import flashquant
 from flashquant.patches import kernel_state
+from tests.groups import make_experts_group
 from tests.layouts.machine import Machine, pretending
 
 
@@ -67,7 +68,4 @@ def _be_the_only_worker() -> None:
         init_distributed_environment(1, 0, f"tcp://127.0.0.1:{port}", 0, "gloo")
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(1, 1)
-    if parallel_state._EP is None:  # the first model was a dense one
-        parallel_state._EP = parallel_state.init_model_parallel_group(
-            [[0]], parallel_state.get_world_group().local_rank, "gloo", group_name="ep"
-        )
+    make_experts_group()
