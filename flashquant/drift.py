@@ -13,8 +13,9 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Final, NamedTuple
 
 import torch
@@ -43,11 +44,24 @@ class Clipping(NamedTuple):
 
 @dataclass(frozen=True)
 class Noted:
-    """What an update under way brings of one weight; nothing of it counts until it stands."""
+    """What an update under way brings of one weight; nothing of it counts until it stands.
+
+    Attributes:
+        sample: of its codes, int8: a copy, or a view of live memory, which holds them then.
+
+    """
 
     size: int
     sample: Tensor
     clipping: Clipping | None
+
+
+class Standing(NamedTuple):
+    """A sample that stands, with those of other weights in one tensor."""
+
+    samples: Tensor
+    start: int
+    stop: int
 
 
 class Drifts:
@@ -59,24 +73,28 @@ class Drifts:
     """
 
     def __init__(self, warn_above: float = 1.0) -> None:
-        self._standing: dict[str, Tensor] = {}
+        self._standing: dict[str, Standing] = {}
         self._warn_above = warn_above
 
     def start(self, name: str, values: Tensor) -> None:
         """The engine starts on these codes; other dtypes are passed over."""
         if holds_codes(values.dtype):
-            self._standing[name] = _sampled(values)
+            sample = _sampled(values).clone()
+            self._standing[name] = Standing(sample, 0, len(sample))
 
     def note(self, name: str, values: Tensor, clipping: Clipping | None) -> Noted | None:
         """What a push makes of one weight; None for what is no codes. Waits for no device."""
         if not holds_codes(values.dtype):
             return None
-        return Noted(values.numel(), _sampled(values), clipping)
+        return Noted(values.numel(), _sampled(values).clone(), clipping)
 
     def settle(self, noted: Mapping[str, Noted]) -> dict[str, Drift]:
         """An update stands: what it brought is what the next one is compared with."""
-        changed = self._changed(noted)
-        self._standing |= {name: note.sample for name, note in noted.items()}
+        changed: dict[str, float] = {}
+        for names in _by_device(noted):
+            now = _together(names, [noted[name].sample for name in names])
+            changed |= self._changed(now)
+            self._standing |= now
         numbers = _on_host(
             [n.clipping and n.clipping.outside for n in noted.values()]
             + [n.clipping and n.clipping.peak for n in noted.values()]
@@ -94,19 +112,20 @@ class Drifts:
         self._warn(drifts)
         return drifts
 
-    def _changed(self, noted: Mapping[str, Noted]) -> dict[str, float]:
+    def _changed(self, now: Mapping[str, Standing]) -> dict[str, float]:
         """The fraction of each sample that is other than before, of all of them at once."""
         pairs = {
-            name: (note.sample, old)
-            for name, note in noted.items()
+            name: (new, old)
+            for name, new in now.items()
             if (old := self._standing.get(name)) is not None
-            and (old.shape, old.device) == (note.sample.shape, note.sample.device)
+            and old.stop - old.start == new.stop - new.start
+            and old.samples.device == new.samples.device
         }
         if not pairs:
             return {}
-        new, old = (torch.cat(samples) for samples in zip(*pairs.values(), strict=True))
-        sizes = torch.tensor([len(sample) for sample, _ in pairs.values()])
-        counts = torch.cat([new.new_zeros(1, dtype=torch.int64), new.ne(old).cumsum(0)]).cpu()
+        fresh, known = (_joined(samples) for samples in zip(*pairs.values(), strict=True))
+        sizes = torch.tensor([new.stop - new.start for new, _ in pairs.values()])
+        counts = torch.cat([fresh.new_zeros(1, dtype=torch.int64), fresh.ne(known).cumsum(0)]).cpu()
         changed = counts[sizes.cumsum(0)].diff(prepend=counts[:1]) / sizes
         return dict(zip(pairs, changed.tolist(), strict=True))
 
@@ -130,12 +149,45 @@ class Drifts:
         )
 
 
+def noted_in_place(codes: Tensor) -> Noted:
+    """What every update notes that makes these codes where they lie, and then looks at them."""
+    return Noted(codes.numel(), _sampled(codes), None)
+
+
 def _sampled(codes: Tensor) -> Tensor:
     """Codes at the same places every time; all of them where they are few."""
-    if not codes.is_contiguous():
-        codes = codes.contiguous()
+    codes = codes.contiguous().view(torch.int8)
     stride = _stride(codes.numel(), codes.shape[-1])
-    return codes.as_strided((-(-codes.numel() // stride),), (stride,)).clone().view(torch.int8)
+    places = (-(-codes.numel() // stride),), (stride,)
+    return codes.as_strided(*places, codes.storage_offset())
+
+
+def _by_device(noted: Mapping[str, Noted]) -> Iterable[list[str]]:
+    """Names, those together whose samples are on one device."""
+    names: dict[torch.device, list[str]] = {}
+    for name, note in noted.items():
+        names.setdefault(note.sample.device, []).append(name)
+    return names.values()
+
+
+def _together(names: Iterable[str], samples: list[Tensor]) -> dict[str, Standing]:
+    """Samples, copied into one tensor one after another."""
+    together = torch.cat(samples)
+    ends = list(accumulate(map(len, samples), initial=0))
+    return {
+        name: Standing(together, *place) for name, place in zip(names, pairwise(ends), strict=True)
+    }
+
+
+def _joined(samples: Iterable[Standing]) -> Tensor:
+    """Samples one after another; neighbours, which stand so already, are not taken apart."""
+    runs: list[Standing] = []
+    for one in samples:
+        if runs and runs[-1].samples is one.samples and runs[-1].stop == one.start:
+            runs[-1] = Standing(one.samples, runs[-1].start, one.stop)
+        else:
+            runs.append(one)
+    return torch.cat([samples[start:stop] for samples, start, stop in runs])
 
 
 @functools.cache

@@ -46,6 +46,7 @@ class DirectLayer:
             target: {target, f"{target}_scale", target.removesuffix("_scale")} & homes.keys()
             for target in homes
         }
+        self._logs: dict[str, UndoLog] = {}  # which keeps what a home held that is being filled
         self._prepared: Carry | None = None
 
     @property
@@ -55,9 +56,11 @@ class DirectLayer:
     @property
     def missing(self) -> tuple[str, ...]:
         """What must still arrive of parameters that have begun to; codes wait for their scales."""
-        started = {target for target, stage in self._stages.items() if stage.started}
-        needed = {target for target in self._stages if not started.isdisjoint(self._pairs[target])}
-        return tuple(t for t, stage in self._stages.items() if t in needed and not stage.complete)
+        return tuple(
+            target
+            for target, stage in self._stages.items()
+            if not stage.complete and any(self._stages[t].started for t in self._pairs[target])
+        )
 
     @property
     def ready(self) -> bool:
@@ -67,14 +70,22 @@ class DirectLayer:
         return self._stages[target]
 
     def window(self, step: Write | Fill, undo: UndoLog, reach: Reach) -> Tensor:
-        stage, home = self._stages[step.target], self.homes[step.target]
+        stage = self._stages[step.target]
         if reach is Reach.PARTS or (reach is Reach.WHOLE and self._is_alone(step, stage)):
-            window = step.target_view.into(home)
-            if not stage.started:
-                stage.adopt(home)
-            undo.remember(window)
-            return window
+            self.move_in(step.target, undo)
         return step.target_view.into(stage.memory(self.device))
+
+    def move_in(self, target: str, undo: UndoLog) -> bool:
+        if self._logs.get(target) is undo:
+            return True
+        stage, home = self._stages[target], self.homes[target]
+        if stage.started and not stage.lies_in(home):
+            return False  # its loader began it, on staged memory: both must not have a part
+        # All of it: it is to arrive as a whole, or nothing stands.
+        undo.remember(home)
+        stage.adopt(home)
+        self._logs[target] = undo
+        return True
 
     def _is_alone(self, step: Write | Fill, stage: Stage) -> bool:
         """Whether a step brings all of a parameter that needs no other."""
@@ -93,6 +104,7 @@ class DirectLayer:
 
     def drop(self) -> None:
         self._prepared = None
+        self._logs.clear()
         for stage in self._stages.values():
             stage.clear()
 
@@ -127,6 +139,6 @@ class DirectLayer:
         """What has arrived and is not in its place yet."""
         carry = Carry()
         for target, stage in self._stages.items():
-            if stage.started:
+            if stage.started and not stage.lies_in(self.homes[target]):
                 carry.copy(self.homes[target], stage.memory(self.device))
         return carry

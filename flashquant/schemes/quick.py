@@ -92,6 +92,33 @@ def int8_refreshed(
     return made_by.int8_refreshed(weight, input_scale, output_scale, weight_scale, codes)
 
 
+def storing(
+    quantize: object, dtype: torch.dtype, home: Tensor, scales: Tensor | None = None
+) -> native.Storing | None:
+    """What stores contiguous rows right where they belong, as they are or as codes and scales.
+
+    Args:
+        quantize: `int8_channel` or `fp8_channel`, or None where they are stored as they are.
+        dtype: of the rows that will come.
+        home: `[N, K]`, codes, or `dtype`.
+        scales: `[N, 1]`, float32 and contiguous, beside codes.
+
+    Returns:
+        None where no kernel does that.
+
+    """
+    kernels = native.kernels() if home.device.type == "cpu" and dtype in native.TYPES else None
+    name = _STORING.get(quantize)
+    return None if kernels is None or name is None else kernels.storing(name, dtype, home, scales)
+
+
+_STORING: Final[dict[object, str]] = {
+    None: "copied",
+    int8_channel: "int8_channel",
+    fp8_channel: "fp8_channel",
+}
+
+
 def _kernels(weight: Tensor) -> native.Kernels | None:
     """Those that take this tensor: it has memory, and nobody watches what is done to it."""
     plain = type(weight).__torch_dispatch__ is Tensor.__torch_dispatch__
