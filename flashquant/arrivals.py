@@ -23,7 +23,9 @@ class Arrivals:
 
     def waiting(self) -> dict[str, tuple[str, ...]]:
         """The layers that have arrived in part, and what each still waits for."""
-        return {layer.name: layer.missing for layer in self._engine.layers if layer.missing}
+        return {
+            layer.name: missing for layer in self._engine.layers if (missing := layer.missing)
+        }
 
     def note_refused(self, names: Iterable[str]) -> None:
         """A push outside a bracket failed, and its tensors with it."""

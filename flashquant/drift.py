@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Final, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -118,16 +119,16 @@ class Drifts:
             name: (new, old)
             for name, new in now.items()
             if (old := self._standing.get(name)) is not None
-            and old.stop - old.start == new.stop - new.start
+            and old.stop - old.start == new.stop - new.start > 0
             and old.samples.device == new.samples.device
         }
         if not pairs:
             return {}
         fresh, known = (_joined(samples) for samples in zip(*pairs.values(), strict=True))
-        sizes = torch.tensor([new.stop - new.start for new, _ in pairs.values()])
-        counts = torch.cat([fresh.new_zeros(1, dtype=torch.int64), fresh.ne(known).cumsum(0)]).cpu()
-        changed = counts[sizes.cumsum(0)].diff(prepend=counts[:1]) / sizes
-        return dict(zip(pairs, changed.tolist(), strict=True))
+        sizes = np.array([new.stop - new.start for new, _ in pairs.values()])
+        others = fresh.ne(known).cpu().view(torch.uint8).numpy()
+        counts = np.add.reduceat(others, sizes.cumsum() - sizes, dtype=np.int64)
+        return dict(zip(pairs, (counts / sizes).tolist(), strict=True))
 
     def _warn(self, drifts: Mapping[str, Drift]) -> None:
         """Say once that the scales no longer hold what is pushed."""

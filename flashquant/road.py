@@ -182,7 +182,8 @@ class Road:
                 self._let_live(layer, update)
 
     def _let_live(self, layer: Layer, update: Update) -> None:
-        for stage in map(layer.stage, layer.targets):
+        stages = () if update.bracket else map(layer.stage, layer.targets)  # it began with none
+        for stage in stages:
             if stage.count > len(update.staged[stage]):  # earlier pushes brought the rest
                 earlier = stage.windows - update.staged[stage]
                 stage.remember(earlier, update.undo, values=False)

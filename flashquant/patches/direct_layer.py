@@ -41,10 +41,11 @@ class DirectLayer:
         self._stages = {
             target: Stage(home.shape, home.stride(), home.dtype) for target, home in homes.items()
         }
-        # A parameter, with its scales or its codes, which mean nothing without each other.
-        self._pairs = {
-            target: {target, f"{target}_scale", target.removesuffix("_scale")} & homes.keys()
-            for target in homes
+        # Its scales or its codes, which mean nothing without each other; else itself.
+        self._partners = {
+            target: self._stages.get(f"{target}_scale")
+            or self._stages.get(target.removesuffix("_scale"), stage)
+            for target, stage in self._stages.items()
         }
         self._logs: dict[str, UndoLog] = {}  # which keeps what a home held that is being filled
         self._prepared: Carry | None = None
@@ -59,7 +60,7 @@ class DirectLayer:
         return tuple(
             target
             for target, stage in self._stages.items()
-            if not stage.complete and any(self._stages[t].started for t in self._pairs[target])
+            if not stage.complete and (stage.started or self._partners[target].started)
         )
 
     @property
@@ -89,7 +90,7 @@ class DirectLayer:
 
     def _is_alone(self, step: Write | Fill, stage: Stage) -> bool:
         """Whether a step brings all of a parameter that needs no other."""
-        return len(self._pairs[step.target]) == 1 and step.target_view.numel == stage.numel
+        return self._partners[step.target] is stage and step.target_view.numel == stage.numel
 
     def receive(
         self,
@@ -115,17 +116,23 @@ class DirectLayer:
             stage.clear()
 
     def commit(self, undo: UndoLog) -> int:
-        started = [t for t, stage in self._stages.items() if stage.started]
         if self._prepared is not None:
             written = self._prepared.apply()
             undo.hold(self._prepared)
         else:
-            carry = self._carry()
-            carry.remember(undo)
-            carry.apply()
-            written = sum(self.homes[target].nbytes for target in started)
+            written = sum(self._bring_home(target, undo) for target in self._stages)
         self.drop()
         return written
+
+    def _bring_home(self, target: str, undo: UndoLog) -> int:
+        """What has arrived of a parameter goes live, if it is not; its bytes."""
+        stage, home = self._stages[target], self.homes[target]
+        if not stage.started:
+            return 0
+        if not stage.lies_in(home):
+            undo.remember(home)
+            home.copy_(stage.memory(self.device))
+        return home.nbytes
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every live tensor of the layer, by full name."""
@@ -139,6 +146,6 @@ class DirectLayer:
         """What has arrived and is not in its place yet."""
         carry = Carry()
         for target, stage in self._stages.items():
-            if stage.started and not stage.lies_in(self.homes[target]):
+            if stage.started:
                 carry.copy(self.homes[target], stage.memory(self.device))
         return carry
