@@ -14,8 +14,8 @@ import functools
 import logging
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from dataclasses import dataclass, replace
+from itertools import accumulate, groupby, repeat
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -57,12 +57,8 @@ class Noted:
     clipping: Clipping | None
 
 
-class Standing(NamedTuple):
-    """A sample that stands, with those of other weights in one tensor."""
-
-    samples: Tensor
-    start: int
-    stop: int
+# A sample that stands: where it starts and stops in a tensor that holds those of other weights too.
+Standing = tuple[Tensor, int, int]
 
 
 class Drifts:
@@ -81,7 +77,7 @@ class Drifts:
         """The engine starts on these codes; other dtypes are passed over."""
         if holds_codes(values.dtype):
             sample = _sampled(values).clone()
-            self._standing[name] = Standing(sample, 0, len(sample))
+            self._standing[name] = (sample, 0, len(sample))
 
     def note(self, name: str, values: Tensor, clipping: Clipping | None) -> Noted | None:
         """What a push makes of one weight; None for what is no codes. Waits for no device."""
@@ -92,25 +88,17 @@ class Drifts:
     def settle(self, noted: Mapping[str, Noted]) -> dict[str, Drift]:
         """An update stands: what it brought is what the next one is compared with."""
         changed: dict[str, float] = {}
-        for names in _by_device(noted):
-            now = _together(names, [noted[name].sample for name in names])
+        for _, there in groupby(noted.items(), lambda item: item[1].sample.device):
+            now = _together(dict(there))
             changed |= self._changed(now)
             self._standing |= now
-        numbers = _on_host(
-            [n.clipping and n.clipping.outside for n in noted.values()]
-            + [n.clipping and n.clipping.peak for n in noted.values()]
-        )
-        count = len(noted)
-        drifts = {
-            name: Drift(
-                size=note.size,
-                changed=changed.get(name),
-                clipped=None if (out := numbers[i]) is None else out / note.size,
-                peak=numbers[count + i],
-            )
-            for i, (name, note) in enumerate(noted.items())
-        }
-        self._warn(drifts)
+        drifts = {name: Drift(note.size, changed.get(name)) for name, note in noted.items()}
+        clipping = {name: c for name, note in noted.items() if (c := note.clipping) is not None}
+        outside = _on_host(c.outside for c in clipping.values())
+        peaks = _on_host(c.peak for c in clipping.values())
+        for name, out, peak in zip(clipping, outside, peaks, strict=True):
+            drifts[name] = replace(drifts[name], clipped=out / noted[name].size, peak=peak)
+        self._warn({name: drifts[name] for name in clipping})
         return drifts
 
     def _changed(self, now: Mapping[str, Standing]) -> dict[str, float]:
@@ -119,13 +107,13 @@ class Drifts:
             name: (new, old)
             for name, new in now.items()
             if (old := self._standing.get(name)) is not None
-            and old.stop - old.start == new.stop - new.start > 0
-            and old.samples.device == new.samples.device
+            and old[2] - old[1] == new[2] - new[1] > 0
+            and old[0].device == new[0].device
         }
         if not pairs:
             return {}
         fresh, known = (_joined(samples) for samples in zip(*pairs.values(), strict=True))
-        sizes = np.array([new.stop - new.start for new, _ in pairs.values()])
+        sizes = np.array([stop - start for (_, start, stop), _ in pairs.values()])
         others = fresh.ne(known).cpu().view(torch.uint8).numpy()
         counts = np.add.reduceat(others, sizes.cumsum() - sizes, dtype=np.int64)
         return dict(zip(pairs, (counts / sizes).tolist(), strict=True))
@@ -163,32 +151,25 @@ def _sampled(codes: Tensor) -> Tensor:
     return codes.as_strided(*places, codes.storage_offset())
 
 
-def _by_device(noted: Mapping[str, Noted]) -> Iterable[list[str]]:
-    """Names, those together whose samples are on one device."""
-    names: dict[torch.device, list[str]] = {}
-    for name, note in noted.items():
-        names.setdefault(note.sample.device, []).append(name)
-    return names.values()
-
-
-def _together(names: Iterable[str], samples: list[Tensor]) -> dict[str, Standing]:
-    """Samples, copied into one tensor one after another."""
+def _together(noted: Mapping[str, Noted]) -> dict[str, Standing]:
+    """Samples of one device, copied into one tensor one after another."""
+    samples = [note.sample for note in noted.values()]
     together = torch.cat(samples)
-    ends = list(accumulate(map(len, samples), initial=0))
-    return {
-        name: Standing(together, *place) for name, place in zip(names, pairwise(ends), strict=True)
-    }
+    stops = list(accumulate(sample.numel() for sample in samples))
+    places = zip(repeat(together), (0, *stops), stops, strict=False)
+    return dict(zip(noted, places, strict=True))
 
 
 def _joined(samples: Iterable[Standing]) -> Tensor:
     """Samples one after another; neighbours, which stand so already, are not taken apart."""
     runs: list[Standing] = []
-    for one in samples:
-        if runs and runs[-1].samples is one.samples and runs[-1].stop == one.start:
-            runs[-1] = Standing(one.samples, runs[-1].start, one.stop)
+    for together, start, stop in samples:
+        if runs and together is runs[-1][0] and start == runs[-1][2]:
+            runs[-1] = (together, runs[-1][1], stop)
         else:
-            runs.append(one)
-    return torch.cat([samples[start:stop] for samples, start, stop in runs])
+            runs.append((together, start, stop))
+    parts = [together[start:stop] for together, start, stop in runs]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 @functools.cache
@@ -200,15 +181,10 @@ def _stride(size: int, columns: int) -> int:
     return stride
 
 
-def _on_host(scalars: list[Tensor | None]) -> list[float | None]:
-    """All of them in one transfer a device."""
-    found: list[float | None] = [None] * len(scalars)
-    by_device: dict[torch.device, list[int]] = {}
-    for place, scalar in enumerate(scalars):
-        if scalar is not None:
-            by_device.setdefault(scalar.device, []).append(place)
-    for places in by_device.values():
-        together = torch.stack([s.float() for i in places if (s := scalars[i]) is not None])
-        for place, value in zip(places, together.tolist(), strict=True):
-            found[place] = value
-    return found
+def _on_host(scalars: Iterable[Tensor]) -> list[float]:
+    """All of them, with one wait for each run of one device."""
+    return [
+        value
+        for _, there in groupby(scalars, lambda scalar: scalar.device)
+        for value in torch.stack([scalar.float() for scalar in there]).tolist()
+    ]

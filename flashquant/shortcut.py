@@ -106,8 +106,9 @@ class Shortcut:
 
     @property
     def completes(self) -> bool:
-        """Whether nothing is missing any more of what it is a part of."""
-        return all(part.stage.complete for part in self.parts)
+        """Whether nothing is missing any more of the parameters that it is a part of."""
+        first, *others = self.parts
+        return first.stage.complete and all(part.stage.complete for part in others)
 
 
 class Shortcuts:
