@@ -1,4 +1,4 @@
-"""The short way of a tensor that lands, all of it, in live memory: one call into C.
+"""The short way of a tensor that lands, all of it, in live memory: one call, on the host into C.
 
 Inside a bracket there is nothing to decide about such a tensor that was not decided when it last
 came: where its rows go, and its scales, what makes them, which layer they may complete. So all of
@@ -20,8 +20,7 @@ from flashquant.drift import Noted, noted_in_place
 from flashquant.engine import Layer
 from flashquant.fit import check_peak
 from flashquant.plan import View, Write
-from flashquant.schemes.native import Storing
-from flashquant.schemes.quick import storing
+from flashquant.schemes.quick import Storing, storing
 from flashquant.update import Update
 from flashquant.ways import Landing, Way
 from flashquant.write import Stage
@@ -44,7 +43,8 @@ class Shortcut:
 
     Attributes:
         names: its own, and that of the scales that are made of it.
-        shape, dtype: of the tensors that fit.
+        shape, dtype, device: of the tensors that fit.
+        nbytes: of each.
         parts: codes and scales, or the tensor itself.
         layer: which all of them lie in.
         store: fills them.
@@ -55,6 +55,7 @@ class Shortcut:
     names: tuple[str, ...]
     shape: torch.Size
     dtype: torch.dtype
+    device: torch.device
     nbytes: int
     parts: tuple[Part, ...]
     targets: tuple[str, ...]
@@ -77,7 +78,11 @@ class Shortcut:
             update.claim(stage, view)
             if not layer.move_in(target, undo):
                 return False
-        check_peak(name, self.store(sent), ())  # type: ignore[arg-type]  # it fits
+        peak = self.store(sent)  # type: ignore[arg-type]  # it fits
+        if isinstance(peak, Tensor):
+            update.doubts.add(name, peak, ())
+        else:
+            check_peak(name, peak, ())
         for _, stage, view, _ in self.parts:
             stage.arrived(view)
         update.waiting[layer.name] = layer
@@ -94,7 +99,7 @@ class Shortcut:
             type(sent) in _PLAIN
             and sent.dtype is self.dtype  # type: ignore[attr-defined]  # it is a tensor
             and sent.shape == self.shape  # type: ignore[attr-defined]
-            and sent.is_cpu  # type: ignore[attr-defined]
+            and sent.device == self.device  # type: ignore[attr-defined]
             and sent.layout is torch.strided  # type: ignore[attr-defined]
             and sent.is_contiguous()  # type: ignore[attr-defined]
         )
@@ -137,25 +142,24 @@ def _shortcut(way: Way, tensor: Tensor) -> Shortcut | None:
     codes = way.landing_of_codes(tensor)
     names = (way.name,) if codes is None else (way.name, recipe.scale_name)
     parts = tuple(part for name in names for part in _parts(way.landings.get(name)))
-    if recipe.calibration is not None or len(parts) != len(names) or not tensor.is_cpu:
+    if recipe.calibration is not None or len(parts) != len(names):
         return None
-    if codes is None and parts[0].live.dtype != tensor.dtype:
+    live = parts[0].live
+    if live.device != tensor.device or (codes is None and live.dtype != tensor.dtype):
         return None
     rows = (part.live.view(len(part.live) if part.live.dim() > 1 else 1, -1) for part in parts)
-    store = storing(None if codes is None else recipe.quantize, tensor.dtype, *rows)
-    if store is None:
-        return None
     ((_, layer, _),) = way.landings[way.name].steps
     return Shortcut(
         names=names,
         shape=tensor.shape,
         dtype=tensor.dtype,
+        device=tensor.device,
         nbytes=tensor.nbytes,
         parts=parts,
         targets=tuple(part.target for part in parts),
         layer=layer,
-        store=store,
-        noted=None if codes is None else noted_in_place(parts[0].live),
+        store=storing(None if codes is None else recipe.quantize, tensor.dtype, *rows),
+        noted=None if codes is None else noted_in_place(live),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Iterator
 
 import pytest
@@ -217,11 +218,38 @@ def test_the_memory_of_a_tensor_may_be_used_again(live, dtype, short):
     assert serves(engine, right(dtype, 2))
 
 
-def test_without_kernels_there_is_none(dtype, short, monkeypatch):
+def test_without_kernels_the_definitions_do_the_work(dtype, short, monkeypatch):
     monkeypatch.setattr("flashquant.schemes.native.kernels", lambda: None)
     session, engine = serving("fused", dtype, TENSORS)
     session.reload(engine.weights(1))
-    session.reload(engine.weights(2))
+    weights = engine.weights(2)
 
-    assert short == []
+    session.reload(weights)
+    assert short == list(weights)
     assert serves(engine, right(dtype, 2))
+
+    weights["layers.1.1.weight"] = WRONG["NaN"](weights["layers.1.1.weight"])
+    with pytest.raises(MisfitTensor, match=r"layers\.1\.1\.weight holds NaN"):
+        session.reload(weights)
+    assert serves(engine, right(dtype, 2))
+
+
+def test_on_a_device_a_doubt_waits_for_the_end_of_the_update(dtype, short, monkeypatch):
+    """As long as the device has not answered, nothing stands."""
+    quick = importlib.import_module("flashquant.shortcut").storing
+
+    def waiting(*args):
+        store = quick(*args)
+        return lambda weight: torch.tensor(store(weight))
+
+    monkeypatch.setattr("flashquant.shortcut.storing", waiting)
+    session, engine = serving("fused", dtype, TENSORS)
+    session.reload(engine.weights(1))
+    weights = engine.weights(2)
+    weights["layers.0.0.weight"] = WRONG["infinite"](weights["layers.0.0.weight"])
+
+    with pytest.raises(MisfitTensor, match=r"layers\.0\.0\.weight holds NaN"):
+        session.reload(weights)
+
+    assert len(short) == TENSORS
+    assert serves(engine, right(dtype, 1))

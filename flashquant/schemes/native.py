@@ -41,9 +41,6 @@ _SIGNATURES: Final[dict[str, list[Any]]] = {
 }
 _RETURN_THE_PEAK: Final = ("copied", "int8_channel", "fp8_channel")
 
-# Contiguous rows are stored where they belong; returns the absolute maximum of all of them.
-Storing = Callable[[Tensor], float]
-
 
 class Kernels:
     """The functions of `absmax`, `int8`, `fp8` and `smoothed` that read a matrix, in C.
@@ -145,8 +142,10 @@ class Kernels:
 
     def storing(
         self, name: str, dtype: torch.dtype, home: Tensor, scales: Tensor | None = None
-    ) -> Storing:
+    ) -> Callable[[Tensor], float]:
         """One of `copied`, `int8_channel` and `fp8_channel`, bound to where its results belong.
+
+        It takes contiguous rows, and returns the absolute maximum of all of them.
 
         Args:
             name: which.
