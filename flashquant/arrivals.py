@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
-from flashquant.engine import Engine
+from flashquant.engine import Engine, Layer
 from flashquant.errors import IncompleteUpdate
 from flashquant.report import some_of
 from flashquant.update import Update
@@ -21,9 +21,10 @@ class Arrivals:
         self._refused: set[str] = set()  # tensors
         self._arrived: set[str] = set()  # parameters, since the trainer last said that it was done
 
-    def waiting(self) -> dict[str, tuple[str, ...]]:
-        """The layers that have arrived in part, and what each still waits for."""
-        return {layer.name: layer.missing for layer in self._engine.layers if layer.missing}
+    def waiting(self, layers: Iterable[Layer] | None = None) -> dict[str, tuple[str, ...]]:
+        """Of these layers, or of all, those that have arrived in part, and what each waits for."""
+        some = self._engine.layers if layers is None else layers
+        return {layer.name: missing for layer in some if (missing := layer.missing)}
 
     def note_refused(self, names: Iterable[str]) -> None:
         """A push outside a bracket failed, and its tensors with it."""
@@ -45,7 +46,7 @@ class Arrivals:
             IncompleteUpdate: they have not; the bracket is rolled back.
 
         """
-        if waiting := self.waiting():
+        if waiting := self.waiting(update.waiting.values()):
             raise IncompleteUpdate(
                 f"the update ended with {len(waiting)} layers half arrived, first "
                 f"{_missing_parts(waiting)}. Send every shard of a fused layer; the old weights "

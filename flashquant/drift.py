@@ -13,10 +13,12 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from itertools import accumulate, groupby, repeat
 from typing import Final, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -43,11 +45,20 @@ class Clipping(NamedTuple):
 
 @dataclass(frozen=True)
 class Noted:
-    """What an update under way brings of one weight; nothing of it counts until it stands."""
+    """What an update under way brings of one weight; nothing of it counts until it stands.
+
+    Attributes:
+        sample: of its codes, int8: a copy, or a view of live memory, which holds them then.
+
+    """
 
     size: int
     sample: Tensor
     clipping: Clipping | None
+
+
+# A sample that stands: where it starts and stops in a tensor that holds those of other weights too.
+Standing = tuple[Tensor, int, int]
 
 
 class Drifts:
@@ -59,56 +70,53 @@ class Drifts:
     """
 
     def __init__(self, warn_above: float = 1.0) -> None:
-        self._standing: dict[str, Tensor] = {}
+        self._standing: dict[str, Standing] = {}
         self._warn_above = warn_above
 
     def start(self, name: str, values: Tensor) -> None:
         """The engine starts on these codes; other dtypes are passed over."""
         if holds_codes(values.dtype):
-            self._standing[name] = _sampled(values)
+            sample = _sampled(values).clone()
+            self._standing[name] = (sample, 0, len(sample))
 
     def note(self, name: str, values: Tensor, clipping: Clipping | None) -> Noted | None:
         """What a push makes of one weight; None for what is no codes. Waits for no device."""
         if not holds_codes(values.dtype):
             return None
-        return Noted(values.numel(), _sampled(values), clipping)
+        return Noted(values.numel(), _sampled(values).clone(), clipping)
 
     def settle(self, noted: Mapping[str, Noted]) -> dict[str, Drift]:
         """An update stands: what it brought is what the next one is compared with."""
-        changed = self._changed(noted)
-        self._standing |= {name: note.sample for name, note in noted.items()}
-        numbers = _on_host(
-            [n.clipping and n.clipping.outside for n in noted.values()]
-            + [n.clipping and n.clipping.peak for n in noted.values()]
-        )
-        count = len(noted)
-        drifts = {
-            name: Drift(
-                size=note.size,
-                changed=changed.get(name),
-                clipped=None if (out := numbers[i]) is None else out / note.size,
-                peak=numbers[count + i],
-            )
-            for i, (name, note) in enumerate(noted.items())
-        }
-        self._warn(drifts)
+        changed: dict[str, float] = {}
+        for _, there in groupby(noted.items(), lambda item: item[1].sample.device):
+            now = _together(dict(there))
+            changed |= self._changed(now)
+            self._standing |= now
+        drifts = {name: Drift(note.size, changed.get(name)) for name, note in noted.items()}
+        clipping = {name: c for name, note in noted.items() if (c := note.clipping) is not None}
+        outside = _on_host(c.outside for c in clipping.values())
+        peaks = _on_host(c.peak for c in clipping.values())
+        for name, out, peak in zip(clipping, outside, peaks, strict=True):
+            drifts[name] = replace(drifts[name], clipped=out / noted[name].size, peak=peak)
+        self._warn({name: drifts[name] for name in clipping})
         return drifts
 
-    def _changed(self, noted: Mapping[str, Noted]) -> dict[str, float]:
+    def _changed(self, now: Mapping[str, Standing]) -> dict[str, float]:
         """The fraction of each sample that is other than before, of all of them at once."""
         pairs = {
-            name: (note.sample, old)
-            for name, note in noted.items()
+            name: (new, old)
+            for name, new in now.items()
             if (old := self._standing.get(name)) is not None
-            and (old.shape, old.device) == (note.sample.shape, note.sample.device)
+            and old[2] - old[1] == new[2] - new[1] > 0
+            and old[0].device == new[0].device
         }
         if not pairs:
             return {}
-        new, old = (torch.cat(samples) for samples in zip(*pairs.values(), strict=True))
-        sizes = torch.tensor([len(sample) for sample, _ in pairs.values()])
-        counts = torch.cat([new.new_zeros(1, dtype=torch.int64), new.ne(old).cumsum(0)]).cpu()
-        changed = counts[sizes.cumsum(0)].diff(prepend=counts[:1]) / sizes
-        return dict(zip(pairs, changed.tolist(), strict=True))
+        fresh, known = (_joined(samples) for samples in zip(*pairs.values(), strict=True))
+        sizes = np.array([stop - start for (_, start, stop), _ in pairs.values()])
+        others = fresh.ne(known).cpu().view(torch.uint8).numpy()
+        counts = np.add.reduceat(others, sizes.cumsum() - sizes, dtype=np.int64)
+        return dict(zip(pairs, (counts / sizes).tolist(), strict=True))
 
     def _warn(self, drifts: Mapping[str, Drift]) -> None:
         """Say once that the scales no longer hold what is pushed."""
@@ -130,12 +138,38 @@ class Drifts:
         )
 
 
+def noted_in_place(codes: Tensor) -> Noted:
+    """What every update notes that makes these codes where they lie, and then looks at them."""
+    return Noted(codes.numel(), _sampled(codes), None)
+
+
 def _sampled(codes: Tensor) -> Tensor:
     """Codes at the same places every time; all of them where they are few."""
-    if not codes.is_contiguous():
-        codes = codes.contiguous()
+    codes = codes.contiguous().view(torch.int8)
     stride = _stride(codes.numel(), codes.shape[-1])
-    return codes.as_strided((-(-codes.numel() // stride),), (stride,)).clone().view(torch.int8)
+    places = (-(-codes.numel() // stride),), (stride,)
+    return codes.as_strided(*places, codes.storage_offset())
+
+
+def _together(noted: Mapping[str, Noted]) -> dict[str, Standing]:
+    """Samples of one device, copied into one tensor one after another."""
+    samples = [note.sample for note in noted.values()]
+    together = torch.cat(samples)
+    stops = list(accumulate(sample.numel() for sample in samples))
+    places = zip(repeat(together), (0, *stops), stops, strict=False)
+    return dict(zip(noted, places, strict=True))
+
+
+def _joined(samples: Iterable[Standing]) -> Tensor:
+    """Samples one after another; neighbours, which stand so already, are not taken apart."""
+    runs: list[Standing] = []
+    for together, start, stop in samples:
+        if runs and together is runs[-1][0] and start == runs[-1][2]:
+            runs[-1] = (together, runs[-1][1], stop)
+        else:
+            runs.append((together, start, stop))
+    parts = [together[start:stop] for together, start, stop in runs]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 @functools.cache
@@ -147,15 +181,10 @@ def _stride(size: int, columns: int) -> int:
     return stride
 
 
-def _on_host(scalars: list[Tensor | None]) -> list[float | None]:
-    """All of them in one transfer a device."""
-    found: list[float | None] = [None] * len(scalars)
-    by_device: dict[torch.device, list[int]] = {}
-    for place, scalar in enumerate(scalars):
-        if scalar is not None:
-            by_device.setdefault(scalar.device, []).append(place)
-    for places in by_device.values():
-        together = torch.stack([s.float() for i in places if (s := scalars[i]) is not None])
-        for place, value in zip(places, together.tolist(), strict=True):
-            found[place] = value
-    return found
+def _on_host(scalars: Iterable[Tensor]) -> list[float]:
+    """All of them, with one wait for each run of one device."""
+    return [
+        value
+        for _, there in groupby(scalars, lambda scalar: scalar.device)
+        for value in torch.stack([scalar.float() for scalar in there]).tolist()
+    ]

@@ -75,7 +75,7 @@ class Doubts:
             here = [doubt for doubt in doubts if doubt[1].device == device]
             peaks = torch.stack([peak for _, peak, _ in here]).tolist()
             for (name, _, stored), peak in zip(here, peaks, strict=True):
-                _check_peak(name, peak, stored)
+                check_peak(name, peak, stored)
 
 
 def check_finite(
@@ -100,9 +100,9 @@ def check_finite(
         peak_there = torch.where(tensor.isnan().any(), math.nan, 0.0) if codes else absmax(tensor)
         doubts.add(name, peak_there, stored)
     elif codes:
-        _check_peak(name, math.nan if tensor.isnan().any() else 0.0, stored)
+        check_peak(name, math.nan if tensor.isnan().any() else 0.0, stored)
     else:
-        _check_peak(name, peak_of(tensor), stored)
+        check_peak(name, peak_of(tensor), stored)
 
 
 def is_at_hand(tensor: Tensor) -> bool:
@@ -110,7 +110,13 @@ def is_at_hand(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu"
 
 
-def _check_peak(name: str, peak: float, stored: Iterable[torch.dtype]) -> None:
+def check_peak(name: str, peak: float, stored: Iterable[torch.dtype]) -> None:
+    """The absolute maximum of a tensor tells whether every value is finite, and stays so stored.
+
+    Raises:
+        MisfitTensor: it is not, or beyond a dtype.
+
+    """
     if not math.isfinite(peak):
         raise MisfitTensor(
             f"{name} holds NaN or infinite values. Look at the trainer's last step; "

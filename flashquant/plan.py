@@ -34,6 +34,16 @@ class View(NamedTuple):
     def numel(self) -> int:
         return math.prod(self.shape)
 
+    @property
+    def is_dense(self) -> bool:
+        """Whether its elements lie one after another, as those of a contiguous tensor do."""
+        expected = 1
+        for size, step in zip(reversed(self.shape), reversed(self.stride), strict=True):
+            if size != 1 and step != expected:
+                return False
+            expected *= size
+        return True
+
     @classmethod
     def of(cls, tensor: Tensor, *, start: int = 0) -> View:
         """The window `tensor` is, counted from element `start` of its storage."""
@@ -97,6 +107,10 @@ class TensorPlan:
     shape: tuple[int, ...]
     dtype: torch.dtype
     steps: tuple[Step, ...]
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
 
     @functools.cached_property
     def targets(self) -> tuple[str, ...]:

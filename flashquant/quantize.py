@@ -19,7 +19,8 @@ from flashquant.calibration import Calibration
 from flashquant.errors import UnsupportedEngine
 from flashquant.fit import Doubts, check_finite
 from flashquant.plan import TensorPlan
-from flashquant.schemes.stored import Quantize, holds_codes, quantizer
+from flashquant.schemes.quick import Quantize
+from flashquant.schemes.stored import holds_codes, quantizer
 
 
 class Recipe:

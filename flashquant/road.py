@@ -8,19 +8,21 @@ What an update is, and whether it stands, is the session's business.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import chain
 
 from torch import Tensor
 
 from flashquant.calibration import Calibration
 from flashquant.checks import Checks
 from flashquant.drift import Drifts
-from flashquant.engine import Engine, Layer
+from flashquant.engine import Engine, Layer, Reach
 from flashquant.errors import MisfitTensor, ReloadError
 from flashquant.fit import check_finite
 from flashquant.plan import Replay, Write
 from flashquant.quantize import as_stored, is_float
 from flashquant.schemes.quick import row_absmax
+from flashquant.shortcut import Shortcuts
 from flashquant.update import Update
 from flashquant.verify import Footprint, check_unmoved, footprints
 from flashquant.ways import Landing, Way, Ways
@@ -49,30 +51,45 @@ class Road:
     ) -> None:
         self._engine, self._ways, self._drifts = engine, ways, drifts
         self._calibration, self._checks = calibration, checks
+        self._shortcuts = Shortcuts()
 
     def take(self, weights: NamedTensors, update: Update) -> set[str]:
         """Plan, quantize, write and commit, one tensor at a time."""
         written: set[str] = set()
         if self._calibration is not None:
             self._calibration.remember(update.undo)
+        in_place = update.reach is Reach.PARTS
         for name, sent in weights:
             if update.over:
                 raise ReloadError(f"the update was rolled back before {name} arrived; send it anew")
             start = time.perf_counter()
-            way, tensor = self._admit(name, sent, update)
-            start = update.since(start, "plan")
-            stored, made_there = self._quantize(way, tensor, update)
-            start = update.since(start, "quantize")
-            landings = [
-                self._write(way, each, values, update, arrived=values is made_there)
-                for each, values in stored
-            ]
-            start = update.since(start, "write")
-            for landing in landings:
-                written.update(landing.entry.targets)
-                self._commit(landing, update)
-            update.since(start, "commit")
+            short = self._shortcuts.of(name) if in_place else None
+            if short is not None and short.take(sent, update):
+                start = update.since(start, short.phase)
+                written.update(short.targets)
+                if short.completes:
+                    self._commit((short.layer,), update)
+                    update.since(start, "commit")
+            else:
+                written.update(self._take_long(name, sent, update, start))
         return written
+
+    def _take_long(self, name: str, sent: object, update: Update, start: float) -> Iterator[str]:
+        """Take one tensor of which nothing needs to be known."""
+        way, tensor = self._admit(name, sent, update)
+        start = update.since(start, "plan")
+        stored, made_there = self._quantize(way, tensor, update)
+        start = update.since(start, "quantize")
+        landings = [
+            self._write(way, each, values, update, arrived=values is made_there)
+            for each, values in stored
+        ]
+        start = update.since(start, "write")
+        self._shortcuts.learn(way, tensor)
+        for landing in landings:
+            self._commit(landing.layers, update)
+        update.since(start, "commit")
+        return chain.from_iterable(landing.entry.targets for landing in landings)
 
     def _admit(self, name: str, sent: object, update: Update) -> tuple[Way, Tensor]:
         """Refuse a tensor before anything is touched, or say where it goes."""
@@ -155,17 +172,18 @@ class Road:
         update.doubts.resolve()
         update.since(start, "commit")
 
-    def _commit(self, landing: Landing, update: Update) -> None:
+    def _commit(self, layers: Iterable[Layer], update: Update) -> None:
         """Let those layers go live that this tensor completed.
 
         Inside a bracket, one that a complete update would bring more of waits for the end.
         """
-        for layer in landing.layers:
+        for layer in layers:
             if (not update.bracket or self._ways.is_full(layer)) and layer.ready:
                 self._let_live(layer, update)
 
     def _let_live(self, layer: Layer, update: Update) -> None:
-        for stage in map(layer.stage, layer.targets):
+        stages = () if update.bracket else map(layer.stage, layer.targets)  # it began with none
+        for stage in stages:
             if stage.count > len(update.staged[stage]):  # earlier pushes brought the rest
                 earlier = stage.windows - update.staged[stage]
                 stage.remember(earlier, update.undo, values=False)

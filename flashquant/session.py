@@ -383,6 +383,7 @@ class Session:
 
     def _report(self, update: Update, now: float, *, pause: float) -> ReloadReport:
         seconds = now - update.start
+        waiting = self._arrivals.waiting(update.waiting.values())
         return ReloadReport(
             version=self.version,
             tensors=update.tensors,
@@ -395,7 +396,7 @@ class Session:
             phases=dict(update.seconds),
             layers_committed=len(update.committed),
             ignored=tuple(update.ignored),
-            pending=tuple(chain.from_iterable(self._arrivals.waiting().values())),
+            pending=tuple(chain.from_iterable(waiting.values())),
             digest=None,
             ranks=(None,),
             drift=dict(update.drift),

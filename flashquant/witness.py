@@ -82,9 +82,10 @@ class Witness:
         """An update of our own is over: these layers, or any, may have changed by it."""
         self._digests = {}
         for layer in self._live if layers is None else layers:
-            self._versions[layer] = _versions(tensor for _, tensor in self._live[layer])
-            if layers is not None:
-                self._foreign -= {name for name, _ in self._live[layer]}
+            items = self._live[layer]
+            self._versions[layer] = _versions(tensor for _, tensor in items)
+            if layers is not None and self._foreign:
+                self._foreign.difference_update(name for name, _ in items)
 
     def _report(self, found: set[str]) -> None:
         new = found - self._foreign

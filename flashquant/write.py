@@ -77,6 +77,10 @@ class Stage:
         """Stage in memory that is already there: the live parameter itself."""
         self._memory = memory
 
+    def lies_in(self, memory: Tensor) -> bool:
+        """Whether this is what it adopted."""
+        return self._memory is memory
+
     def arrived(self, view: View, maxima: Tensor | None = None) -> None:
         if view not in self._arrived:
             self._elements += view.numel

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -33,7 +34,7 @@ CPU = torch.device("cpu")
 class FakeLayer:
     """One layer whose live tensors are its checkpoint tensors, gathered in stages."""
 
-    road, device = "staged", CPU
+    road, device, homes = "staged", CPU, MappingProxyType({})
 
     def __init__(self, name: str, live: dict[str, Tensor]) -> None:
         self.name, self.live = name, live

@@ -41,11 +41,13 @@ class DirectLayer:
         self._stages = {
             target: Stage(home.shape, home.stride(), home.dtype) for target, home in homes.items()
         }
-        # A parameter, with its scales or its codes, which mean nothing without each other.
-        self._pairs = {
-            target: {target, f"{target}_scale", target.removesuffix("_scale")} & homes.keys()
-            for target in homes
+        # Its scales or its codes, which mean nothing without each other; else itself.
+        self._partners = {
+            target: self._stages.get(f"{target}_scale")
+            or self._stages.get(target.removesuffix("_scale"), stage)
+            for target, stage in self._stages.items()
         }
+        self._logs: dict[str, UndoLog] = {}  # which keeps what a home held that is being filled
         self._prepared: Carry | None = None
 
     @property
@@ -55,9 +57,11 @@ class DirectLayer:
     @property
     def missing(self) -> tuple[str, ...]:
         """What must still arrive of parameters that have begun to; codes wait for their scales."""
-        started = {target for target, stage in self._stages.items() if stage.started}
-        needed = {target for target in self._stages if not started.isdisjoint(self._pairs[target])}
-        return tuple(t for t, stage in self._stages.items() if t in needed and not stage.complete)
+        return tuple(
+            target
+            for target, stage in self._stages.items()
+            if not stage.complete and (stage.started or self._partners[target].started)
+        )
 
     @property
     def ready(self) -> bool:
@@ -67,18 +71,26 @@ class DirectLayer:
         return self._stages[target]
 
     def window(self, step: Write | Fill, undo: UndoLog, reach: Reach) -> Tensor:
-        stage, home = self._stages[step.target], self.homes[step.target]
+        stage = self._stages[step.target]
         if reach is Reach.PARTS or (reach is Reach.WHOLE and self._is_alone(step, stage)):
-            window = step.target_view.into(home)
-            if not stage.started:
-                stage.adopt(home)
-            undo.remember(window)
-            return window
+            self.move_in(step.target, undo)
         return step.target_view.into(stage.memory(self.device))
+
+    def move_in(self, target: str, undo: UndoLog) -> bool:
+        if self._logs.get(target) is undo:
+            return True
+        stage, home = self._stages[target], self.homes[target]
+        if stage.started and not stage.lies_in(home):
+            return False  # its loader began it, on staged memory: both must not have a part
+        # All of it: it is to arrive as a whole, or nothing stands.
+        undo.remember(home)
+        stage.adopt(home)
+        self._logs[target] = undo
+        return True
 
     def _is_alone(self, step: Write | Fill, stage: Stage) -> bool:
         """Whether a step brings all of a parameter that needs no other."""
-        return len(self._pairs[step.target]) == 1 and step.target_view.numel == stage.numel
+        return self._partners[step.target] is stage and step.target_view.numel == stage.numel
 
     def receive(
         self,
@@ -93,6 +105,7 @@ class DirectLayer:
 
     def drop(self) -> None:
         self._prepared = None
+        self._logs.clear()
         for stage in self._stages.values():
             stage.clear()
 
@@ -103,17 +116,23 @@ class DirectLayer:
             stage.clear()
 
     def commit(self, undo: UndoLog) -> int:
-        started = [t for t, stage in self._stages.items() if stage.started]
         if self._prepared is not None:
             written = self._prepared.apply()
             undo.hold(self._prepared)
         else:
-            carry = self._carry()
-            carry.remember(undo)
-            carry.apply()
-            written = sum(self.homes[target].nbytes for target in started)
+            written = sum(self._bring_home(target, undo) for target in self._stages)
         self.drop()
         return written
+
+    def _bring_home(self, target: str, undo: UndoLog) -> int:
+        """What has arrived of a parameter goes live, if it is not; its bytes."""
+        stage, home = self._stages[target], self.homes[target]
+        if not stage.started:
+            return 0
+        if not stage.lies_in(home):
+            undo.remember(home)
+            home.copy_(stage.memory(self.device))
+        return home.nbytes
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every live tensor of the layer, by full name."""

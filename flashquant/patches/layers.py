@@ -17,6 +17,7 @@ import functools
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
@@ -42,6 +43,8 @@ Context = Callable[[], AbstractContextManager[object]]
 
 class LiveLayer:
     """One layer of a serving model: what has arrived for it, and how it gets in."""
+
+    homes: Mapping[str, Tensor] = MappingProxyType({})
 
     def __init__(
         self,
@@ -140,6 +143,10 @@ class LiveLayer:
 
     def stage(self, target: str) -> Stage:
         return self._stages[target]
+
+    def move_in(self, target: str, undo: UndoLog) -> bool:
+        """Never: what arrives in part waits in a stage, to be processed."""
+        return False
 
     def window(self, step: Write | Fill, undo: UndoLog, reach: Reach) -> Tensor:
         """The memory that one step fills."""

@@ -27,17 +27,19 @@ from flashquant.schemes.smoothed import Frozen
 
 logger = logging.getLogger(__name__)
 
-_TYPES: Final = {torch.bfloat16: "bf16", torch.float32: "f32"}
+TYPES: Final = {torch.bfloat16: "bf16", torch.float32: "f32"}
 _POINTER, _SIZE, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _WEIGHT, _CODES, _SHAPE = [_POINTER, _SIZE], [_POINTER, _SIZE], [_SIZE, _SIZE]
 _SIGNATURES: Final[dict[str, list[Any]]] = {
     "absmax": [*_WEIGHT, _POINTER, *_SHAPE],
+    "copied": [*_WEIGHT, *_CODES, *_SHAPE],
     "int8_channel": [*_WEIGHT, *_CODES, _POINTER, *_SHAPE],
     "fp8_channel": [*_WEIGHT, *_CODES, _POINTER, _FLOAT, *_SHAPE],
     "fp8_static": [*_WEIGHT, *_CODES, _POINTER, _SIZE, *_SHAPE],
     "int8_refreshed": [*_WEIGHT, *_CODES, *[_POINTER] * 4, *_SHAPE],
     "int8_frozen": [*_WEIGHT, *_CODES, *[_POINTER] * 2, _FLOAT, *[_POINTER] * 2, *_SHAPE],
 }
+_RETURN_THE_PEAK: Final = ("copied", "int8_channel", "fp8_channel")
 
 
 class Kernels:
@@ -51,10 +53,11 @@ class Kernels:
         """Raises AttributeError where a kernel is missing."""
         self._library = library
         for name, arguments in _SIGNATURES.items():
-            for suffix in _TYPES.values():
+            for suffix in TYPES.values():
                 kernel = getattr(library, f"{name}_{suffix}")
-                kernel.argtypes, kernel.restype = arguments, None
-        for suffix in _TYPES.values():
+                kernel.argtypes = arguments
+                kernel.restype = _FLOAT if name in _RETURN_THE_PEAK else None
+        for suffix in TYPES.values():
             peak = getattr(library, f"peak_of_{suffix}")
             peak.argtypes, peak.restype = [_POINTER, _SIZE], _FLOAT
 
@@ -62,7 +65,7 @@ class Kernels:
     def take(weight: Tensor) -> bool:
         """Whether these rows are within the limits."""
         return (
-            weight.dtype in _TYPES
+            weight.dtype in TYPES
             and weight.device.type == "cpu"
             and weight.dim() == 2
             and (weight.stride(1) == 1 or weight.shape[1] <= 1)
@@ -70,7 +73,7 @@ class Kernels:
 
     def peak(self, tensor: Tensor) -> float:
         """The absolute maximum of a contiguous tensor of few elements, without a tensor made."""
-        peak: float = getattr(self._library, f"peak_of_{_TYPES[tensor.dtype]}")(
+        peak: float = getattr(self._library, f"peak_of_{TYPES[tensor.dtype]}")(
             tensor.data_ptr(), tensor.numel()
         )
         return peak
@@ -137,8 +140,35 @@ class Kernels:
         self._call("int8_refreshed", weight, *_place(codes), *factors, scales.data_ptr())
         return codes, scales
 
+    def storing(
+        self, name: str, dtype: torch.dtype, home: Tensor, scales: Tensor | None = None
+    ) -> Callable[[Tensor], float]:
+        """One of `copied`, `int8_channel` and `fp8_channel`, bound to where its results belong.
+
+        It takes contiguous rows, and returns the absolute maximum of all of them.
+
+        Args:
+            name: which.
+            dtype: of the rows that will come, which are as many and as long as those of `home`.
+            home: `[N, K]`, rows at any distance from each other. The caller keeps it, and sees to
+                it that it stays where it is.
+            scales: `[N, 1]`, float32 and contiguous, likewise; of what makes some.
+
+        """
+        kernel = getattr(self._library, f"{name}_{TYPES[dtype]}")
+        rows, columns = home.shape
+        places = (*_place(home), *(() if scales is None else (scales.data_ptr(),)))
+        least = (fp8.SMALLEST_CHANNEL_SCALE,) if name == "fp8_channel" else ()
+        last = (*places, *least, rows, columns)
+
+        def store(weight: Tensor) -> float:
+            peak: float = kernel(weight.data_ptr(), columns, *last)
+            return peak
+
+        return store
+
     def _call(self, name: str, weight: Tensor, *arguments: Any) -> None:
-        kernel = getattr(self._library, f"{name}_{_TYPES[weight.dtype]}")
+        kernel = getattr(self._library, f"{name}_{TYPES[weight.dtype]}")
         kernel(weight.data_ptr(), weight.stride(0), *arguments, *weight.shape)
 
 
@@ -189,7 +219,21 @@ def difference(found: Kernels) -> str | None:
         for name, (ours, defined, factors) in compared.items():
             if not _same(ours(weight, *factors), defined(weight, *factors)):
                 return f"{name} of {weight.dtype}"
+        for name in _RETURN_THE_PEAK:
+            if not _same_in_place(found, name, weight):
+                return f"{name} of {weight.dtype}, in place"
     return None
+
+
+def _same_in_place(found: Kernels, name: str, weight: Tensor) -> bool:
+    """Whether a kernel stores, and returns, what the definitions say."""
+    if name == "copied":
+        defined: tuple[Tensor, ...] = (weight,)
+    else:
+        defined = (int8 if name == "int8_channel" else fp8).__dict__[name](weight)
+    made = [torch.empty_like(tensor) for tensor in defined]
+    peak = found.storing(name, weight.dtype, *made)(weight)
+    return _same(tuple(made), defined) and peak == absmax.absmax(weight).item()
 
 
 def _codes(weight: Tensor, codes: Tensor | None, dtype: torch.dtype) -> Tensor:

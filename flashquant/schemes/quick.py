@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Callable
 from typing import Any, Final
 
 import torch
@@ -14,6 +15,10 @@ from flashquant.schemes import fp8, int8, native, smoothed
 from flashquant.schemes.smoothed import Frozen
 
 logger = logging.getLogger(__name__)
+
+# Rows, and where their codes are to be written (None: in new memory), to codes and scales.
+Quantize = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
+Storing = Callable[[Tensor], float | Tensor]
 
 # One thread reads so many faster than others are woken.
 _FEW: Final = 1 << 17
@@ -90,6 +95,39 @@ def int8_refreshed(
     kernels = _kernels(weight)
     made_by = smoothed if kernels is None else kernels
     return made_by.int8_refreshed(weight, input_scale, output_scale, weight_scale, codes)
+
+
+def storing(
+    quantize: Quantize | None, dtype: torch.dtype, home: Tensor, scales: Tensor | None = None
+) -> Storing:
+    """What stores contiguous rows right where they belong, as they are or as codes and scales.
+
+    Args:
+        quantize: `int8_channel` or `fp8_channel`; None where they are stored as they are.
+        dtype: of the rows that will come.
+        home: `[N, K]`, codes, or `dtype`.
+        scales: `[N, 1]`, float32 and contiguous, beside codes.
+
+    Returns:
+        A function of the rows, that returns their absolute maximum, or something else that is
+        finite if that is; as a tensor where a device would have to be waited for.
+
+    """
+    kernels = native.kernels() if home.device.type == "cpu" and dtype in native.TYPES else None
+    if kernels is not None:
+        name = "copied" if quantize is None else quantize.__name__
+        return kernels.storing(name, dtype, home, scales)
+
+    def store(weight: Tensor) -> float | Tensor:
+        if quantize is None or scales is None:
+            told = home.copy_(weight)
+        else:
+            _, told = quantize(weight, home)
+            scales.copy_(told)
+        top = absmax(told)
+        return top.item() if top.device.type == "cpu" else top
+
+    return store
 
 
 def _kernels(weight: Tensor) -> native.Kernels | None:

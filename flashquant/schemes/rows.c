@@ -3,16 +3,21 @@
  * The eager functions beside this file are the definition; these return the same bits.
  * A row is read twice, but the second time out of the cache. Maxima are taken of the bits of
  * absolute values: they order like the values, NaN is above Inf and Inf above every number, so
- * a scale that is not finite tells of a weight that is not. No sum of floats is formed anywhere,
- * hence nothing depends on the order or on the number of threads.
+ * a scale that is not finite tells of a weight that is not; so does the largest of them all, which
+ * some return. No sum of floats is formed anywhere, hence nothing depends on the order or on the
+ * number of threads.
  *
  * Compiled on the machine that runs it, by native.py.
  */
+#include <string.h>
+
 #include "lanes.h"
 
 /* Below this many elements, a second thread costs more than it brings. */
 #define WORTH_THREADS (1 << 17)
 #define ROWS _Pragma("omp parallel for schedule(static) if (n * k > WORTH_THREADS)")
+#define ROWS_AND_TOP                                                                             \
+    _Pragma("omp parallel for schedule(static) reduction(max : top) if (n * k > WORTH_THREADS)")
 #define BLOCKS ROWS
 enum { TOGETHER = 8 };
 #define PARTS(j, part)                                                                           \
@@ -64,32 +69,51 @@ static inline uint32_t peak_f32(const float *restrict row, int64_t k) {
             maxima[i] = float_of(peak_##name(weight + i * stride, k));                           \
     }                                                                                            \
                                                                                                  \
-    void int8_channel_##name(const T *weight, int64_t stride, int8_t *codes, int64_t out,        \
-                             float *scales, int64_t n, int64_t k) {                              \
-        ROWS for (int64_t i = 0; i < n; i++) {                                                   \
+    /* As they are. */                                                                           \
+    float copied_##name(const T *weight, int64_t stride, T *home, int64_t out, int64_t n,        \
+                        int64_t k) {                                                             \
+        uint32_t top = 0;                                                                        \
+        ROWS_AND_TOP for (int64_t i = 0; i < n; i++) {                                           \
+            memmove(home + i * out, weight + i * stride, k * sizeof(T));                         \
+            uint32_t bits = peak_##name(weight + i * stride, k);                                 \
+            top = bits > top ? bits : top;                                                       \
+        }                                                                                        \
+        return float_of(top);                                                                    \
+    }                                                                                            \
+                                                                                                 \
+    float int8_channel_##name(const T *weight, int64_t stride, int8_t *codes, int64_t out,       \
+                              float *scales, int64_t n, int64_t k) {                             \
+        uint32_t top = 0;                                                                        \
+        ROWS_AND_TOP for (int64_t i = 0; i < n; i++) {                                           \
             const T *row = weight + i * stride;                                                  \
             uint32_t bits = peak_##name(row, k);                                                 \
             float peak = bits ? float_of(bits) : 1.0f;                                           \
             floats inverse = every(127.0f / peak);                                               \
+            top = bits > top ? bits : top;                                                       \
             scales[i] = peak / 127.0f;                                                           \
             PARTS(j, part)                                                                       \
                 store(codes + i * out + j, rounded(times(load_##name(row + j, part), inverse)),  \
                       part);                                                                     \
         }                                                                                        \
+        return float_of(top);                                                                    \
     }                                                                                            \
                                                                                                  \
-    void fp8_channel_##name(const T *weight, int64_t stride, uint8_t *codes, int64_t out,        \
-                            float *scales, float least, int64_t n, int64_t k) {                  \
-        ROWS for (int64_t i = 0; i < n; i++) {                                                   \
+    float fp8_channel_##name(const T *weight, int64_t stride, uint8_t *codes, int64_t out,       \
+                             float *scales, float least, int64_t n, int64_t k) {                 \
+        uint32_t top = 0;                                                                        \
+        ROWS_AND_TOP for (int64_t i = 0; i < n; i++) {                                           \
             const T *row = weight + i * stride;                                                  \
-            float scale = float_of(peak_##name(row, k)) / 448.0f;                                \
+            uint32_t bits = peak_##name(row, k);                                                 \
+            float scale = float_of(bits) / 448.0f;                                               \
             scale = scale < least ? least : scale;                                               \
+            top = bits > top ? bits : top;                                                       \
             scales[i] = scale;                                                                   \
             /* No clamp: the largest quotient is 448 to a rounding, which e4m3 does not see. */  \
             PARTS(j, part)                                                                       \
                 store(codes + i * out + j, e4m3(over(load_##name(row + j, part), every(scale))), \
                       part);                                                                     \
         }                                                                                        \
+        return float_of(top);                                                                    \
     }                                                                                            \
                                                                                                  \
     /* `step` is 1 where each row has its own factor, 0 where all have the same. */              \

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from flashquant.errors import UnsupportedEngine
-from flashquant.schemes.quick import fp8_channel, int8_channel
-
-# Rows, and where their codes are to be written (None: in new memory), to codes and scales.
-Quantize = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
+from flashquant.schemes.quick import Quantize, fp8_channel, int8_channel
 
 _CODES = {torch.int8: int8_channel, torch.float8_e4m3fn: fp8_channel}
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -120,6 +122,42 @@ def test_a_kernel_that_differs_is_named(monkeypatch):
     assert native.difference(KERNELS) is None
     found = native.difference(OffByOne(KERNELS._library))
     assert found == "int8_channel of torch.float32"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["copied", "int8_channel", "fp8_channel"])
+@pytest.mark.parametrize("shape", [(1, 1), (7, 83), (1024, 512)], ids=str)
+def test_rows_are_stored_where_they_belong_and_their_peak_is_told(name, dtype, shape):
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    defined = (weight,) if name == "copied" else both(name, weight)[1]
+    homes = [torch.zeros_like(tensor) for tensor in defined]
+
+    peak = KERNELS.storing(name, dtype, *homes)(weight)
+
+    assert peak == weight.abs().max().item()
+    for home, expected in zip(homes, defined, strict=True):
+        assert torch.equal(bits(home), bits(expected))
+
+
+@pytest.mark.parametrize("name", ["copied", "int8_channel", "fp8_channel"])
+@pytest.mark.parametrize("rows_", [5, 5000])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_a_peak_tells_of_a_weight_that_is_not_finite(name, rows_, bad):
+    weight = torch.ones(rows_, 33, dtype=torch.bfloat16)
+    weight[3, 32] = bad
+    homes = [weight.clone()] if name == "copied" else list(getattr(KERNELS, name)(weight))
+
+    assert not math.isfinite(KERNELS.storing(name, weight.dtype, *homes)(weight))
+
+
+def test_a_kernel_that_stores_something_else_is_named():
+    class Louder(native.Kernels):
+        def storing(self, *args):
+            store = super().storing(*args)
+            return lambda weight: 2 * store(weight)
+
+    found = native.difference(Louder(KERNELS._library))
+    assert found == "copied of torch.float32, in place"
 
 
 def test_they_can_be_turned_off(monkeypatch):
