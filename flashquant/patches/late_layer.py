@@ -7,6 +7,7 @@ the kernels read them, in one pass: no twin of the layer, and no second set of c
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from flashquant.patches import kernel_state
 from flashquant.patches.blueprint import LayerBlueprint
 from flashquant.patches.kernel_state import Carry
 from flashquant.plan import Fill, Write
-from flashquant.schemes.stored import Quantize
+from flashquant.schemes.quick import Quantize
 from flashquant.undo import UndoLog
 from flashquant.write import Stage, write
 
@@ -26,20 +27,21 @@ class LateLayer:
 
     Args:
         blueprint: the module.
-        homes: its live memory, laid out as rows arrive, by target; the scale of codes that are
+        live: its memory, laid out as rows arrive, by target; the scale of codes that are
             made of a target `t` is `t_scale`.
         quantize: makes codes `[N, K]` and their scale `[1]`.
 
     """
 
     road = "direct"
+    homes: Mapping[str, Tensor] = MappingProxyType({})  # nothing may be there before all of it is
 
     def __init__(
-        self, blueprint: LayerBlueprint, homes: Mapping[str, Tensor], quantize: Quantize
+        self, blueprint: LayerBlueprint, live: Mapping[str, Tensor], quantize: Quantize
     ) -> None:
         self.name = blueprint.name
-        self.device: torch.device = next(iter(homes.values())).device
-        self._module, self._homes, self._quantize = blueprint.module, dict(homes), quantize
+        self.device: torch.device = next(iter(live.values())).device
+        self._module, self._live, self._quantize = blueprint.module, dict(live), quantize
         self._stages = {
             target: Stage(meta.shape, meta.stride(), meta.dtype)
             for name, target in blueprint.targets.items()
@@ -65,6 +67,9 @@ class LateLayer:
 
     def window(self, step: Write | Fill, undo: UndoLog, reach: Reach) -> Tensor:
         return step.target_view.into(self._stages[step.target].memory(self.device))
+
+    def move_in(self, target: str, undo: UndoLog) -> bool:
+        return False
 
     def receive(
         self,
@@ -123,5 +128,5 @@ class LateLayer:
         """Where each parameter goes, what has arrived of it, and where its scale goes, if any."""
         for target, stage in self._stages.items():
             if stage.started:
-                scale = self._homes.get(f"{target}_scale")
-                yield self._homes[target], stage.memory(self.device), scale
+                scale = self._live.get(f"{target}_scale")
+                yield self._live[target], stage.memory(self.device), scale
