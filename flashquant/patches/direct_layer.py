@@ -37,7 +37,7 @@ class DirectLayer:
         self.name = blueprint.name
         self.device: torch.device = next(iter(homes.values())).device
         self.homes = dict(homes)
-        self._blueprints = (blueprint,)
+        self.blueprints = (blueprint,)
         self._stages = {
             target: Stage(home.shape, home.stride(), home.dtype) for target, home in homes.items()
         }
@@ -136,7 +136,7 @@ class DirectLayer:
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every live tensor of the layer, by full name."""
-        for blueprint in self._blueprints:
+        for blueprint in self.blueprints:
             for path, tensor in kernel_state.tensors(blueprint.module):
                 yield f"{blueprint.name}.{path}", tensor
 

@@ -41,7 +41,8 @@ class LateLayer:
     ) -> None:
         self.name = blueprint.name
         self.device: torch.device = next(iter(live.values())).device
-        self._module, self._live, self._quantize = blueprint.module, dict(live), quantize
+        self.blueprints = (blueprint,)
+        self._live, self._quantize = dict(live), quantize
         self._stages = {
             target: Stage(meta.shape, meta.stride(), meta.dtype)
             for name, target in blueprint.targets.items()
@@ -119,8 +120,9 @@ class LateLayer:
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every live tensor of the layer, by full name."""
-        for path, tensor in kernel_state.tensors(self._module):
-            yield f"{self.name}.{path}", tensor
+        for blueprint in self.blueprints:
+            for path, tensor in kernel_state.tensors(blueprint.module):
+                yield f"{blueprint.name}.{path}", tensor
 
     contents = tensors
 

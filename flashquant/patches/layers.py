@@ -66,7 +66,7 @@ class LiveLayer:
         """
         self.name = blueprints[0].name
         self._stale = tuple(one for one in stale if one.target in targets_of(blueprints))
-        self._blueprints = tuple(blueprints)
+        self.blueprints = tuple(blueprints)
         self._context = context
         self.device = device
         self._metas = {
@@ -101,7 +101,7 @@ class LiveLayer:
             UnsupportedEngine: it comes out otherwise than it lies in the live model.
 
         """
-        if not any(blueprint.sources for blueprint in self._blueprints):
+        if not any(blueprint.sources for blueprint in self.blueprints):
             return
         values = {t: torch.zeros_like(m, device=self.device) for t, m in self._metas.items()}
         with self._context():
@@ -113,7 +113,7 @@ class LiveLayer:
     @property
     def road(self) -> str:
         """`staged` (processed on a twin) or `direct` (nothing to process)."""
-        processed = any(method_of(blueprint.module) for blueprint in self._blueprints)
+        processed = any(method_of(blueprint.module) for blueprint in self.blueprints)
         return "staged" if processed else "direct"
 
     @property
@@ -243,7 +243,7 @@ class LiveLayer:
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every live tensor of the layer, by full name."""
-        for blueprint in self._blueprints:
+        for blueprint in self.blueprints:
             made = self._made.get(blueprint.name)
             for path, tensor in kernel_state.tensors(blueprint.module):
                 if made is None or path in made:
@@ -255,7 +255,7 @@ class LiveLayer:
         A oneDNN handler shows no bytes; the digest of what it was packed from
         stands for them.
         """
-        for blueprint in self._blueprints:
+        for blueprint in self.blueprints:
             leaves = self._leaves(blueprint, blueprint.module)
             for path, leaf in leaves.items():
                 if isinstance(leaf, Tensor):
@@ -272,11 +272,11 @@ class LiveLayer:
         """
         if len(self._stages) == 1 and self.road == "staged":
             return {}
-        if any(blueprint.sources for blueprint in self._blueprints):
+        if any(blueprint.sources for blueprint in self.blueprints):
             return {}  # an attention makes something of them, whatever their own layer does
         homes: dict[str, list[Tensor]] = {}
         bound: set[str] = set()
-        for blueprint in self._blueprints:
+        for blueprint in self.blueprints:
             copies, leaves = self._copies(blueprint), kernel_state.leaves(blueprint.module)
             for name, target in blueprint.targets.items():
                 found = [leaves[path] for path in copies.get(name, ())]
@@ -290,10 +290,10 @@ class LiveLayer:
 
         What goes into that one has gone into these.
         """
-        if any(blueprint.sources for blueprint in self._blueprints):
+        if any(blueprint.sources for blueprint in self.blueprints):
             return frozenset()  # an attention may want to read them
         echoes, held = set(), set[int]()
-        for blueprint in self._blueprints:
+        for blueprint in self.blueprints:
             mine = {id(leaf) for leaf in kernel_state.leaves(blueprint.module).values()}
             if mine <= held:
                 echoes.add(blueprint.name)
@@ -357,7 +357,7 @@ class LiveLayer:
         """
         with self._context():
             twins = self._twins(values)
-            if any(blueprint.sources for blueprint in self._blueprints):
+            if any(blueprint.sources for blueprint in self.blueprints):
                 twins = iter(list(twins))
             for blueprint, twin in twins:
                 carry = Carry()
@@ -370,7 +370,7 @@ class LiveLayer:
     def _twins(self, values: Mapping[str, Tensor]) -> Iterator[tuple[LayerBlueprint, nn.Module]]:
         """Every module of the layer, built anew and processed in vLLM's own order."""
         instead: dict[int, object] = {}
-        for blueprint in self._blueprints:
+        for blueprint in self.blueprints:
             if blueprint.name in self._echoes:
                 continue
             if method_of(blueprint.module) is not None and not blueprint.sources:
@@ -379,7 +379,7 @@ class LiveLayer:
                 with shards.answered_by(self._maxima(blueprint)):
                     cast(Any, twin).quant_method.process_weights_after_loading(twin)
                 yield blueprint, twin
-        for blueprint in self._blueprints:
+        for blueprint in self.blueprints:
             if blueprint.sources:  # an attention comes last, and reads the others
                 handed = {key: values[target] for key, target in blueprint.sources.items()}
                 twin = blueprint.build({}, {**handed, **instead})
@@ -406,7 +406,7 @@ class LiveLayer:
     @functools.cached_property
     def _is_packed(self) -> bool:
         """Whether kernels read memory whose bytes cannot be seen."""
-        leaves = (kernel_state.leaves(blueprint.module) for blueprint in self._blueprints)
+        leaves = (kernel_state.leaves(blueprint.module) for blueprint in self.blueprints)
         return any(not isinstance(leaf, Tensor) for found in leaves for leaf in found.values())
 
     def _note_digest(self, target: str, value: str, undo: UndoLog) -> None:
@@ -462,7 +462,7 @@ class LiveLayer:
         return live.detach().to(meta.dtype) if widened else None
 
     def _live(self, target: str) -> Tensor | None:
-        for blueprint in self._blueprints:
+        for blueprint in self.blueprints:
             for name, own in blueprint.targets.items():
                 live = blueprint.module._parameters.get(name)
                 if own == target and live is not None:

@@ -42,7 +42,7 @@ def stored(live: nn.Module) -> Iterator[tuple[str, str, dict[str, Storage]]]:
     session = session_of(live)
     engine: Any = session._engine
     for layer in engine.layers:
-        for blueprint in layer._blueprints:
+        for blueprint in layer.blueprints:
             if kernel := kernel_of(blueprint.module):
                 values = _random_values(blueprint, engine.device)
                 with engine._context():
