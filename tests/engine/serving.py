@@ -27,6 +27,7 @@ from flashquant.patches.loading import session_of
 from flashquant.session import Session
 from tests.groups import make_experts_group
 
+_KEPT: list[Any] = []  # of every Serving, those that a test drops included
 _PROMPTS = [list(range(5 + shift, 45 + shift)) for shift in (0, 3, 11, 200)]
 
 
@@ -88,7 +89,7 @@ class Serving:
         flashquant.patch()
         make_experts_group()
         with mock.patch.dict(os.environ, FLASHRL_CONFIG=self.scheme):
-            return LLM(
+            llm = LLM(
                 str(self.checkpoint),
                 skip_tokenizer_init=True,
                 enforce_eager=True,
@@ -97,6 +98,8 @@ class Serving:
                 dtype="bfloat16",
                 **{"enable_prefix_caching": False, **self.options},
             )
+        _KEPT.append(llm)
+        return llm
 
     @cached_property
     def model(self) -> nn.Module:
