@@ -20,6 +20,7 @@ from flashquant.drift import Noted, noted_in_place
 from flashquant.engine import Layer
 from flashquant.fit import check_peak
 from flashquant.plan import View, Write
+from flashquant.quantize import is_float
 from flashquant.schemes.quick import Storing, storing
 from flashquant.update import Update
 from flashquant.ways import Landing, Way
@@ -139,10 +140,12 @@ class Shortcuts:
 
 def _shortcut(way: Way, tensor: Tensor) -> Shortcut | None:
     recipe = way.recipe
+    if recipe.calibration is not None or not is_float(tensor):
+        return None
     codes = way.landing_of_codes(tensor)
     names = (way.name,) if codes is None else (way.name, recipe.scale_name)
     parts = tuple(part for name in names for part in _parts(way.landings.get(name)))
-    if recipe.calibration is not None or len(parts) != len(names):
+    if len(parts) != len(names):
         return None
     live = parts[0].live
     if live.device != tensor.device or (codes is None and live.dtype != tensor.dtype):

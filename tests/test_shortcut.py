@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from benchmarks.replay import Engine, serving
 from flashquant.errors import MisfitTensor, ReloadError
+from flashquant.schemes import int8_channel
 from flashquant.session import Session
 from flashquant.shortcut import Shortcut, Shortcuts
 
@@ -194,6 +195,23 @@ def test_what_does_not_fit_takes_the_long_way_beside_it(live, dtype, short, othe
 
     assert len(short) == TENSORS // 2
     assert serves(engine, right(dtype, 2))
+
+
+def test_codes_that_are_pushed_as_codes_are_looked_at_the_long_way():
+    """Nobody makes them here, but a report tells of them all the same."""
+    session, engine = serving("fused", "int8", TENSORS)
+    stored = {
+        one: values
+        for name, tensor in engine.weights(2).items()
+        for one, values in zip((name, f"{name}_scale"), int8_channel(tensor), strict=True)
+    }
+    session.reload(stored)
+
+    report = session.reload(stored)
+
+    assert {drift.changed for drift in report.drift.values()} == {0.0}
+    assert report.drift.keys() == engine.weights(2).keys()
+    assert serves(engine, right("int8", 2))
 
 
 @pytest.mark.parametrize("prepare", [True, False])
