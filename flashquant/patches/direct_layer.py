@@ -7,21 +7,20 @@ the rest arrives; so it waits in a stage, as small as the live memory, until it 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from flashquant.engine import Reach
-from flashquant.patches import kernel_state
 from flashquant.patches.blueprint import LayerBlueprint
 from flashquant.patches.kernel_state import Carry
+from flashquant.patches.staged import StagedLayer
 from flashquant.plan import Fill, Write
 from flashquant.undo import UndoLog
-from flashquant.write import Stage, write
+from flashquant.write import Stage
 
 
-class DirectLayer:
+class DirectLayer(StagedLayer):
     """A module all of whose parameters lie in live memory as they arrive.
 
     Args:
@@ -34,13 +33,8 @@ class DirectLayer:
     road = "direct"
 
     def __init__(self, blueprint: LayerBlueprint, homes: Mapping[str, Tensor]) -> None:
-        self.name = blueprint.name
-        self.device: torch.device = next(iter(homes.values())).device
+        super().__init__((blueprint,), homes, next(iter(homes.values())).device)
         self.homes = dict(homes)
-        self.blueprints = (blueprint,)
-        self._stages = {
-            target: Stage(home.shape, home.stride(), home.dtype) for target, home in homes.items()
-        }
         # Its scales or its codes, which mean nothing without each other; else itself.
         self._partners = {
             target: self._stages.get(f"{target}_scale")
@@ -51,10 +45,6 @@ class DirectLayer:
         self._prepared: Carry | None = None
 
     @property
-    def targets(self) -> tuple[str, ...]:
-        return tuple(self._stages)
-
-    @property
     def missing(self) -> tuple[str, ...]:
         """What must still arrive of parameters that have begun to; codes wait for their scales."""
         return tuple(
@@ -63,18 +53,10 @@ class DirectLayer:
             if not stage.complete and (stage.started or self._partners[target].started)
         )
 
-    @property
-    def ready(self) -> bool:
-        return any(stage.started for stage in self._stages.values()) and not self.missing
-
-    def stage(self, target: str) -> Stage:
-        return self._stages[target]
-
-    def window(self, step: Write | Fill, undo: UndoLog, reach: Reach) -> Tensor:
+    def _settle_in(self, step: Write | Fill, undo: UndoLog, reach: Reach) -> None:
         stage = self._stages[step.target]
         if reach is Reach.PARTS or (reach is Reach.WHOLE and self._is_alone(step, stage)):
             self.move_in(step.target, undo)
-        return step.target_view.into(stage.memory(self.device))
 
     def move_in(self, target: str, undo: UndoLog) -> bool:
         if self._logs.get(target) is undo:
@@ -92,22 +74,10 @@ class DirectLayer:
         """Whether a step brings all of a parameter that needs no other."""
         return self._partners[step.target] is stage and step.target_view.numel == stage.numel
 
-    def receive(
-        self,
-        step: Write | Fill,
-        incoming: Tensor,
-        undo: UndoLog,
-        reach: Reach,
-        maxima: Tensor | None,
-    ) -> None:
-        self.window(step, undo, reach)
-        write(step, incoming, self._stages[step.target], self.device, maxima)
-
     def drop(self) -> None:
         self._prepared = None
         self._logs.clear()
-        for stage in self._stages.values():
-            stage.clear()
+        super().drop()
 
     def prepare(self, undo: UndoLog) -> None:
         self._prepared = self._carry()
@@ -133,14 +103,6 @@ class DirectLayer:
             undo.remember(home)
             home.copy_(stage.memory(self.device))
         return home.nbytes
-
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Every live tensor of the layer, by full name."""
-        for blueprint in self.blueprints:
-            for path, tensor in kernel_state.tensors(blueprint.module):
-                yield f"{blueprint.name}.{path}", tensor
-
-    contents = tensors
 
     def _carry(self) -> Carry:
         """What has arrived and is not in its place yet."""

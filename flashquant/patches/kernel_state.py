@@ -42,33 +42,40 @@ _MODULE_INTERNALS = frozenset(vars(nn.Module()))
 # What vLLM binds to an attention or a state-space layer when it has the memory: not weights.
 _CACHES = frozenset({"kv_cache"})
 _SKIPPED = _MODULE_INTERNALS | _CACHES
-_HOLDS: dict[type, bool] = {}
 
 
-def is_processor(value: object) -> bool:
-    """Whether this is one of vLLM's quantization methods, schemes or kernels.
+class _Processors(dict[type, bool]):
+    """Whether a type is one of vLLM's quantization methods, schemes or kernels.
 
     They keep state of the layer they processed (handlers, block sizes), and what
     they have in common is the method that processes it. Some layers have one too, but
     no layer is a method; vLLM's method of unquantized experts is an `nn.Module`, though.
     """
-    return _processes(type(value))
+
+    def __missing__(self, kind: type) -> bool:
+        self[kind] = known = hasattr(kind, "process_weights_after_loading") and (
+            issubclass(kind, QuantizeMethodBase) or not issubclass(kind, nn.Module)
+        )
+        return known
 
 
-def _processes(kind: type) -> bool:
-    """Whether this is the type of a processor."""
-    return hasattr(kind, "process_weights_after_loading") and (
-        issubclass(kind, QuantizeMethodBase) or not issubclass(kind, nn.Module)
-    )
+class _Holders(dict[type, bool]):
+    """Whether the walk has to look into values of a type; most attributes are plain."""
 
-
-def _may_hold(kind: type) -> bool:
-    """Whether the walk has to look into a value of this type; most attributes are plain."""
-    known = _HOLDS.get(kind)
-    if known is None:  # tens of thousands of values a reload, of a few dozen types
+    def __missing__(self, kind: type) -> bool:
         containers = (Tensor, CPUDNNLGEMMHandler, FunctionType, list, tuple)
-        known = _HOLDS[kind] = issubclass(kind, containers) or _processes(kind)
-    return known
+        self[kind] = known = issubclass(kind, containers) or _PROCESSORS[kind]
+        return known
+
+
+# Looked into tens of thousands of times a reload, for a few dozen types.
+_PROCESSORS = _Processors()
+_HOLDERS = _Holders()
+
+
+def is_processor(value: object) -> bool:
+    """Whether this is one of vLLM's quantization methods, schemes or kernels."""
+    return _PROCESSORS[type(value)]
 
 
 def is_handle(value: object) -> TypeGuard[Handle]:
@@ -81,8 +88,8 @@ def leaves(module: nn.Module) -> dict[str, Leaf]:
     own = {**module._parameters, **module._buffers}
     found: dict[str, Leaf] = {name: value for name, value in own.items() if value is not None}
     for name, value in (*vars(module).items(), *module._modules.items()):
-        if _may_hold(type(value)) and name not in _SKIPPED:
-            found.update(_walk(name, value))
+        if _HOLDERS[type(value)] and name not in _SKIPPED:
+            _collect(name, value, found)
     return found
 
 
@@ -95,20 +102,22 @@ def tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield f"{path}.handler_tensor", leaf.handler_tensor
 
 
-def _walk(path: str, value: object) -> Iterator[tuple[str, Leaf]]:
+def _collect(path: str, value: object, found: dict[str, Leaf]) -> None:
+    """Add the leaves behind a value to those found so far."""
     if isinstance(value, Tensor) or is_handle(value):
-        yield path, value
-    elif is_processor(value):
+        found[path] = value
+    elif _PROCESSORS[type(value)]:
         for name, inner in vars(value).items():
-            if _may_hold(type(inner)):
-                yield from _walk(f"{path}.{name}", inner)
-    elif isinstance(value, FunctionType) and value.__closure__:
-        names = value.__code__.co_freevars
-        for name, cell in zip(names, value.__closure__, strict=True):
-            yield from _walk(f"{path}<{name}>", cell.cell_contents)
+            if _HOLDERS[type(inner)]:
+                _collect(f"{path}.{name}", inner, found)
+    elif isinstance(value, FunctionType):
+        cells = value.__closure__ or ()
+        for name, cell in zip(value.__code__.co_freevars, cells, strict=True):
+            _collect(f"{path}<{name}>", cell.cell_contents, found)
     elif isinstance(value, list | tuple):
         for index, inner in enumerate(value):
-            yield from _walk(f"{path}[{index}]", inner)
+            if _HOLDERS[type(inner)]:
+                _collect(f"{path}[{index}]", inner, found)
 
 
 @dataclass

@@ -17,7 +17,6 @@ import functools
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from types import MappingProxyType
 from typing import Any, cast
 
 import torch
@@ -31,20 +30,18 @@ from flashquant.patches.borrowed import Borrowed
 from flashquant.patches.direct import method_of
 from flashquant.patches.kernel_state import Carry
 from flashquant.patches.reads import handed_on
+from flashquant.patches.staged import StagedLayer
 from flashquant.plan import Fill, Write
 from flashquant.undo import UndoLog
 from flashquant.verify import fingerprint
-from flashquant.write import Stage, write
 
 # What kind of module hands on which parameters, and as which leaves.
 Learned = dict[tuple[object, ...], Mapping[str, tuple[str, ...]]]
 Context = Callable[[], AbstractContextManager[object]]
 
 
-class LiveLayer:
+class LiveLayer(StagedLayer):
     """One layer of a serving model: what has arrived for it, and how it gets in."""
-
-    homes: Mapping[str, Tensor] = MappingProxyType({})
 
     def __init__(
         self,
@@ -64,21 +61,15 @@ class LiveLayer:
         stale: what other layers hold of its parameters as they were loaded.
 
         """
-        self.name = blueprints[0].name
         self._stale = tuple(one for one in stale if one.target in targets_of(blueprints))
-        self.blueprints = tuple(blueprints)
         self._context = context
-        self.device = device
         self._metas = {
             target: meta
             for blueprint in blueprints
             for name, target in blueprint.targets.items()
             if (meta := blueprint.parameters[name]) is not None
         }
-        self._stages = {
-            target: Stage(meta.shape, meta.stride(), meta.dtype)
-            for target, meta in self._metas.items()
-        }
+        super().__init__(tuple(blueprints), self._metas, device)
         self._learned = learned
         self._prepared: tuple[Carry, dict[str, str]] | None = None
         self._digests = {target: loaded.get(target, "") for target in self._metas}
@@ -117,10 +108,6 @@ class LiveLayer:
         return "staged" if processed else "direct"
 
     @property
-    def targets(self) -> tuple[str, ...]:
-        return tuple(self._stages)
-
-    @property
     def missing(self) -> tuple[str, ...]:
         """The parameters that must still arrive before anything staged can go live."""
         started = {target for target, stage in self._stages.items() if stage.started}
@@ -136,24 +123,7 @@ class LiveLayer:
             }
         return tuple(target for target in self._stages if target in needed & incomplete)
 
-    @property
-    def ready(self) -> bool:
-        """Whether something is staged, and nothing more is needed."""
-        return any(stage.started for stage in self._stages.values()) and not self.missing
-
-    def stage(self, target: str) -> Stage:
-        return self._stages[target]
-
-    def move_in(self, target: str, undo: UndoLog) -> bool:
-        """Never: what arrives in part waits in a stage, to be processed."""
-        return False
-
-    def window(self, step: Write | Fill, undo: UndoLog, reach: Reach) -> Tensor:
-        """The memory that one step fills."""
-        self._reach(step, undo, reach)
-        return step.target_view.into(self._stages[step.target].memory(self.device))
-
-    def _reach(self, step: Write | Fill, undo: UndoLog, reach: Reach) -> None:
+    def _settle_in(self, step: Write | Fill, undo: UndoLog, reach: Reach) -> None:
         """A layer with a single parameter that arrives whole needs no stage: it is
         written where it lives, and the undo log keeps what was there.
         """
@@ -165,23 +135,10 @@ class LiveLayer:
             undo.remember(live)
             stage.adopt(live)
 
-    def receive(
-        self,
-        step: Write | Fill,
-        incoming: Tensor,
-        undo: UndoLog,
-        reach: Reach,
-        maxima: Tensor | None,
-    ) -> None:
-        """Take one window of one tensor."""
-        self._reach(step, undo, reach)
-        write(step, incoming, self._stages[step.target], self.device, maxima)
-
     def drop(self) -> None:
         """Forget whatever has arrived or was prepared; the live layer stays as it is."""
         self._prepared = None
-        for stage in self._stages.values():
-            stage.clear()
+        super().drop()
 
     def prepare(self, undo: UndoLog) -> None:
         """Process what is staged, and keep the result beside the live layer."""
