@@ -1,7 +1,7 @@
 """Host memory that one update after the other keeps its copies in.
 
 The C library hands large blocks back to the system when they are freed, and a process pays for
-each page that it touches anew: for an undo log that was a quarter of a whole reload. What one
+each page that it touches anew: for an undo log that was a quarter of a whole reload. What an
 update has kept is therefore reserved for the next; as long as the engine sleeps, it is not. From
 a GPU, copies go to pinned memory, which torch reserves by itself.
 """
@@ -9,6 +9,7 @@ a GPU, copies go to pinned memory, which torch reserves by itself.
 from __future__ import annotations
 
 import mmap
+from collections.abc import Sequence
 from typing import Final
 
 import torch
@@ -21,7 +22,7 @@ _SMALL: Final = 4 << 10  # the C library has room for as little between other bl
 
 
 class Reserve:
-    """Chunks of host memory between two updates; as many as the last one took."""
+    """Chunks of host memory between two updates; as many as the largest one took."""
 
     def __init__(self) -> None:
         self._chunks: list[Tensor] = []
@@ -32,15 +33,15 @@ class Reserve:
         return sum(chunk.nbytes for chunk in self._chunks)
 
     def take(self, least: int) -> Tensor:
-        """A chunk of at least so many bytes; the caller's until it comes back."""
-        for place, chunk in enumerate(self._chunks):
-            if chunk.nbytes >= least:
-                return self._chunks.pop(place)
+        """A chunk of at least so many bytes, the smallest there is; the caller's until `put`."""
+        fitting = [place for place, chunk in enumerate(self._chunks) if chunk.nbytes >= least]
+        if fitting:
+            return self._chunks.pop(min(fitting, key=lambda place: self._chunks[place].nbytes))
         return _mapped(max(_CHUNK, -(-least // _PAGE) * _PAGE))
 
-    def replace(self, chunks: list[Tensor]) -> None:
-        """Whoever took these is done with them; others were not wanted for long enough."""
-        self._chunks = list(chunks)
+    def put(self, chunks: Sequence[Tensor]) -> None:
+        """Whoever took these is done with them; they will be taken in the same order."""
+        self._chunks[:0] = chunks
 
     def clear(self) -> None:
         """Give everything back to the system."""
@@ -81,7 +82,7 @@ class Copies:
     def free(self) -> None:
         """Nobody reads the copies any more."""
         if self._chunks:
-            self._reserve.replace(self._chunks)
+            self._reserve.put(self._chunks)
             self._chunks = []
 
 

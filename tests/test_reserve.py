@@ -68,18 +68,35 @@ def test_more_than_a_chunk_holds_has_a_chunk_of_its_own():
     assert torch.equal(Copies(Reserve()).of(tensor), tensor)
 
 
-def test_only_what_the_last_update_took_is_reserved():
+def test_what_the_largest_update_took_stays_while_small_ones_come_by():
+    reserve, tensors = Reserve(), [torch.zeros(60 << 20, dtype=torch.uint8) for _ in range(3)]
+    large = Copies(reserve)
+    addresses = [large.of(tensor).data_ptr() for tensor in tensors]
+    large.free()
+
+    for _ in range(5):
+        small = Copies(reserve)
+        small.of(torch.zeros(LARGE))
+        small.free()
+    again = Copies(reserve)
+
+    assert [again.of(tensor).data_ptr() for tensor in tensors] == addresses
+
+
+def test_a_small_copy_leaves_the_largest_chunk_to_whoever_needs_it():
     reserve = Reserve()
-    many, few = Copies(reserve), Copies(reserve)
-    for _ in range(3):
-        many.of(torch.zeros(60 << 20, dtype=torch.uint8))
-    many.free()
+    copies = Copies(reserve)
+    copies.of(torch.zeros(100 << 20, dtype=torch.uint8))
+    copies.of(torch.zeros(LARGE))
+    copies.free()
     reserved = reserve.nbytes
 
-    few.of(torch.zeros(LARGE))
-    few.free()
+    again = Copies(reserve)
+    again.of(torch.zeros(LARGE))
+    again.of(torch.zeros(100 << 20, dtype=torch.uint8))
+    again.free()
 
-    assert 0 < reserve.nbytes < reserved
+    assert reserve.nbytes == reserved
 
 
 def test_nothing_is_reserved_once_it_was_given_back():
