@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Final
 
 _HERE: Final = Path(__file__).parent
-_SOURCES: Final = (_HERE / "rows.c", _HERE / "lanes.h")
+_SOURCES: Final = tuple(_HERE / name for name in ("rows.c", "lanes.h", "mantissas.h"))
 # Nothing here lets a compiler change a bit: no contraction, no reassociation, no flush to zero.
 _FLAGS: Final = (
     "-std=c11",

@@ -261,9 +261,10 @@ def _factors(weight: Tensor, scale: Tensor | None, dim: int) -> Tensor:
 def hard_rows() -> Iterator[Tensor]:
     """Rows of very different sizes, zeros and ties among them; their length fits no lanes."""
     dice = torch.Generator().manual_seed(0)
-    weight = torch.randn(67, 83, generator=dice) * torch.logspace(-30, 30, 67)[:, None]
+    weight = torch.randn(67, 339, generator=dice) * torch.logspace(-30, 30, 67)[:, None]
     weight[7] = 0
-    weight[8] = torch.arange(83) - 41.5
+    weight[8] = torch.arange(339) - 169.5
+    weight[9, 1:] *= torch.logspace(-9, 0, 338)  # codes of all sizes in one row
     yield weight
     yield weight.bfloat16()
 

@@ -40,6 +40,23 @@ static inline words e4m3(floats x) {
     return either(code, both(right(bits, 24), each(0x80)));
 }
 
+/* Of x over a factor, which no clamp needs: the largest quotient is 448 to a rounding, which e4m3
+ * does not see. Or of x times one, whatever that may be. */
+static inline words coded(floats x, floats factor, int divides) {
+    return e4m3(divides ? over(x, factor) : clamped(times(x, factor), -448.0f, 448.0f));
+}
+
+#define DEFINE_CODED(T, name)                                                                    \
+    static inline void one_by_one_##name(const T *row, uint8_t *codes, int64_t k, float factor,  \
+                                         int divides) {                                          \
+        floats by = every(factor);                                                               \
+        PARTS(j, part) store(codes + j, coded(load_##name(row + j, part), by, divides), part);   \
+    }
+
+DEFINE_CODED(bf16, bf16)
+DEFINE_CODED(float, f32)
+#include "mantissas.h"
+
 static inline uint32_t peak_bf16(const bf16 *restrict row, int64_t k) {
     uint16_t peak = 0;
     for (int64_t j = 0; j < k; j++) {
@@ -108,10 +125,7 @@ static inline uint32_t peak_f32(const float *restrict row, int64_t k) {
             scale = scale < least ? least : scale;                                               \
             top = bits > top ? bits : top;                                                       \
             scales[i] = scale;                                                                   \
-            /* No clamp: the largest quotient is 448 to a rounding, which e4m3 does not see. */  \
-            PARTS(j, part)                                                                       \
-                store(codes + i * out + j, e4m3(over(load_##name(row + j, part), every(scale))), \
-                      part);                                                                     \
+            coded_##name(row, codes + i * out, k, scale, 1);                                     \
         }                                                                                        \
         return float_of(top);                                                                    \
     }                                                                                            \
@@ -119,14 +133,8 @@ static inline uint32_t peak_f32(const float *restrict row, int64_t k) {
     /* `step` is 1 where each row has its own factor, 0 where all have the same. */              \
     void fp8_static_##name(const T *weight, int64_t stride, uint8_t *codes, int64_t out,         \
                            const float *inverses, int64_t step, int64_t n, int64_t k) {          \
-        ROWS for (int64_t i = 0; i < n; i++) {                                                   \
-            const T *row = weight + i * stride;                                                  \
-            floats inverse = every(inverses[i * step]);                                          \
-            PARTS(j, part) {                                                                     \
-                floats x = times(load_##name(row + j, part), inverse);                           \
-                store(codes + i * out + j, e4m3(clamped(x, -448.0f, 448.0f)), part);             \
-            }                                                                                    \
-        }                                                                                        \
+        ROWS for (int64_t i = 0; i < n; i++)                                                     \
+            coded_##name(weight + i * stride, codes + i * out, k, inverses[i * step], 0);        \
     }                                                                                            \
                                                                                                  \
     /* (w * by_row) * by_column: the order is FlashRL's. Some rows at once: they come from memory   \

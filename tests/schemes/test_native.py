@@ -30,6 +30,12 @@ def rows(n, k, seed, dtype=torch.bfloat16):
     return weight.to(dtype)
 
 
+def every_bf16():
+    """All finite ones."""
+    numbers = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    return torch.where(numbers.isfinite(), numbers, 0)
+
+
 def both(name, weight, *factors):
     """What the kernel returns, and what its definition does."""
     defined = next(m for m in (int8, fp8, smoothed, absmax) if hasattr(m, name))
@@ -39,7 +45,7 @@ def both(name, weight, *factors):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ["int8_channel", "fp8_channel", "fp8_tensor"])
 @settings(max_examples=60, deadline=None)
-@given(n=st.integers(1, 40), k=st.integers(1, 100), seed=st.integers(0, 2**16))
+@given(n=st.integers(1, 40), k=st.integers(1, 700), seed=st.integers(0, 2**16))
 def test_codes_and_scales_are_those_of_the_definition(name, dtype, n, k, seed):
     ours, defined = both(name, rows(n, k, seed, dtype))
 
@@ -68,13 +74,24 @@ def test_smoothed_codes_are_those_of_the_definition(dtype, n, k, seed):
 
 
 def test_every_bf16_number_becomes_the_e4m3_that_torch_makes_of_it():
-    numbers = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
-    numbers = torch.where(numbers.isfinite(), numbers, 0).view(256, 256)
+    numbers = every_bf16().view(256, 256)
 
-    for scale in (1.0, 0.37, 2.0**-7, 3e4):
+    for scale in (1.0, 0.37, 2.0**-7, 3e4, 1e-30, 1e30, 2.0**-126, 2.0**-130, 2.0**127, 0.0):
         ours = KERNELS.fp8_static(numbers, torch.tensor([scale]))
 
         assert torch.equal(bits(ours), bits(fp8.fp8_static(numbers, torch.tensor([scale]))))
+
+
+@settings(max_examples=40, deadline=None)
+@given(mantissa=st.integers(128, 255), exponent=st.integers(-60, 100))
+def test_every_bf16_number_in_a_row_of_any_size(mantissa, exponent):
+    """A row whose largest number is a given one, and that holds all smaller ones."""
+    peak = torch.tensor(math.ldexp(mantissa, exponent)).bfloat16()
+    numbers = every_bf16()
+    row = torch.where(numbers.abs() <= peak, numbers, peak)[None]
+
+    for one, other in zip(*both("fp8_channel", row), strict=True):
+        assert torch.equal(bits(one), bits(other))
 
 
 @pytest.mark.parametrize("name", ["int8_channel", "fp8_channel"])
