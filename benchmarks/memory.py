@@ -177,16 +177,17 @@ def live_bytes(llm: Any) -> int:
 
     model = llm.apply_model(lambda model: model)[0]
     storages: dict[int, int] = {}
-    handlers = 0
+    handlers: dict[int, int] = {}  # of which tied modules hold one
     for module in model.modules():
         if hasattr(module, "kv_cache"):
             continue
         for path, leaf in kernel_state.leaves(module).items():
             if kernel_state.is_handle(leaf):
-                handlers += leaf.k * leaf.n * (2 if path.startswith("cpu_linear") else 1)
+                size = leaf.k * leaf.n * (2 if path.startswith("cpu_linear") else 1)
+                handlers[id(leaf)] = size
             elif path not in module._buffers:
                 storages[_storage(leaf)] = leaf.untyped_storage().nbytes()
-    return sum(storages.values()) + handlers
+    return sum(storages.values()) + sum(handlers.values())
 
 
 def give_back_at_once() -> None:
