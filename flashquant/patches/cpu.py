@@ -117,7 +117,8 @@ def packed_once(shared: Iterable[Tensor]) -> Iterator[None]:
         shared: weights that several modules hold; they stay as they are inside.
 
     """
-    before = _packed.set({weight.data_ptr(): None for weight in shared})
+    kept = list(shared)  # alive until the end: nothing else may come to lie at their addresses
+    before = _packed.set({weight.data_ptr(): None for weight in kept})
     try:
         yield
     finally:

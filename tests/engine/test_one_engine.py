@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,7 +22,7 @@ from flashquant.errors import (
     TornWeights,
     UnknownWeight,
 )
-from flashquant.patches import kernel_state
+from flashquant.patches import kernel_state, loading
 from flashquant.patches.kernel_state import is_handle
 from flashquant.verify import footprints
 from tests.engine.checkpoints import SCHEMES, Policies, config_name
@@ -340,4 +341,17 @@ def test_a_tied_head_and_the_embeddings_share_one_packed_copy(tmp_path: Path) ->
 
     assert len(packed[0]) == 1
     assert packed[0].keys() == packed[1].keys()
+    serving.snapshot().assert_same(serve(policies.bf16("b"), "bf16").start)
+
+
+def test_a_tied_head_with_a_packed_copy_of_its_own_is_renewed_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As wherever what packs a weight is not what flashquant knows to be shared."""
+    policies = Policies(tmp_path, "tied")
+    monkeypatch.setattr(loading, "packed_once", lambda shared: nullcontext())
+    serving = serve(policies.bf16("a"), "bf16")
+    flashquant.reload_weights(serving.llm, policies.tensors("b"))
+    monkeypatch.undo()
+
     serving.snapshot().assert_same(serve(policies.bf16("b"), "bf16").start)
