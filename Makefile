@@ -32,7 +32,7 @@ test: $(STAMP) ## run the tests (PYTEST_ARGS="-m 'not engine'")
 	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 versions: $(STAMP) ## run the engine tests on every vLLM we claim, and write the table (VERSIONS_ARGS="...")
-	nice -n 5 $(PY) -m tests.versions $(VERSIONS_ARGS)
+	nice -n 5 $(PY) -m tools.versions $(VERSIONS_ARGS)
 
 # Not a part of `test`: the stacks are downloaded, 400 MB into .stacks/.
 stacks: $(STAMP) ## RL stacks' own code against a patched engine

@@ -26,10 +26,13 @@ from vllm.v1.request import RequestStatus
 from flashquant.errors import TornWeights
 from flashquant.patches import worker
 from flashquant.patches.engine import asks_for_session
+from flashquant.patches.guard import vllm_is
 from flashquant.patches.loading import Standing
 from flashquant.patches.point import PatchPoint
 
 logger = logging.getLogger(__name__)
+
+_HAS_VERSION = vllm_is(">=0.27")  # before, an engine core knows no version of its weights
 
 
 class _Noted:
@@ -119,7 +122,8 @@ def _take_note(core: Any) -> None:
         noted.version = version
         if not core.reset_prefix_cache(reset_running_requests=True):
             logger.warning("vLLM did not reset its prefix cache; its log says why")
-        core.set_weight_version(str(version))
+        if _HAS_VERSION:
+            core.set_weight_version(str(version))
     # In the caller's own process, waiting would be for ever: there a step refuses instead.
     if isinstance(core, EngineCoreProc) and not isinstance(core, DPEngineCoreProc):
         _hold_steps(core, noted, any(standing.holds_steps for standing in standings))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, requires
 
+import vllm
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
@@ -23,6 +24,11 @@ def tested_range() -> SpecifierSet:
     raise UnsupportedEngine(
         "flashquant's own metadata names no tested vllm range; reinstall it with pip"
     )
+
+
+def vllm_is(versions: str) -> bool:
+    """Whether the installed vLLM is one of `versions`, such as ">=0.26"."""
+    return SpecifierSet(versions).contains(vllm.__version__, prereleases=True)
 
 
 def check_version(found: str) -> None:

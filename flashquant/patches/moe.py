@@ -8,6 +8,8 @@ blocks then ends the process, because a row an expert is too few for it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -61,24 +63,49 @@ def _is_router(layer: nn.Module, rows: int) -> bool:
     return isinstance(layer, GateLinear) or (experts > 0 and rows in (1, experts))
 
 
-def _method_of_experts(
-    original: Any, layer: nn.Module, prefix: str, quant_config: Any, moe_config: Any
-) -> Any:
-    config = get_current_vllm_config_or_none()
-    scheme = None if config is None else _decided(config).get("scheme")
+def _method_of_experts(original: Any, layer: nn.Module, prefix: str, *args: Any) -> Any:
+    scheme = _scheme()
     if scheme is None:
-        return original(layer, prefix, quant_config, moe_config)
+        return original(layer, prefix, *args)
+    with _in_our_words(prefix, layer, scheme):
+        method = original(layer, prefix, *args)
+    _check_kernel(method, prefix, layer, scheme)
+    return method
+
+
+def _init_experts(original: Any, layer: nn.Module, *args: Any, **kwargs: Any) -> None:
+    """Up to vLLM 0.23, where a layer of experts chooses its method in its `__init__`."""
+    scheme = _scheme()
+    if scheme is None:
+        original(layer, *args, **kwargs)
+        return
+    prefix = kwargs.get("prefix", "")
+    with _in_our_words(prefix, layer, scheme):
+        original(layer, *args, **kwargs)
+    _check_kernel(layer.quant_method, prefix, layer, scheme)
+
+
+def _scheme() -> str | None:
+    """What flashquant serves in the engine that is being made, if it has configured it."""
+    config = get_current_vllm_config_or_none()
+    return None if config is None else _decided(config).get("scheme")
+
+
+@contextmanager
+def _in_our_words(prefix: str, layer: nn.Module, scheme: str) -> Iterator[None]:
     try:
-        method = original(layer, prefix, quant_config, moe_config)
+        yield
     except (NotImplementedError, ValueError) as refusal:
         raise UnsupportedEngine(_no_kernel(prefix, layer, scheme, str(refusal))) from refusal
-    # Without a kernel, some methods are created all the same and fail once weights are in.
+
+
+def _check_kernel(method: Any, prefix: str, layer: nn.Module, scheme: str) -> None:
+    """Without a kernel, some methods are created all the same and fail once weights are in."""
     lacks_kernel = getattr(method, "experts_cls", method) is None
     if lacks_kernel and not isinstance(method, UnquantizedFusedMoEMethod):
         raise UnsupportedEngine(
             _no_kernel(prefix, layer, scheme, f"{type(method).__name__} found none")
         )
-    return method
 
 
 def _no_kernel(prefix: str, layer: nn.Module, scheme: str, said: str) -> str:
@@ -117,5 +144,12 @@ POINTS = (
         "vllm.model_executor.layers.fused_moe.routed_experts:RoutedExperts._get_quant_method",
         expects=("self", "prefix", "quant_config", "moe_config"),
         wrapper=_method_of_experts,
+        within=">=0.24",
+    ),
+    PatchPoint(
+        "vllm.model_executor.layers.fused_moe.layer:FusedMoE.__init__",
+        expects=("self", "num_experts", "top_k", "hidden_size", "intermediate_size", ...),
+        wrapper=_init_experts,
+        within="<0.24",
     ),
 )

@@ -81,7 +81,7 @@ class PatchPoint:
             owner, name = self._resolve()
         except PatchError:
             return
-        if inspect.getattr_static(owner, name, _ABSENT) is not _ABSENT:
+        if isinstance(inspect.getattr_static(owner, name, _ABSENT), FunctionType):
             raise PatchError(
                 f"{self.target} is there, but flashquant knows it in vllm{self.within} only, and "
                 "would pass it over. Install a tested version, or unset FLASHRL_CONFIG."

@@ -15,7 +15,7 @@ from tests.architectures import ARCHITECTURES
 from tests.compatibility import table, workers
 from tests.compatibility.trial import DIED, ENGINE, REFUSED, SCHEMES, WRONG, Cell
 from tests.compatibility.workers import Asked
-from tests.versions.table import put_into
+from tools.versions.table import put_into
 
 PAGE = Path(__file__).parents[2] / "docs" / "compatibility.md"
 

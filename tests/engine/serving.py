@@ -32,12 +32,19 @@ _PROMPTS = [list(range(5 + shift, 45 + shift)) for shift in (0, 3, 11, 200)]
 
 
 def needs(versions: str, what: str) -> pytest.MarkDecorator:
-    """Skip where this vLLM has no such thing; `python -m tests.versions` lists the reasons."""
+    """Skip where this vLLM has no such thing; `python -m tools.versions` lists the reasons."""
     has_it = SpecifierSet(versions).contains(vllm.__version__, prereleases=True)
     return pytest.mark.skipif(not has_it, reason=f"this vLLM has no {what}")
 
 
 WEIGHT_VERSIONS = needs(">=0.32", "weight versions in its outputs")
+# Before 0.27, an engine core of vLLM knows no version of its weights.
+KNOWS_VERSION = SpecifierSet(">=0.27").contains(vllm.__version__, prereleases=True)
+
+
+def weight_version(llm: Any, otherwise: str) -> str:
+    """The version that vLLM itself says it serves; `otherwise` where it cannot say."""
+    return str(llm.get_weight_version()) if KNOWS_VERSION else otherwise
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.versions import table
-from tests.versions.__main__ import LOOKED_AT, README, RUN
-from tests.versions.table import BEGIN, END, Row
-from tests.versions.trial import LACKS, Outcome, Seams, outcome_of
+from tools.versions import table
+from tools.versions.__main__ import LOOKED_AT, README, RUN
+from tools.versions.table import BEGIN, END, Row
+from tools.versions.trial import LACKS, Outcome, Seams, outcome_of
 
 JUNIT = f"""<testsuites><testsuite>
 <testcase classname="tests.a" name="good"/>

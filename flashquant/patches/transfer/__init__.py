@@ -11,24 +11,30 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from vllm.distributed.weight_transfer.factory import (
-    WeightTransferEngineFactory,
-    WeightTransferTrainerFactory,
-)
+from vllm.distributed.weight_transfer import factory
+
+from flashquant.patches.guard import vllm_is
+
+# Before, whatever sends weights is written by hand; see `gloo_worker`.
+_HAS_TRAINERS = vllm_is(">=0.26")
 
 FILE, GLOO = "flashquant_file", "flashquant_gloo"
 
 
 def register() -> Callable[[], None]:
     """Add both backends to vLLM's registries; returns what takes them out again."""
-    engines, trainers = WeightTransferEngineFactory, WeightTransferTrainerFactory
+    engines = factory.WeightTransferEngineFactory
     engines.register_engine(FILE, f"{__name__}.files", "FileEngine")
-    engines.register_engine(GLOO, f"{__name__}.gloo", "GlooEngine")
-    trainers.register_engine(GLOO, f"{__name__}.gloo", "GlooTrainer")
+    engines.register_engine(GLOO, f"{__name__}.gloo_worker", "GlooEngine")
+    registries = [engines._registry]
+    if _HAS_TRAINERS:
+        trainers = factory.WeightTransferTrainerFactory
+        trainers.register_engine(GLOO, f"{__name__}.gloo", "GlooTrainer")
+        registries.append(trainers._registry)
 
     def unregister() -> None:
-        for name in (FILE, GLOO):
-            engines._registry.pop(name, None)
-        trainers._registry.pop(GLOO, None)
+        for registry in registries:
+            for name in (FILE, GLOO):
+                registry.pop(name, None)
 
     return unregister

@@ -1,11 +1,19 @@
-"""What the engines have in common: one bracket an update, and tensors for the model."""
+"""What the engines have in common: one bracket an update, and tensors for the model.
+
+Before vLLM 0.25 the worker itself opened and closed the bracket, and named the model's loader.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch import Tensor
 from vllm.distributed.weight_transfer.base import WeightTransferEngine
+
+# How the worker of vLLM before 0.25 names `model.load_weights`.
+Load = Callable[[Iterable[tuple[str, Tensor]]], Any]
 
 
 class Bracketed(WeightTransferEngine):  # type: ignore[misc]  # vLLM is not typed for us
@@ -29,7 +37,7 @@ class Bracketed(WeightTransferEngine):  # type: ignore[misc]  # vLLM is not type
 
     @staticmethod
     def trainer_send_weights(*args: Any, **kwargs: Any) -> None:
-        """vLLM 0.27 wants one of every engine; the trainer's end is a class of its own."""
+        """vLLM up to 0.27 wants one of every engine; the trainer's end is a class of its own."""
         raise NotImplementedError("send with WeightTransferTrainerFactory.trainer_init(...)")
 
     def shutdown(self) -> None:

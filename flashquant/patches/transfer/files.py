@@ -12,7 +12,7 @@ from pathlib import Path
 from vllm.distributed.weight_transfer.base import WeightTransferInitInfo, WeightTransferUpdateInfo
 
 from flashquant.errors import ReloadError
-from flashquant.patches.transfer.bracketed import Bracketed
+from flashquant.patches.transfer.bracketed import Bracketed, Load
 from flashquant.weights import named_tensors
 
 
@@ -52,7 +52,7 @@ class FileEngine(Bracketed):
             )
         self._folder = folder
 
-    def receive_weights(self, update_info: File) -> None:
+    def receive_weights(self, update_info: File, load_weights: Load | None = None) -> None:
         """Load one file, or a folder of them.
 
         Raises:
@@ -64,4 +64,4 @@ class FileEngine(Bracketed):
         path = (self._folder / update_info.path).resolve()
         if not path.is_relative_to(self._folder):
             raise ReloadError(f"{update_info.path} leads out of {self._folder}; it is not read")
-        self.model.load_weights(named_tensors(path))
+        (load_weights or self.model.load_weights)(named_tensors(path))

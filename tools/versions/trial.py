@@ -51,9 +51,9 @@ class Seams:
         return self.fit + len(self.misfits)
 
 
-def look_at_seams(overlay: Path) -> Seams:
+def look_at_seams(path: Sequence[Path]) -> Seams:
     """Ask `flashquant doctor`, in a process that imports this vLLM."""
-    answer = _python(overlay, "-c", _DOCTOR)
+    answer = _python(path, "-c", _DOCTOR)
     # vLLM logs to the same stream before the answer.
     _, _, found = answer.stdout.rpartition(_MARK)
     if not found:
@@ -63,13 +63,13 @@ def look_at_seams(overlay: Path) -> Seams:
     return Seams(len(seams) - len(misfits), misfits)
 
 
-def run_tests(overlay: Path, tests: Sequence[str], pattern: str | None) -> Outcome:
+def run_tests(path: Sequence[Path], tests: Sequence[str], pattern: str | None) -> Outcome:
     """Run pytest in a process that imports this vLLM; what it says is kept in a log."""
-    report, log = overlay / "junit.xml", overlay / "pytest.log"
+    report, log = path[0] / "junit.xml", path[0] / "pytest.log"
     report.unlink(missing_ok=True)
     chosen = ["-k", pattern] if pattern else []
     arguments = ["-q", "--tb=short", "-p", "no:cacheprovider", f"--junitxml={report}", *chosen]
-    answer = _python(overlay, "-m", "pytest", *arguments, *tests)
+    answer = _python(path, "-m", "pytest", *arguments, *tests)
     log.write_text(answer.stdout + answer.stderr)
     if not report.exists():
         raise RuntimeError(f"pytest came to no result; {log} says why")
@@ -90,12 +90,12 @@ def outcome_of(junit: str) -> Outcome:
     return Outcome(passed, skipped, tuple(dict.fromkeys(failed)))
 
 
-def _python(overlay: Path, *arguments: str) -> subprocess.CompletedProcess[Any]:
-    path = os.pathsep.join((str(ROOT), str(overlay)))
+def _python(path: Sequence[Path], *arguments: str) -> subprocess.CompletedProcess[Any]:
+    import_path = os.pathsep.join(map(str, (ROOT, *path)))
     return subprocess.run(
         [sys.executable, *arguments],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": path, "VLLM_LOGGING_LEVEL": "ERROR"},
+        env={**os.environ, "PYTHONPATH": import_path, "VLLM_LOGGING_LEVEL": "ERROR"},
         capture_output=True,
         text=True,
         check=False,
