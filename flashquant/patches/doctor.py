@@ -92,9 +92,10 @@ def _schemes() -> Iterator[Finding]:
     yield Finding("schemes", "bf16", "ok", "no quantization")
     yield Finding("schemes", "int8", "ok", "compressed-tensors W8A8, a scale a channel")
     for scheme, online in engine_args.ONLINE.items():
-        yield Finding("schemes", scheme, "ok", f"vLLM's online {online}")
-    for scheme, instead in engine_args.NOT_BUILT.items():
-        yield Finding("schemes", scheme, "skipped", f"not built yet; {instead}")
+        if scheme not in engine_args.NOT_SERVED:
+            yield Finding("schemes", scheme, "ok", f"vLLM's online {online}")
+    for scheme, why in engine_args.NOT_SERVED.items():
+        yield Finding("schemes", scheme, "skipped", why)
 
 
 def _kernels() -> Iterator[Finding]:

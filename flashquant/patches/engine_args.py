@@ -12,6 +12,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+import vllm
 from transformers import PretrainedConfig
 from vllm.config.quantization import resolve_quantization_config
 
@@ -19,6 +20,7 @@ from flashquant.checks import Checks, checks_from_env
 from flashquant.config import FlashConfig, RolloutConfig, config_from_env
 from flashquant.errors import ConfigError
 from flashquant.locate import Located, locate, locate_in_model, split_revision
+from flashquant.patches.guard import vllm_is
 from flashquant.patches.logprobs import configure_logprobs
 from flashquant.patches.point import PatchPoint
 from flashquant.profiles import load_profile
@@ -42,9 +44,14 @@ ONLINE = {
 # What the weights of a compressed-tensors checkpoint in a scheme look like.
 _STORED = {"int8": ("int", 8, "channel"), "fp8_channel": ("float", 8, "channel")}
 CALIBRATED = frozenset({"int8", "int8_prune"})  # what a profile is for
-NOT_BUILT = {
-    "fp8_tensor": "fp8_vllm stores one scale a layer, fp8_channel one an output channel",
+NOT_SERVED = {
+    "fp8_tensor": "not built yet; fp8_vllm stores one scale a layer, fp8_channel one an output "
+    "channel",
 }
+if not vllm_is(">=0.24"):
+    NOT_SERVED["fp8_channel"] = (
+        "vLLM quantizes by channel while it loads since 0.24; fp8_vllm stores one scale a layer"
+    )
 
 
 def _create_model_config(original: Any, args: Any) -> Any:
@@ -88,7 +95,7 @@ def configure(args: Any, config: RolloutConfig, checks: Checks) -> None:
         ProfileError: its profile cannot be read.
 
     """
-    _refuse_what_is_not_built(config)
+    _refuse_what_is_not_served(config)
     if config.model is not None:
         args.model, revision = split_revision(config.model)
         args.revision = revision or args.revision
@@ -142,11 +149,11 @@ def configure(args: Any, config: RolloutConfig, checks: Checks) -> None:
     logger.info("flashquant serves %s in %s%s", args.model, config.scheme, by)
 
 
-def _refuse_what_is_not_built(config: RolloutConfig) -> None:
-    if config.scheme in NOT_BUILT:
+def _refuse_what_is_not_served(config: RolloutConfig) -> None:
+    if config.scheme in NOT_SERVED:
         raise ConfigError(
-            f"{config.fn} is a valid name, but its scheme is not built yet: "
-            f"{NOT_BUILT[config.scheme]}. Use one of these."
+            f"{config.fn} is a valid name, but its scheme is not served in vLLM "
+            f"{vllm.__version__}: {NOT_SERVED[config.scheme]}. Use another scheme."
         )
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from torch import nn
 
 from flashquant.errors import ReloadError
+from flashquant.patches.guard import vllm_is
 from flashquant.patches.loading import check_servable, find_session
 from flashquant.patches.point import PatchPoint
 from flashquant.session import Session
@@ -82,7 +83,8 @@ def _finish_weight_update(original: Any, worker: Any) -> None:
     except BaseException:
         if session is not None:
             worker._weight_update_active = False
-            worker.weight_transfer_engine.reset_weight_update_target()
+            if _HAS_TARGETS:
+                worker.weight_transfer_engine.reset_weight_update_target()
         raise
 
 
@@ -97,6 +99,7 @@ def _execute_model(original: Any, runner: Any, *args: Any, **kwargs: Any) -> Any
     return original(runner, *args, **kwargs)
 
 
+_HAS_TARGETS = vllm_is(">=0.26")  # a draft can be updated by a transfer engine since then
 _RELOAD = "vllm.model_executor.model_loader.reload"
 _V1 = "vllm.v1.worker.gpu_model_runner"
 _V2 = "vllm.v1.worker.gpu.model_runner"

@@ -17,12 +17,11 @@ from unittest import mock
 
 import pytest
 import torch
-import vllm
-from packaging.specifiers import SpecifierSet
 from torch import Tensor, nn
 
 import flashquant
 from flashquant.patches import kernel_state
+from flashquant.patches.guard import vllm_is
 from flashquant.patches.loading import session_of
 from flashquant.session import Session
 from tests.groups import make_experts_group
@@ -33,13 +32,16 @@ _PROMPTS = [list(range(5 + shift, 45 + shift)) for shift in (0, 3, 11, 200)]
 
 def needs(versions: str, what: str) -> pytest.MarkDecorator:
     """Skip where this vLLM has no such thing; `python -m tools.versions` lists the reasons."""
-    has_it = SpecifierSet(versions).contains(vllm.__version__, prereleases=True)
-    return pytest.mark.skipif(not has_it, reason=f"this vLLM has no {what}")
+    return pytest.mark.skipif(not vllm_is(versions), reason=f"this vLLM has no {what}")
 
+
+FP8_CHANNEL = needs(">=0.24", "online fp8 by channel")
+# A scheme of rows, for tests that are about something else.
+BY_ROW = "fp8_channel" if vllm_is(">=0.24") else "int8"
 
 WEIGHT_VERSIONS = needs(">=0.32", "weight versions in its outputs")
 # Before 0.27, an engine core of vLLM knows no version of its weights.
-KNOWS_VERSION = SpecifierSet(">=0.27").contains(vllm.__version__, prereleases=True)
+KNOWS_VERSION = vllm_is(">=0.27")
 
 
 def weight_version(llm: Any, otherwise: str) -> str:
@@ -210,6 +212,8 @@ def serve(checkpoint: Path, scheme: str, kernels: str = "native", **options: Any
         kernels: which ones the surrounding `choosing` block makes vLLM choose.
 
     """
+    if scheme == "fp8_channel" and scheme != BY_ROW:
+        pytest.skip(FP8_CHANNEL.kwargs["reason"])
     key = (checkpoint, scheme, kernels, repr(sorted(options.items())))
     if key not in _STARTED:
         serving = Serving(checkpoint, scheme, options)

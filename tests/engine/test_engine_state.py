@@ -19,7 +19,7 @@ import flashquant
 from flashquant.errors import SleepingWeights, TornWeights
 from flashquant.patches import sleep
 from tests.engine.checkpoints import Policies
-from tests.engine.serving import WEIGHT_VERSIONS, Serving, serve, weight_version
+from tests.engine.serving import BY_ROW, WEIGHT_VERSIONS, Serving, needs, serve, weight_version
 
 pytestmark = pytest.mark.engine
 
@@ -35,7 +35,7 @@ def policies(tmp_path_factory: pytest.TempPathFactory) -> Policies:
 @pytest.fixture
 def live(policies: Policies) -> Iterator[Serving]:
     """An engine that serves policy A, and does again afterwards."""
-    serving = serve(policies.bf16("a"), "fp8_channel")
+    serving = serve(policies.bf16("a"), BY_ROW)
     flashquant.reload_weights(serving.llm, policies.tensors("a"))
     yield serving
     serving.session.wake_up()
@@ -79,8 +79,7 @@ def test_a_request_in_flight_goes_on_as_if_it_had_begun_on_the_new_weights(
 ) -> None:
     """Between two steps; its keys and values are computed anew."""
     live, fresh = (
-        serve(policies.bf16(policy), "fp8_channel", enable_prefix_caching=caching)
-        for policy in ("a", "b")
+        serve(policies.bf16(policy), BY_ROW, enable_prefix_caching=caching) for policy in ("a", "b")
     )
 
     output = updated_in_flight(live, policies)
@@ -92,7 +91,7 @@ def test_a_request_in_flight_goes_on_as_if_it_had_begun_on_the_new_weights(
 @WEIGHT_VERSIONS
 def test_each_token_of_an_answer_has_its_version(policies: Policies) -> None:
     """Those of the reports."""
-    live = serve(policies.bf16("a"), "fp8_channel")
+    live = serve(policies.bf16("a"), BY_ROW)
     version = flashquant.status(live.llm).version
 
     output = updated_in_flight(live, policies)
@@ -127,8 +126,7 @@ def test_a_prefix_of_the_old_weights_is_not_used_again(
 ) -> None:
     """Whatever call brought the new ones; and the engine knows their version."""
     live, fresh = (
-        serve(policies.bf16(policy), "fp8_channel", enable_prefix_caching=True)
-        for policy in ("a", "b")
+        serve(policies.bf16(policy), BY_ROW, enable_prefix_caching=True) for policy in ("a", "b")
     )
     flashquant.reload_weights(live.llm, policies.tensors("a"))
     before = said(answer(live.llm, PROMPT, 4))
@@ -191,7 +189,8 @@ def adapter(folder: Path) -> LoRARequest:
     return LoRARequest("adapter", 1, str(folder))
 
 
-@pytest.mark.parametrize("scheme", ["bf16", "fp8_channel"])
+@needs(">=0.24", "LoRA on a CPU whose torch is built for CUDA")
+@pytest.mark.parametrize("scheme", ["bf16", BY_ROW])
 def test_an_adapter_stays_on_top_of_the_new_weights(
     policies: Policies, scheme: str, tmp_path: Path
 ) -> None:

@@ -26,7 +26,7 @@ from flashquant.patches import kernel_state, loading
 from flashquant.patches.kernel_state import is_handle
 from flashquant.verify import footprints
 from tests.engine.checkpoints import SCHEMES, Policies, config_name
-from tests.engine.serving import Serving, serve
+from tests.engine.serving import BY_ROW, Serving, serve
 
 pytestmark = pytest.mark.engine
 
@@ -283,7 +283,7 @@ def test_codes_and_scales_of_a_w8a8_checkpoint_pass_through(policies: Policies) 
 
 def test_a_half_precise_dtype_is_refused_for_codes(policies: Policies) -> None:
     """int8 codes do not fit an fp8 engine."""
-    live = serve(policies.bf16("a"), "fp8_channel")
+    live = serve(policies.bf16("a"), BY_ROW)
 
     with pytest.raises(ReloadError, match="int8"):
         live.model.load_weights([(O, torch.zeros(256, 256, dtype=torch.int8))])

@@ -15,7 +15,7 @@ import pytest
 
 from tests.engine.checkpoints import Policies
 from tests.engine.programs.engine import RESULT_FILE
-from tests.engine.serving import WEIGHT_VERSIONS, Serving, serve
+from tests.engine.serving import BY_ROW, FP8_CHANNEL, WEIGHT_VERSIONS, Serving, serve
 
 pytestmark = pytest.mark.engine
 
@@ -89,7 +89,7 @@ def asynchronous(policies: Policies) -> dict[str, Any]:
     return _run(
         "asynchronous",
         policies,
-        FLASHRL_CONFIG="fp8_channel",
+        FLASHRL_CONFIG=BY_ROW,
         VLLM_ALLOW_INSECURE_SERIALIZATION="1",
     )
 
@@ -98,7 +98,7 @@ def test_an_async_engine_is_updated_while_clients_generate(
     asynchronous: dict[str, Any], policies: Policies
 ) -> None:
     """No request fails, and one in flight goes on as a fresh engine would."""
-    a, b = (serve(policies.bf16(policy), "fp8_channel") for policy in ("a", "b"))
+    a, b = (serve(policies.bf16(policy), BY_ROW) for policy in ("a", "b"))
     assert asynchronous["failed"] == []
     assert asynchronous["before"] == a.start.digest
     assert asynchronous["after"] == asynchronous["reported"] == b.start.digest
@@ -119,7 +119,7 @@ def test_an_async_engine_tells_which_version_sampled_which_token(
     (_, _, cut), (version, start, _) = asynchronous["in flight"]
     assert (version, cut) == ("11", start)
     assert start <= asynchronous["updated"] + 4
-    assert_continues(asynchronous["said"], start, serve(policies.bf16("b"), "fp8_channel"))
+    assert_continues(asynchronous["said"], start, serve(policies.bf16("b"), BY_ROW))
 
 
 def assert_continues(said: list[list[float]], start: int, fresh: Serving) -> None:
@@ -129,7 +129,7 @@ def assert_continues(said: list[list[float]], start: int, fresh: Serving) -> Non
     assert said[start:] == fresh.continued(prompt, len(said) - start)
 
 
-@pytest.mark.parametrize("scheme", ["int8", "fp8_channel"])
+@pytest.mark.parametrize("scheme", ["int8", pytest.param("fp8_channel", marks=FP8_CHANNEL)])
 def test_a_compiled_engine_sees_the_new_weights(policies: Policies, scheme: str) -> None:
     """Compiled code has addresses by heart; a reload in place is one that it sees."""
     answer = _run("compiled", policies, FLASHRL_CONFIG=scheme, TORCHDYNAMO_DISABLE="0")
@@ -139,7 +139,9 @@ def test_a_compiled_engine_sees_the_new_weights(policies: Policies, scheme: str)
     assert answer["reloaded"] != answer["before"]
 
 
-@pytest.mark.parametrize("scheme", ["int8", "fp8_vllm", "fp8_channel"])
+@pytest.mark.parametrize(
+    "scheme", ["int8", "fp8_vllm", pytest.param("fp8_channel", marks=FP8_CHANNEL)]
+)
 def test_two_workers_commit_together_or_not_at_all(policies: Policies, scheme: str) -> None:
     """Tensor parallel: rank 1 fails alone, and is then killed in the middle of an update."""
     answer = _run(

@@ -102,7 +102,7 @@ def test_a_contradicting_quantization_is_refused(bf16: Path) -> None:
 
 @pytest.mark.parametrize("name", ["fp8_tensor"])
 def test_a_valid_name_that_is_not_built_says_what_to_use(bf16: Path, name: str) -> None:
-    with pytest.raises(ConfigError, match=r"not built yet: (fp8_vllm|int8)"):
+    with pytest.raises(ConfigError, match=r"not built yet; (fp8_vllm|int8)"):
         configured(bf16, RolloutConfig(fn=name))
 
 

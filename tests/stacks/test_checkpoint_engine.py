@@ -8,17 +8,16 @@ from __future__ import annotations
 import pytest
 
 from tests.engine.checkpoints import Policies
-from tests.engine.serving import serve
 from tests.stacks import overlays
-from tests.stacks.programs.rollouts import said
-from tests.stacks.running import run
+from tests.stacks.running import fresh, run
 
 pytestmark = overlays.needed("checkpoint-engine")
 
 
+@overlays.on_each_vllm("checkpoint-engine")
 @pytest.mark.parametrize("scheme", ["int8", "fp8_vllm"])
 def test_what_its_worker_extension_loads_equals_a_fresh_start(
-    policies: Policies, scheme: str
+    policies: Policies, scheme: str, vllm: str
 ) -> None:
     """A refused bucket is told to the server; half a layer at the end is an error."""
     answer = run(
@@ -27,9 +26,10 @@ def test_what_its_worker_extension_loads_equals_a_fresh_start(
         policies.bf16("a"),
         policies.bf16("b"),
         scheme=scheme,
+        vllm=vllm,
     )
 
-    a, b = (said(serve(policies.bf16(policy), scheme).llm) for policy in "ab")
+    a, b = fresh("checkpoint-engine", policies, scheme=scheme, vllm=vllm)
     assert answer["started"] == a
     assert answer["pushed b"] == b
     assert "MisfitTensor" in answer["refused"][1]

@@ -9,22 +9,23 @@ from __future__ import annotations
 import pytest
 
 from tests.engine.checkpoints import Policies
-from tests.engine.serving import serve
 from tests.stacks import overlays
-from tests.stacks.programs.rollouts import said
-from tests.stacks.running import run
+from tests.stacks.running import fresh, run
 
 pytestmark = overlays.needed("openrlhf")
 
 
+@overlays.on_each_vllm("openrlhf")
 @pytest.mark.parametrize("scheme", ["int8", "fp8_vllm"])
 def test_what_its_worker_extension_loads_equals_a_fresh_start(
-    policies: Policies, scheme: str
+    policies: Policies, scheme: str, vllm: str
 ) -> None:
     """A tensor a call; a bad one changes nothing, and half a layer waits for the rest."""
-    answer = run("openrlhf", "openrlhf", policies.bf16("a"), policies.bf16("b"), scheme=scheme)
+    answer = run(
+        "openrlhf", "openrlhf", policies.bf16("a"), policies.bf16("b"), scheme=scheme, vllm=vllm
+    )
 
-    a, b = (said(serve(policies.bf16(policy), scheme).llm) for policy in "ab")
+    a, b = fresh("openrlhf", policies, scheme=scheme, vllm=vllm)
     assert answer["started"] == a
     assert answer["broadcast"] == b
     assert answer["ipc"] == a

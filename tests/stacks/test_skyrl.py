@@ -9,22 +9,21 @@ from __future__ import annotations
 import pytest
 
 from tests.engine.checkpoints import Policies
-from tests.engine.serving import serve
 from tests.stacks import overlays
-from tests.stacks.programs.rollouts import said
-from tests.stacks.running import run
+from tests.stacks.running import fresh, run
 
 pytestmark = overlays.needed("skyrl")
 
 
+@overlays.on_each_vllm("skyrl")
 @pytest.mark.parametrize("scheme", ["int8", "fp8_vllm"])
 def test_what_its_worker_wrapper_loads_equals_a_fresh_start(
-    policies: Policies, scheme: str
+    policies: Policies, scheme: str, vllm: str
 ) -> None:
     """Start, chunks, finish are one update: with a chunk missing, the old weights stay."""
-    answer = run("skyrl", "skyrl", policies.bf16("a"), policies.bf16("b"), scheme=scheme)
+    answer = run("skyrl", "skyrl", policies.bf16("a"), policies.bf16("b"), scheme=scheme, vllm=vllm)
 
-    a, b = (said(serve(policies.bf16(policy), scheme).llm) for policy in "ab")
+    a, b = fresh("skyrl", policies, scheme=scheme, vllm=vllm)
     assert answer["started"] == a
     assert answer["pushed b"] == b
     assert "the update ended with 1 layers half arrived" in answer["a chunk missing"][1]

@@ -21,11 +21,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return short_smollm2.make(tmp_path_factory.mktemp("trl") / "model")
 
 
+@overlays.on_each_vllm("trl")
 @pytest.mark.parametrize(
     ("scheme", "dtype"), [("int8", "bfloat16"), ("int8", "float32"), ("fp8_vllm", "bfloat16")]
 )
 def test_a_step_of_grpo_rolls_out_the_policy_it_has_just_made(
-    model: Path, tmp_path: Path, scheme: str, dtype: str
+    model: Path, tmp_path: Path, scheme: str, dtype: str, vllm: str
 ) -> None:
     """float32 is what TRL trains in where it is not told otherwise; so are its pushes then."""
     answer = run(
@@ -35,6 +36,7 @@ def test_a_step_of_grpo_rolls_out_the_policy_it_has_just_made(
         dtype,
         tmp_path,
         scheme=scheme,
+        vllm=vllm,
         TORCHDYNAMO_DISABLE="0",  # TRL's engine is compiled; it has no setting for eager
         VLLM_CPU_KVCACHE_SPACE="1",
     )

@@ -5,20 +5,21 @@ from __future__ import annotations
 import pytest
 
 from tests.engine.checkpoints import Policies
-from tests.engine.serving import serve
 from tests.stacks import overlays
-from tests.stacks.programs.rollouts import said
-from tests.stacks.running import run
+from tests.stacks.running import fresh, run
 
 pytestmark = overlays.needed("verl")
 
 
+@overlays.on_each_vllm("verl")
 @pytest.mark.parametrize("scheme", ["int8", "fp8_vllm"])
-def test_what_its_buckets_bring_equals_a_fresh_start(policies: Policies, scheme: str) -> None:
+def test_what_its_buckets_bring_equals_a_fresh_start(
+    policies: Policies, scheme: str, vllm: str
+) -> None:
     """Half a layer when verl says that it is done is an error; a whole update mends it."""
-    answer = run("verl", "verl", policies.bf16("a"), policies.bf16("b"), scheme=scheme)
+    answer = run("verl", "verl", policies.bf16("a"), policies.bf16("b"), scheme=scheme, vllm=vllm)
 
-    a, b = (said(serve(policies.bf16(policy), scheme).llm) for policy in "ab")
+    a, b = fresh("verl", policies, scheme=scheme, vllm=vllm)
     assert answer["started"]["digest"] not in (a["digest"], b["digest"])
     assert answer["pushed a first"] == a
     assert answer["pushed b"] == b
