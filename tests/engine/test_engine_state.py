@@ -189,7 +189,7 @@ def adapter(folder: Path) -> LoRARequest:
     return LoRARequest("adapter", 1, str(folder))
 
 
-@needs(">=0.24", "LoRA on a CPU whose torch is built for CUDA")
+@needs(">=0.25", "loader that knows the layers under an adapter")
 @pytest.mark.parametrize("scheme", ["bf16", BY_ROW])
 def test_an_adapter_stays_on_top_of_the_new_weights(
     policies: Policies, scheme: str, tmp_path: Path
