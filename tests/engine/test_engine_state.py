@@ -214,7 +214,7 @@ def test_the_scales_of_the_kv_cache_survive(live: Serving, policies: Policies) -
     }
     assert scales
     for scale in scales.values():
-        scale.fill_(0.25)
+        scale.data.fill_(0.25)
     addresses = {name: scale.data_ptr() for name, scale in scales.items()}
 
     flashquant.reload_weights(live.llm, policies.tensors("b"))
@@ -223,7 +223,7 @@ def test_the_scales_of_the_kv_cache_survive(live: Serving, policies: Policies) -
     assert {name: scale.data_ptr() for name, scale in now.items()} == addresses
     assert all(scale.item() == 0.25 for scale in now.values())
     for scale in now.values():
-        scale.fill_(1.0)
+        scale.data.fill_(1.0)
 
 
 def asleep(live: Serving, level: int) -> None:

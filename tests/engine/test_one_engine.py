@@ -26,7 +26,7 @@ from flashquant.patches import kernel_state, loading
 from flashquant.patches.kernel_state import is_handle
 from flashquant.verify import footprints
 from tests.engine.checkpoints import SCHEMES, Policies, config_name
-from tests.engine.serving import BY_ROW, Serving, serve
+from tests.engine.serving import Serving, needs, serve
 
 pytestmark = pytest.mark.engine
 
@@ -105,10 +105,11 @@ def _failing(weights: dict[str, Tensor], after: int) -> Iterator[tuple[str, Tens
 @pytest.mark.parametrize(
     ("change", "error", "says"),
     [
-        (
+        pytest.param(
             {"model.layers.0.self_attn.q_porj.weight": torch.zeros(256, 256)},
             UnknownWeight,
             "q_proj",
+            marks=needs(">=0.25", "loader of Qwen2 that refuses a name it does not know"),
         ),
         ({f"{Q}_": torch.zeros(256, 256)}, UnknownWeight, r"Did you mean .*q_proj\.weight'"),
         ({Q: torch.zeros(256, 255)}, MisfitTensor, r"\(256, 255\), but should have \(256, 256\)"),
@@ -283,7 +284,7 @@ def test_codes_and_scales_of_a_w8a8_checkpoint_pass_through(policies: Policies) 
 
 def test_a_half_precise_dtype_is_refused_for_codes(policies: Policies) -> None:
     """int8 codes do not fit an fp8 engine."""
-    live = serve(policies.bf16("a"), BY_ROW)
+    live = serve(policies.bf16("a"), "fp8_channel")
 
     with pytest.raises(ReloadError, match="int8"):
         live.model.load_weights([(O, torch.zeros(256, 256, dtype=torch.int8))])
