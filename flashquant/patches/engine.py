@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -23,6 +24,7 @@ from flashquant.patches.late_layer import LateLayer
 from flashquant.patches.layers import Learned, LiveLayer
 from flashquant.profiles import load_profile
 from flashquant.schemes import fp8_channel, fp8_tensor
+from flashquant.verify import digests
 from flashquant.weights import NamedTensors
 
 # vLLM warns of a bf16 tensor on its way into an int8 parameter; while we watch
@@ -98,7 +100,8 @@ class LiveEngine:
         """All weights are in, none is processed: take their digests."""
         for blueprint in self._blueprint.layers:
             _refuse_late_parameters(blueprint)
-            self._loaded |= blueprint.digests()
+        loaded = (blueprint.loaded() for blueprint in self._blueprint.layers)
+        self._loaded |= digests(itertools.chain.from_iterable(loaded))
 
     def note_processed(self) -> None:
         """The model serves: find out what processing made of each layer."""
