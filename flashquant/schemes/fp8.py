@@ -58,6 +58,24 @@ def fp8_tensor(weight: Tensor, codes: Tensor | None = None) -> tuple[Tensor, Ten
     return fp8_static(weight, scale, codes), scale
 
 
+def fp8_tensors(weight: Tensor, count: int, codes: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Quantize matrices that lie one below the other, each as `fp8_tensor` does.
+
+    Args:
+        weight: `[count * N, K]`, bf16, fp16 or fp32.
+        count: how many there are.
+        codes: of the same shape, where they are to be written; new memory if not given.
+
+    Returns:
+        codes `[count * N, K]` float8_e4m3fn and scales `[count]` float32.
+
+    """
+    if codes is None:
+        codes = torch.empty(weight.shape, dtype=FP8, device=weight.device)
+    parts = zip(weight.tensor_split(count), codes.tensor_split(count), strict=True)
+    return codes, torch.cat([fp8_tensor(one, into)[1] for one, into in parts])
+
+
 def tensor_scale(peak: Tensor) -> Tensor:
     """The scale `[1]` of a tensor with this absolute maximum, float32."""
     return peak.reshape(1) / torch.tensor(_FP8_MAX, dtype=torch.float32, device=peak.device)
