@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -132,13 +132,15 @@ class LiveEngine:
 
     @contextmanager
     def _context(self) -> Iterator[None]:
-        """What vLLM has set while it processes weights: config, default dtype and device."""
+        """What vLLM has set while it processes weights: config and default dtype.
+
+        No default device: that is set only while the model is created. With one, a twin would hold
+        on a GPU what the live layer has on the host.
+        """
         dtype: torch.dtype = self._vllm_config.model_config.dtype
         with (
             set_current_vllm_config(self._vllm_config),
             set_default_torch_dtype(dtype),
-            # A default device is asked at every call of torch; the host is one already.
-            nullcontext() if self.device.type == "cpu" else self.device,
             torch.no_grad(),
         ):
             yield

@@ -197,3 +197,10 @@ def test_they_can_be_turned_off(monkeypatch):
         )
     finally:
         native.kernels.cache_clear()
+
+
+def test_kernels_work_on_the_host_whatever_torchs_default_device_is():
+    """A program, or vLLM while it creates a model, may have made a GPU the default."""
+    with torch.device("meta"):
+        assert {weight.device.type for weight in native.hard_rows()} == {"cpu"}
+        assert native.difference(KERNELS) is None
