@@ -21,7 +21,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from flashquant.schemes import absmax, fp8, int8, smoothed
+from flashquant.schemes import absmax, defaults, fp8, int8, smoothed
 from flashquant.schemes.build import BuildError, built
 from flashquant.schemes.smoothed import Frozen
 
@@ -101,7 +101,7 @@ class Kernels:
 
     def fp8_static(self, tensor: Tensor, scale: Tensor, codes: Tensor | None = None) -> Tensor:
         codes = _codes(tensor, codes, fp8.FP8)
-        inverse = fp8.finite_inverse(scale).contiguous()
+        inverse = fp8.reciprocal(scale).contiguous()
         if inverse.numel() not in (1, tensor.shape[0]):
             return fp8.fp8_static(tensor, scale, codes)
         step = int(inverse.numel() > 1)
@@ -197,6 +197,7 @@ def kernels() -> Kernels | None:
     return None
 
 
+@defaults.torchs_own()
 def difference(found: Kernels) -> str | None:
     """The first kernel that returns other bits than its definition, by name."""
     for weight in hard_rows():
@@ -272,6 +273,8 @@ def hard_rows() -> Iterator[Tensor]:
     weight[9, 1:] *= torch.logspace(-9, 0, 338, device="cpu")  # codes of all sizes in one row
     yield weight
     yield weight.bfloat16()
+    yield weight[:8] * 1e-15  # below what has a reciprocal
+    yield (weight[:8] * 1e-15).bfloat16()
 
 
 def _same(ours: Any, defined: Any) -> bool:

@@ -21,7 +21,8 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from flashquant import devices
-from flashquant.schemes import chunks, fp8, int8, native, quick
+from flashquant.schemes import absmax as maxima
+from flashquant.schemes import chunks, fp8, int8, native, quick, smoothed
 
 triton = pytest.importorskip("triton")
 fused = importlib.import_module("flashquant.schemes.fused")
@@ -189,6 +190,47 @@ def test_kernels_that_cannot_be_compared_are_not_used(
         assert quick._on_gpu(SECOND) is None
     assert "Failed to find C compiler" in caplog.text
     quick._on_gpu.cache_clear()
+
+
+def test_kernels_are_compared_with_what_the_host_makes_of_the_same_rows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Not with the definitions on the GPU, which may err as the kernels do.
+
+    Here everything errs there: it sees twice the weight.
+    """
+
+    class Rows(Tensor):
+        def to(self, *_: Any, **__: Any) -> Tensor:
+            return 2 * self.as_subclass(Tensor)
+
+    rows = list(native.hard_rows())
+    defined = {"row_absmax": maxima, "absmax": maxima, "fp8_tensor": fp8, "fp8_tensors": fp8}
+    defined |= {"int8_channel": int8, "fp8_channel": fp8}
+    defined |= {"int8_frozen": smoothed, "int8_refreshed": smoothed}
+    for name, module in defined.items():
+        monkeypatch.setattr(fused, name, getattr(module, name))
+    difference = fused.difference.__wrapped__
+
+    monkeypatch.setattr(native, "hard_rows", lambda: iter(rows))
+    assert difference(torch.device("cpu")) is None
+    monkeypatch.setattr(native, "hard_rows", lambda: (row.as_subclass(Rows) for row in rows))
+    assert difference(torch.device("cpu")) == "row_absmax of torch.float32"
+
+
+def test_kernels_for_float32_are_compared_while_a_model_loads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen = []
+    monkeypatch.setattr(fused, "_compared", lambda weight, there: seen.append(weight.dtype) or ())
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        fused.difference.__wrapped__(torch.device("cpu"))
+    finally:
+        torch.set_default_dtype(before)
+
+    assert seen == [torch.float32, torch.bfloat16] * 2
 
 
 def test_where_torch_has_to_quantize_on_a_gpu_chunks_are_large() -> None:

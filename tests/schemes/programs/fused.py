@@ -35,6 +35,7 @@ def shapes(dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     yield "transposed", weight(40, 9, dtype).t()
     yield "window", weight(12, 64, dtype)[2:9:2, 3:50]
     yield "halfway", halfway(dtype)
+    yield "tiny", tiny(dtype)
     yield "far", far(dtype)
 
 
@@ -50,6 +51,12 @@ def halfway(dtype: torch.dtype) -> Tensor:
     """Numbers right between two codes, which go to the even one."""
     steps = torch.arange(-254, 255) / 2
     return torch.stack([steps, steps * 2, steps.sign() * 127]).to(dtype)
+
+
+def tiny(dtype: torch.dtype) -> Tensor:
+    """Rows of numbers that have no reciprocal, down to the smallest; as one tensor, too."""
+    sizes = torch.logspace(-22.5, -18, 10)[:, None] ** 2
+    return (torch.randn(10, 33, generator=torch.Generator().manual_seed(5)) * sizes).to(dtype)
 
 
 def far(dtype: torch.dtype) -> Tensor:
