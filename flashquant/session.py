@@ -293,6 +293,7 @@ class Session:
 
     def free_reserve(self) -> None:
         """Give back the host memory that is held for the next update's undo log."""
+        self._transactions.sweep()
         self._transactions.reserve.clear()
 
     def wake_up(self) -> None:
