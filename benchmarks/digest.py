@@ -2,9 +2,9 @@
 
     python -m benchmarks.digest [--mb 1 64 512] [--rounds 41] [--threads 1 2]
 
-GB/s, everything in turn in one process: the median and the best of all rounds. What was there
-before is xxh3 (128 bit) of the same bytes, which one thread reads. `read` sums them up as int64,
-which is as fast as torch reads memory. The small tensors are 300 norms of 4 KB: the price of a call.
+GB/s, everything in turn in one process: the median and the best of all rounds. Before, it was xxh3
+(128 bit) of the same bytes, which one thread reads. `read` sums them up as int64, which is as fast
+as torch reads memory. The small tensors are 300 norms of 4 KB: the price of a call.
 """
 
 from __future__ import annotations

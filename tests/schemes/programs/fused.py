@@ -158,7 +158,7 @@ def same(one: Tensor, other: Tensor) -> bool:
 
 
 def widen_subnormal_bf16_as_a_gpu_does() -> None:
-    """By a shift. The interpreter (of Triton 3.7) makes other numbers of those below 1.2e-38."""
+    """By a shift. The interpreter (of Triton 3.9) makes other numbers of those below 1.2e-38."""
     convert = interpreter._convert_float
 
     def converted(values: Any, source: Any, target: Any, rounding: Any) -> Any:
