@@ -22,6 +22,7 @@ BLOCK: Final = 512  # words
 BLOCK_BYTES: Final = 8 * BLOCK
 
 _HALF: Final = (1 << 32) - 1
+_ALIGNED: Final = 16  # bytes, as a GPU reads them at once
 # On the host, what a chunk becomes stays in the cache of a core; on a GPU, launches count.
 _HOST_BLOCKS, _DEVICE_BLOCKS = 64, 1 << 14
 
@@ -65,7 +66,7 @@ def raw(tensor: Tensor) -> Tensor:
 def whole(data: Tensor, multiple: int) -> Tensor:
     """Bytes as words: a copy, with zeros behind it, where they are not aligned or not as many."""
     missing = -data.numel() % multiple
-    if missing or data.storage_offset() % 8:
+    if missing or data.storage_offset() % _ALIGNED:
         data = torch.cat([data, data.new_zeros(missing)])
     return data.view(torch.int64)
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flashquant import devices
 from flashquant.fingerprints import definition, native
 from flashquant.schemes.native import wanted
 
@@ -25,7 +26,7 @@ def sums(tensor: Tensor) -> tuple[int, int] | Tensor:
         return first, second
     if tensor.device.type != "cuda":
         return definition.sums(tensor)
-    with torch.cuda.device(tensor.device):  # Triton launches on the current one
+    with devices.current(tensor.device):  # Triton launches there
         made: Tensor = (_on_gpu(tensor.device) or definition).sums(tensor)
     return made
 
@@ -37,10 +38,16 @@ def _on_gpu(device: torch.device) -> Any:
         return None
     try:
         from flashquant.fingerprints import fused
+        from flashquant.schemes.fused import COMPILE_ERRORS
     except ImportError as missing:  # Triton comes with torch for CUDA
         logger.info("digests on %s are taken by torch: %s", device, missing)
         return None
-    if (strange := fused.difference(device)) is None:
+    try:
+        strange = fused.difference(device)
+    except COMPILE_ERRORS as failure:
+        logger.error("digests on %s are taken by torch, more slowly: %s", device, failure)
+        return None
+    if strange is None:
         return fused
     logger.error(
         "the sums of %s on %s differ from their definition, so torch takes digests instead. "
