@@ -264,7 +264,7 @@ def test_a_torn_engine_refuses_to_generate(int8: Serving, policies: Policies) ->
         int8.outputs()
     runner = int8.llm.llm_engine.model_executor.driver_worker.worker.model_runner
     with pytest.raises(TornWeights, match="complete update"):
-        GPUModelRunner.execute_model(runner, None)
+        GPUModelRunner.execute_model(runner, SimpleNamespace(total_num_scheduled_tokens=1))
     flashquant.reload_weights(int8.llm, policies.tensors("a"))
     int8.snapshot().assert_same(int8.start)
 
