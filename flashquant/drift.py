@@ -80,7 +80,7 @@ class Drifts:
             self._standing[name] = (sample, 0, len(sample))
 
     def forget(self) -> None:
-        """The codes are about to be lost, and the samples with them: the next ones are the first."""
+        """The codes are about to be lost: the next ones have nothing to be compared with."""
         self._standing.clear()
 
     def note(self, name: str, values: Tensor, clipping: Clipping | None) -> Noted | None:

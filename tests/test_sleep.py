@@ -65,9 +65,7 @@ def test_a_profile_keeps_nothing_on_the_device_that_falls_asleep() -> None:
 @pytest.mark.parametrize("prunes", [False, True], ids=["", "prunes"])
 def test_updates_after_it_are_what_they_were_before_it(scales: str, prunes: bool) -> None:
     """All that the session read off weights that are lost is garbage."""
-    (engine, session), (expected, other) = (
-        opened(scales=scales, prunes=prunes) for _ in range(2)
-    )
+    (engine, session), (expected, other) = (opened(scales=scales, prunes=prunes) for _ in range(2))
     for policy in (weights(5), NEW):
         other.reload(policy)
     session.reload(weights(5))

@@ -60,7 +60,6 @@ class LiveEngine:
             if profile
             else None
         )
-        _refuse_moving_experts(vllm_config)
         _refuse_own_processing(model)
         self.layers: tuple[LiveLayer | DirectLayer | LateLayer, ...] = ()
         self.stored: dict[str, Tensor] = {}
@@ -162,16 +161,6 @@ def _cuts_weights(vllm_config: VllmConfig) -> bool:
     has_experts = vllm_config.model_config.get_num_experts() > 0
     replicas = parallel.data_parallel_size if has_experts else 1
     return parallel.tensor_parallel_size * replicas > 1
-
-
-def _refuse_moving_experts(vllm_config: VllmConfig) -> None:
-    """vLLM's balancing copies experts from slot to slot, and plans know where they were."""
-    if vllm_config.parallel_config.enable_eplb:
-        raise UnsupportedEngine(
-            "enable_eplb=True moves experts between GPUs while the engine serves, so a pushed "
-            "expert would be written where another one lies by now. Start without it, or unset "
-            "FLASHRL_CONFIG to serve this model unpatched."
-        )
 
 
 def _refuse_own_processing(model: nn.Module) -> None:

@@ -73,7 +73,9 @@ class Factors:
         for consumer in site.consumers:
             self.columns[consumer] = self.columns.get(consumer, torch.ones_like(by)) * by
         for producer in site.producers:
-            rows = self.rows.setdefault(producer.name, torch.ones(lengths[producer.name], device="cpu"))
+            rows = self.rows.setdefault(
+                producer.name, torch.ones(lengths[producer.name], device="cpu")
+            )
             rows[producer.start : producer.stop] /= by
             if producer.offset:
                 self.offsets[producer.name] = producer.offset
