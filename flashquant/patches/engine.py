@@ -160,7 +160,7 @@ def _cuts_weights(vllm_config: VllmConfig) -> bool:
     parallel = vllm_config.parallel_config
     has_experts = vllm_config.model_config.get_num_experts() > 0
     replicas = parallel.data_parallel_size if has_experts else 1
-    return parallel.tensor_parallel_size * replicas > 1
+    return bool(parallel.tensor_parallel_size * replicas > 1)
 
 
 def _refuse_own_processing(model: nn.Module) -> None:
