@@ -7,7 +7,6 @@ not. Each of vLLM's two runners has its own way to run one.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,8 +19,6 @@ from tests.engine.checkpoints import Policies
 from tests.engine.serving import Serving, serve
 
 pytestmark = pytest.mark.engine
-
-NO_TOKENS, TOKENS = (SimpleNamespace(total_num_scheduled_tokens=count) for count in (0, 1))
 
 
 @pytest.fixture(scope="module")
@@ -55,19 +52,27 @@ class Reached(Exception):
     """vLLM's own method runs."""
 
 
+class _StandIn:
+    """Knows what it was given; at anything else, vLLM's method has been reached."""
+
+    def __init__(self, **known: Any) -> None:
+        vars(self).update(known)
+
+    def __getattr__(self, name: str) -> Any:
+        raise Reached(name)
+
+
+NO_TOKENS, TOKENS = (_StandIn(total_num_scheduled_tokens=count) for count in (0, 1))
+
+
 @pytest.fixture
 def runners(half_updated: Serving) -> list[Any]:
     """Stand-ins with the methods of both, of the model that is half updated; nothing of theirs
     can run on them."""
 
-    class _Runner:
-        def __getattr__(self, name: str) -> Any:
-            raise Reached(name)
-
     made = []
     for kind in (first.GPUModelRunner, second.GPUModelRunner):
-        runner = _Runner()
-        vars(runner)["get_model"] = lambda: half_updated.model
+        runner = _StandIn(get_model=lambda: half_updated.model)
         vars(runner)["run"] = kind.execute_model.__get__(runner)
         made.append(runner)
     return made

@@ -36,14 +36,16 @@ def main(starts_on: str, pushed: str) -> dict[str, Any]:
 
     engine = llm.llm_engine
     core: Any = engine.engine_core.engine_core
-    sampling = SamplingParams(max_tokens=16, temperature=0, ignore_eos=True, logprobs=0)
+
+    def sampling() -> Any:  # anew each time: `generate` writes into it
+        return SamplingParams(max_tokens=16, temperature=0, ignore_eos=True, logprobs=0)
 
     def said(output: Any) -> list[list[float]]:
         steps = zip(output.token_ids, output.logprobs, strict=True)
         return [[token, step[token].logprob] for token, step in steps]
 
     def answer() -> list[list[float]]:
-        return said(llm.generate([PROMPT], sampling, use_tqdm=False)[0].outputs[0])
+        return said(llm.generate([PROMPT], sampling(), use_tqdm=False)[0].outputs[0])
 
     result: dict[str, Any] = {
         "runner": type(core.model_executor.driver_worker.worker.model_runner).__mro__[1].__module__,
@@ -54,7 +56,7 @@ def main(starts_on: str, pushed: str) -> dict[str, Any]:
     result["after"] = [flashquant.status(llm).digest, answer()]
 
     flashquant.reload_weights(llm, Path(starts_on))
-    engine.add_request("in flight", PROMPT, sampling)
+    engine.add_request("in flight", PROMPT, sampling())
     last = [output for _ in range(7) for output in engine.step()]
     result["out"] = len(last[-1].outputs[0].token_ids)
     result["on its way"] = bool(core.batch_queue)
