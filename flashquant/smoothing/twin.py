@@ -123,8 +123,8 @@ def _check_same_names(weights: Mapping[str, Tensor], twin: Mapping[str, Tensor])
 
 def _fitted(name: str, weight: Tensor, codes: Tensor, scale: Tensor) -> _Layer:
     counted = weight / scale.unsqueeze(1)
-    ones = (torch.ones(n, device="cpu") for n in (counted.shape[1], counted.shape[0]))
-    layer = _Layer(name, counted, codes.float(), *ones)
+    columns, rows = (torch.ones(size, device="cpu") for size in reversed(counted.shape))
+    layer = _Layer(name, counted, codes.float(), columns, rows)
     for _ in range(_FITS):
         layer.fit_columns()
         layer.fit_rows()

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import psutil
@@ -266,7 +267,7 @@ def test_a_torn_engine_refuses_to_generate(int8: Serving, policies: Policies) ->
         int8.outputs()
     runner = int8.llm.llm_engine.model_executor.driver_worker.worker.model_runner
     with pytest.raises(TornWeights, match="complete update"):
-        GPUModelRunner.execute_model(runner, None)
+        GPUModelRunner.execute_model(runner, SimpleNamespace(total_num_scheduled_tokens=1))
     flashquant.reload_weights(int8.llm, policies.tensors("a"))
     int8.snapshot().assert_same(int8.start)
 
