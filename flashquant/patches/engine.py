@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -15,14 +16,17 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 from flashquant.calibration import Calibration
 from flashquant.checks import Checks
 from flashquant.errors import UnsupportedEngine
+from flashquant.patches.attention import is_deferred_attention_layer
 from flashquant.patches.blueprint import LayerBlueprint, ModelBlueprint
 from flashquant.patches.direct import Direct
 from flashquant.patches.direct_layer import DirectLayer
 from flashquant.patches.engine_args import ADDITIONAL_CONFIG_KEY, ONLINE, PROFILE_KEY
+from flashquant.patches.kernel_state import is_processor
 from flashquant.patches.late_layer import LateLayer
 from flashquant.patches.layers import Learned, LiveLayer
 from flashquant.profiles import load_profile
 from flashquant.schemes import fp8_channel, fp8_tensor
+from flashquant.verify import digests
 from flashquant.weights import NamedTensors
 
 # vLLM warns of a bf16 tensor on its way into an int8 parameter; while we watch
@@ -43,9 +47,7 @@ class LiveEngine:
         decided = vllm_config.additional_config[ADDITIONAL_CONFIG_KEY]
         self.scheme = str(decided["scheme"]) if quantized else "bf16"
         self.checks = Checks(**decided["checks"])
-        self.shares_scales = (
-            self.scheme in ONLINE and vllm_config.parallel_config.tensor_parallel_size > 1
-        )
+        self.shares_scales = self.scheme in ONLINE and _cuts_weights(vllm_config)
         self.device = torch.device(vllm_config.device_config.device)
         profile = decided.get(PROFILE_KEY) if quantized else None
         self.calibration = (
@@ -60,6 +62,7 @@ class LiveEngine:
             if profile
             else None
         )
+        _refuse_own_processing(model)
         self.layers: tuple[LiveLayer | DirectLayer | LateLayer, ...] = ()
         self.stored: dict[str, Tensor] = {}
         self._model = model
@@ -98,7 +101,8 @@ class LiveEngine:
         """All weights are in, none is processed: take their digests."""
         for blueprint in self._blueprint.layers:
             _refuse_late_parameters(blueprint)
-            self._loaded |= blueprint.digests()
+        loaded = (blueprint.loaded() for blueprint in self._blueprint.layers)
+        self._loaded |= digests(itertools.chain.from_iterable(loaded))
 
     def note_processed(self) -> None:
         """The model serves: find out what processing made of each layer."""
@@ -129,13 +133,15 @@ class LiveEngine:
 
     @contextmanager
     def _context(self) -> Iterator[None]:
-        """What vLLM has set while it processes weights: config, default dtype and device."""
+        """What vLLM has set while it processes weights: config and default dtype.
+
+        No default device: that is set only while the model is created. With one, a twin would hold
+        on a GPU what the live layer has on the host.
+        """
         dtype: torch.dtype = self._vllm_config.model_config.dtype
         with (
             set_current_vllm_config(self._vllm_config),
             set_default_torch_dtype(dtype),
-            # A default device is asked at every call of torch; the host is one already.
-            nullcontext() if self.device.type == "cpu" else self.device,
             torch.no_grad(),
         ):
             yield
@@ -149,6 +155,27 @@ def _refuse_late_parameters(blueprint: LayerBlueprint) -> None:
                 f"{blueprint.name}.{name} ({type(blueprint.module).__name__}) was made while the "
                 "checkpoint was loaded, so flashquant cannot tell where a push of it would land. "
                 "Unset FLASHRL_CONFIG to serve this model unpatched."
+            )
+
+
+def _cuts_weights(vllm_config: VllmConfig) -> bool:
+    """Whether workers hold shards of a tensor; experts are cut up across replicas, too."""
+    parallel = vllm_config.parallel_config
+    has_experts = vllm_config.model_config.get_num_experts() > 0
+    replicas = parallel.data_parallel_size if has_experts else 1
+    return bool(parallel.tensor_parallel_size * replicas > 1)
+
+
+def _refuse_own_processing(model: nn.Module) -> None:
+    """What a module makes of its weights itself, after vLLM has loaded them, would go stale."""
+    for name, module in model.named_modules():
+        own = callable(getattr(module, "process_weights_after_loading", None))
+        if own and not is_processor(module) and not is_deferred_attention_layer(module):
+            raise UnsupportedEngine(
+                f"{name or 'the model'} ({type(module).__name__}) makes something of its weights "
+                "after they were loaded (process_weights_after_loading), which flashquant cannot "
+                "make anew when new ones are pushed: it would go stale. Unset FLASHRL_CONFIG to "
+                "serve this model unpatched."
             )
 
 

@@ -96,6 +96,7 @@ def configure(args: Any, config: RolloutConfig, checks: Checks) -> None:
 
     """
     _refuse_what_is_not_served(config)
+    _refuse_moving_experts(args)
     if config.model is not None:
         args.model, revision = split_revision(config.model)
         args.revision = revision or args.revision
@@ -154,6 +155,16 @@ def _refuse_what_is_not_served(config: RolloutConfig) -> None:
         raise ConfigError(
             f"{config.fn} is a valid name, but its scheme is not served in vLLM "
             f"{vllm.__version__}: {NOT_SERVED[config.scheme]}. Use another scheme."
+        )
+
+
+def _refuse_moving_experts(args: Any) -> None:
+    """Balancing copies experts from slot to slot, and plans know where they were at the start."""
+    if args.enable_eplb:
+        raise ConfigError(
+            "enable_eplb=True moves experts between GPUs while the engine serves, so that a pushed "
+            "expert would be written where another one lies by now. Start the engine without it, "
+            "or unset FLASHRL_CONFIG to run unpatched."
         )
 
 

@@ -1,12 +1,8 @@
 """The definitions as Triton kernels, for GPUs: each row is read once and written once.
 
-They return the bits of `int8`, `fp8` and `smoothed`. What that takes:
-
-    division    `div_rn`; `/` is approximate on a GPU
-    rounding    half to even, by adding and taking away 1.5 * 2^23
-    products    not fused with what is added to them (`enable_fp_fusion=False`)
-    e4m3        from the bits of float32; Triton's own conversion wants a GPU that has one,
-                and rounds differently in its interpreter
+They return the bits of `absmax`, `int8`, `fp8` and `smoothed`, in a launch or three whatever the
+size of the weight; how, is in `triton_kernels`. Here they are launched, and compared with their
+definitions before they are believed.
 
 Imported only where there is a GPU: Triton is not a dependency.
 """
@@ -14,31 +10,75 @@ Imported only where there is a GPU: Triton is not a dependency.
 from __future__ import annotations
 
 import functools
-from typing import Any
+import subprocess
+from collections.abc import Iterator
+from typing import Any, Final
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
+from triton.errors import TritonError
 
-from flashquant.schemes import absmax, fp8, int8, native, smoothed
-from flashquant.schemes.fp8 import FP8, SMALLEST_CHANNEL_SCALE
+from flashquant import devices
+from flashquant.schemes import absmax as maxima
+from flashquant.schemes import defaults, fp8, int8, native, smoothed, triton_kernels
+from flashquant.schemes.fp8 import FP8
 from flashquant.schemes.smoothed import Frozen
 
-_SMALLEST: tl.constexpr = tl.constexpr(SMALLEST_CHANNEL_SCALE)
-_ROUNDER: tl.constexpr = tl.constexpr(12582912.0)  # 1.5 * 2^23: its unit is 1
-_LARGEST_BLOCK = 8192
+# What a kernel raises that cannot be compiled or loaded here: it, ptxas, the C compiler that
+# builds its launcher, or the folder in which all of that is kept.
+COMPILE_ERRORS: Final = (TritonError, RuntimeError, OSError, subprocess.SubprocessError)
+# Columns at a time: a kernel is compiled for each of them. The last one is as much as registers
+# hold; a longer row takes several turns.
+BLOCKS: Final = (512, 1024, 2048, 4096, 8192)
+_FP8_MAX: Final = torch.finfo(FP8).max
 _OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
+_SHORT: Final = 32  # a program a row is a waste for shorter ones
+_ONE_PROGRAM: Final = 1 << 16  # and so many elements are a program's work
+
+
+def row_absmax(weight: Tensor) -> Tensor:
+    """`absmax.row_absmax`, for a weight on a GPU with any strides."""
+    return _row_absmax(weight, 1.0)
+
+
+def absmax(tensor: Tensor) -> Tensor:
+    """`absmax.absmax`, of a contiguous tensor."""
+    if tensor.numel() <= _ONE_PROGRAM:
+        return _row_absmax(tensor.view(1, -1), 1.0).view(())
+    if tensor.shape[-1] < _SHORT:
+        return maxima.absmax(tensor)
+    rows = _row_absmax(tensor.view(-1, tensor.shape[-1]), 1.0)
+    return _row_absmax(rows.view(1, -1), 1.0).view(())
 
 
 def int8_channel(weight: Tensor, codes: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """`int8.int8_channel`, for a weight on a GPU with any strides."""
-    return _by_rows(_int8_row, weight, codes, torch.int8)
+    """`int8.int8_channel`, for a weight with any strides."""
+    return _by_rows(triton_kernels.int8_row, weight, codes, torch.int8)
 
 
 def fp8_channel(weight: Tensor, codes: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """`fp8.fp8_channel`, likewise."""
-    return _by_rows(_fp8_row, weight, codes, FP8)
+    return _by_rows(triton_kernels.fp8_row, weight, codes, FP8)
+
+
+def fp8_tensor(weight: Tensor, codes: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """`fp8.fp8_tensor`, likewise."""
+    return fp8_tensors(weight, 1, codes)
+
+
+def fp8_tensors(weight: Tensor, count: int, codes: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """`fp8.fp8_tensors`, likewise: maxima of rows, scales of those, codes."""
+    codes = _destination(weight, codes, FP8)
+    peaks = _row_absmax(weight, 1.0).view(count, -1)
+    scales = _row_absmax(peaks, _FP8_MAX).view(count)
+    return _by_scales(weight, scales, codes), scales
+
+
+def fp8_static(tensor: Tensor, scale: Tensor, codes: Tensor | None = None) -> Tensor:
+    """`fp8.fp8_static`, likewise."""
+    if scale.numel() != 1 and tuple(scale.shape) != (tensor.shape[0], 1):
+        return fp8.fp8_static(tensor, scale, codes)
+    return _by_scales(tensor, scale, _destination(tensor, codes, FP8))
 
 
 def int8_frozen(
@@ -52,51 +92,103 @@ def int8_frozen(
     clipped = torch.zeros(weight.shape[0], dtype=torch.int64, device=weight.device)
     peak = torch.zeros(weight.shape[0], dtype=torch.float32, device=weight.device)
     if weight.numel():
-        _frozen_row[(weight.shape[0],)](
+        _launch(
+            triton_kernels.frozen_row,
             weight,
             codes,
-            # A pointer that is not followed, where there is no scale.
-            weight if input_scale is None else input_scale.contiguous(),
-            weight if output_scale is None else output_scale.contiguous(),
+            *_factors(weight, input_scale, output_scale),
             clipped,
             peak,
             *_strides(weight, codes),
             HAS_INPUT=input_scale is not None,
             HAS_OUTPUT=output_scale is not None,
-            BLOCK=_block(weight),
-            **_OPTIONS,
         )
-    largest = peak.max() if len(peak) else torch.zeros((), device=weight.device)
+    largest = peak.max() if len(peak) else peak.new_zeros(())
     return Frozen(codes, clipped.sum(), largest / 127)
 
 
-@functools.cache
-def difference(device: torch.device) -> str | None:
-    """The first kernel that returns other bits than its definition on a device, by name.
+def int8_refreshed(
+    weight: Tensor,
+    input_scale: Tensor | None,
+    output_scale: Tensor | None,
+    weight_scale: Tensor,
+    codes: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`smoothed.int8_refreshed`, likewise."""
+    codes = _destination(weight, codes, torch.int8)
+    scales = torch.empty((weight.shape[0], 1), dtype=torch.float32, device=weight.device)
+    if weight.numel():
+        _launch(
+            triton_kernels.refreshed_row,
+            weight,
+            codes,
+            *_factors(weight, input_scale, output_scale),
+            weight_scale.float().contiguous(),
+            scales,
+            *_strides(weight, codes),
+            HAS_INPUT=input_scale is not None,
+            HAS_OUTPUT=output_scale is not None,
+        )
+    return codes, scales
 
-    What is compiled for a GPU is believed only after this has returned None there.
+
+@functools.cache
+@defaults.torchs_own()
+def difference(device: torch.device) -> str | None:
+    """The first kernel that returns other bits on a device than its definition on the host.
+
+    First loads quantize on the host, and pushes have to return their bits. What is compiled for
+    a GPU is believed only after this has returned None there.
     """
-    for weight in (rows.to(device) for rows in native.hard_rows()):
-        columns = torch.linspace(0.5, 1.5, weight.shape[1], device=device)
-        rows = torch.linspace(1, 90, len(weight), device=device) / absmax.row_absmax(weight)[:, 0]
-        rows = torch.where(rows.isfinite(), rows, 1.0)
-        compared: dict[str, tuple[Any, Any]] = {
-            "int8_channel": (int8_channel(weight), int8.int8_channel(weight)),
-            "fp8_channel": (fp8_channel(weight), fp8.fp8_channel(weight)),
-            "int8_frozen": (
-                int8_frozen(weight, columns, rows),
-                smoothed.int8_frozen(weight, columns, rows),
-            ),
-        }
-        for name, (ours, defined) in compared.items():
+    for weight in native.hard_rows():
+        for name, ours, defined in _compared(weight, weight.to(device)):
             if not all(map(_same, ours, defined)):
                 return f"{name} of {weight.dtype}"
     return None
 
 
+def _compared(weight: Tensor, there: Tensor) -> Iterator[tuple[str, Any, Any]]:
+    """What each kernel makes of a weight on a device, and its definition of that on the host."""
+    columns = torch.linspace(0.5, 1.5, weight.shape[1])
+    rows = torch.linspace(1, 90, len(weight)) / maxima.row_absmax(weight)[:, 0]
+    rows = torch.where(rows.isfinite(), rows, 1.0)
+    here = (weight, columns, rows, rows.unsqueeze(1))
+    on_it = (there, *(factor.to(there.device) for factor in here[1:]))
+    yield "row_absmax", [row_absmax(there)], [maxima.row_absmax(weight)]
+    yield "absmax", [absmax(there)], [maxima.absmax(weight)]
+    yield "int8_channel", int8_channel(there), int8.int8_channel(weight)
+    yield "fp8_channel", fp8_channel(there), fp8.fp8_channel(weight)
+    # Of all sizes at once most codes would be zeros, so each row is a tensor of its own, too.
+    for first, last in ((0, len(weight)), (0, 7), (7, 8), (9, 10), (33, 34)):
+        if last <= len(weight):
+            made = fp8_tensor(there[first:last]), fp8.fp8_tensor(weight[first:last])
+            yield "fp8_tensor", *made
+    fit = len(weight) // 3 * 3
+    yield "fp8_tensors", fp8_tensors(there[:fit], 3), fp8.fp8_tensors(weight[:fit], 3)
+    yield "int8_frozen", int8_frozen(*on_it[:3]), smoothed.int8_frozen(*here[:3])
+    yield "int8_refreshed", int8_refreshed(*on_it), smoothed.int8_refreshed(*here)
+
+
 def _same(one: Tensor, other: Tensor) -> bool:
-    one, other = (tensor.reshape(-1).view(torch.uint8) for tensor in (one, other))
+    one, other = (tensor.cpu().reshape(-1).view(torch.uint8) for tensor in (one, other))
     return torch.equal(one, other)
+
+
+def _row_absmax(weight: Tensor, divisor: float) -> Tensor:
+    """The absolute maximum of each row, divided: float32 `[N, 1]`."""
+    peaks = torch.empty((weight.shape[0], 1), dtype=torch.float32, device=weight.device)
+    if weight.shape[0]:
+        sizes = (weight.shape[1], *weight.stride())
+        _launch(triton_kernels.absmax_row, weight, peaks, *sizes, DIVISOR=divisor)
+    return peaks
+
+
+def _by_scales(weight: Tensor, scales: Tensor, codes: Tensor) -> Tensor:
+    """Codes under scales that as many rows share as there are for each."""
+    shared = (scales.float().contiguous(), weight.shape[0] // scales.numel())
+    memory = codes.view(torch.uint8)
+    _launch(triton_kernels.static_row, weight, memory, *shared, *_strides(weight, codes))
+    return codes
 
 
 def _by_rows(
@@ -106,10 +198,24 @@ def _by_rows(
     scales = torch.empty((weight.shape[0], 1), dtype=torch.float32, device=weight.device)
     if weight.shape[0]:
         memory = codes.view(torch.uint8) if dtype == FP8 else codes
-        kernel[(weight.shape[0],)](
-            weight, memory, scales, *_strides(weight, codes), BLOCK=_block(weight), **_OPTIONS
-        )
+        _launch(kernel, weight, memory, scales, *_strides(weight, codes))
     return codes, scales
+
+
+def _launch(kernel: Any, weight: Tensor, *arguments: Any, **constants: Any) -> None:
+    """A program for each row, on the device where they lie."""
+    with devices.current(weight.device):
+        kernel[(weight.shape[0],)](
+            weight, *arguments, **constants, BLOCK=_block(weight), **_OPTIONS
+        )
+
+
+def _factors(
+    weight: Tensor, input_scale: Tensor | None, output_scale: Tensor | None
+) -> Iterator[Tensor]:
+    """What the kernels are told of each scale; a pointer that is not followed, without one."""
+    for scale in (input_scale, output_scale):
+        yield weight if scale is None else scale.float().contiguous()
 
 
 def _destination(weight: Tensor, codes: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -123,133 +229,4 @@ def _strides(weight: Tensor, codes: Tensor) -> tuple[int, ...]:
 
 
 def _block(weight: Tensor) -> int:
-    """Columns at a time: the whole row, or as much of it as registers hold."""
-    return min(_LARGEST_BLOCK, max(16, int(triton.next_power_of_2(weight.shape[1]))))
-
-
-@triton.jit
-def _absmax(row_ptr, column_stride, n_cols, BLOCK: tl.constexpr):
-    """The absolute maximum of one row, NaN if it holds one."""
-    peak = 0.0
-    nans = 0
-    for start in range(0, n_cols, BLOCK):
-        columns = start + tl.arange(0, BLOCK).to(tl.int64)
-        x = tl.load(row_ptr + columns * column_stride, mask=columns < n_cols, other=0.0)
-        x = x.to(tl.float32)
-        nans += tl.sum((x != x).to(tl.int32))
-        peak = tl.maximum(peak, tl.max(tl.where(x != x, 0.0, tl.abs(x))))
-    return tl.where(nans > 0, float("nan"), peak)
-
-
-@triton.jit
-def _round(x):
-    """Half to even, for numbers of no more than 22 bits."""
-    return (x + _ROUNDER) - _ROUNDER
-
-
-@triton.jit
-def _e4m3(x):
-    """The bits of e4m3 for numbers within ±448, half to even: as torch converts them."""
-    bits = x.to(tl.int32, bitcast=True)
-    size = bits & 0x7FFFFFFF
-    # A normal number: another bias of the exponent, 20 bits of mantissa less.
-    normal = (size - 1006632960 + 0x7FFFF + ((size >> 20) & 1)) >> 20
-    # One below 2^-6: float32 rounds it, when it is added to 2^14.
-    tiny = (tl.abs(x) + 16384.0).to(tl.int32, bitcast=True) - 1182793728
-    code = tl.where(size < 1015021568, tiny, normal)
-    code = tl.where(size > 0x7F800000, 0x7F, code)
-    return (code | tl.where(bits < 0, 0x80, 0)).to(tl.uint8)
-
-
-@triton.jit
-def _int8_row(
-    weight_ptr,
-    codes_ptr,
-    scales_ptr,
-    n_cols,
-    row_stride,
-    column_stride,
-    codes_row_stride,
-    codes_column_stride,
-    BLOCK: tl.constexpr,
-):
-    """Program i owns row i."""
-    row = tl.program_id(0).to(tl.int64)
-    row_ptr = weight_ptr + row * row_stride
-    peak = _absmax(row_ptr, column_stride, n_cols, BLOCK)
-    peak = tl.where(peak == 0.0, 1.0, peak)
-    tl.store(scales_ptr + row, tl.div_rn(peak, 127.0))
-    factor = tl.div_rn(127.0, peak)
-    for start in range(0, n_cols, BLOCK):
-        columns = start + tl.arange(0, BLOCK).to(tl.int64)
-        inside = columns < n_cols
-        x = tl.load(row_ptr + columns * column_stride, mask=inside, other=0.0).to(tl.float32)
-        into = codes_ptr + row * codes_row_stride + columns * codes_column_stride
-        tl.store(into, _round(x * factor).to(tl.int8), mask=inside)
-
-
-@triton.jit
-def _fp8_row(
-    weight_ptr,
-    codes_ptr,
-    scales_ptr,
-    n_cols,
-    row_stride,
-    column_stride,
-    codes_row_stride,
-    codes_column_stride,
-    BLOCK: tl.constexpr,
-):
-    """Program i owns row i."""
-    row = tl.program_id(0).to(tl.int64)
-    row_ptr = weight_ptr + row * row_stride
-    peak = _absmax(row_ptr, column_stride, n_cols, BLOCK)
-    scale = tl.div_rn(peak, 448.0)
-    scale = tl.where(scale < _SMALLEST, _SMALLEST, scale)  # NaN is smaller than nothing
-    tl.store(scales_ptr + row, scale)
-    for start in range(0, n_cols, BLOCK):
-        columns = start + tl.arange(0, BLOCK).to(tl.int64)
-        inside = columns < n_cols
-        x = tl.load(row_ptr + columns * column_stride, mask=inside, other=0.0).to(tl.float32)
-        x = tl.clamp(tl.div_rn(x, tl.zeros_like(x) + scale), -448.0, 448.0)
-        into = codes_ptr + row * codes_row_stride + columns * codes_column_stride
-        tl.store(into, _e4m3(x), mask=inside)
-
-
-@triton.jit
-def _frozen_row(
-    weight_ptr,
-    codes_ptr,
-    input_scale_ptr,
-    output_scale_ptr,
-    clipped_ptr,
-    peak_ptr,
-    n_cols,
-    row_stride,
-    column_stride,
-    codes_row_stride,
-    codes_column_stride,
-    HAS_INPUT: tl.constexpr,
-    HAS_OUTPUT: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Program i owns row i, and what is counted of it."""
-    row = tl.program_id(0).to(tl.int64)
-    row_ptr = weight_ptr + row * row_stride
-    clipped = 0
-    peak = 0.0
-    for start in range(0, n_cols, BLOCK):
-        columns = start + tl.arange(0, BLOCK).to(tl.int64)
-        inside = columns < n_cols
-        x = tl.load(row_ptr + columns * column_stride, mask=inside, other=0.0).to(tl.float32)
-        if HAS_OUTPUT:
-            x = x * tl.load(output_scale_ptr + row)
-        if HAS_INPUT:
-            x = x * tl.load(input_scale_ptr + columns, mask=inside, other=0.0)
-        clipped += tl.sum((tl.abs(x) > 128.5).to(tl.int32))
-        peak = tl.maximum(peak, tl.max(tl.abs(x)))
-        into = codes_ptr + row * codes_row_stride + columns * codes_column_stride
-        # Bounds are integers, so it does not matter that rounding comes after them.
-        tl.store(into, _round(tl.clamp(x, -128.0, 127.0)).to(tl.int8), mask=inside)
-    tl.store(clipped_ptr + row, clipped.to(tl.int64))
-    tl.store(peak_ptr + row, peak)
+    return next((block for block in BLOCKS if block >= weight.shape[1]), BLOCKS[-1])

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
+from types import ModuleType
 from typing import Any, Final
 
 import torch
@@ -20,20 +22,30 @@ logger = logging.getLogger(__name__)
 Quantize = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
 Storing = Callable[[Tensor], float | Tensor]
 
+_CANNOT: Final = (
+    "%s cannot be compiled by Triton for %s, so torch quantizes there instead, several times "
+    "slower and with the same bits: %s. Triton wants a C compiler (gcc, or what CC names) and a "
+    "folder that it can write to (TRITON_CACHE_DIR)."
+)
+_abandoned: set[torch.device] = set()  # GPUs for which a kernel could not be compiled
+
 # One thread reads so many faster than others are woken.
 _FEW: Final = 1 << 17
 
 
 def row_absmax(weight: Tensor) -> Tensor:
     """`absmax.row_absmax`."""
-    kernels = _kernels(weight)
-    return maxima.row_absmax(weight) if kernels is None else kernels.row_absmax(weight)
+    made: Tensor = _run("row_absmax", maxima, weight)
+    return made
 
 
 def absmax(tensor: Tensor) -> Tensor:
     """`absmax.absmax`."""
     if tensor.numel() and tensor.is_contiguous():
         rows = tensor.view(-1, tensor.shape[-1]) if tensor.dim() else tensor.view(1, 1)
+        if _is_on_gpu(rows):
+            made: Tensor = _run("absmax", maxima, rows)
+            return made
         if (kernels := _kernels(rows)) is not None:
             return kernels.row_absmax(rows).max()
     return maxima.absmax(tensor)
@@ -50,26 +62,37 @@ def peak(tensor: Tensor) -> float:
 
 def int8_channel(weight: Tensor, codes: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """`int8.int8_channel`."""
-    made: tuple[Tensor, Tensor] = _by_rows(weight, int8).int8_channel(weight, codes)
+    made: tuple[Tensor, Tensor] = _run("int8_channel", int8, weight, codes)
     return made
 
 
 def fp8_channel(weight: Tensor, codes: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """`fp8.fp8_channel`."""
-    made: tuple[Tensor, Tensor] = _by_rows(weight, fp8).fp8_channel(weight, codes)
+    made: tuple[Tensor, Tensor] = _run("fp8_channel", fp8, weight, codes)
     return made
 
 
 def fp8_tensor(weight: Tensor, codes: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """`fp8.fp8_tensor`."""
-    kernels = _kernels(weight)
-    return (fp8 if kernels is None else kernels).fp8_tensor(weight, codes)
+    made: tuple[Tensor, Tensor] = _run("fp8_tensor", fp8, weight, codes)
+    return made
+
+
+def fp8_tensors(weight: Tensor, count: int, codes: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """`fp8.fp8_tensors`."""
+    if _is_on_gpu(weight):
+        made: tuple[Tensor, Tensor] = _run("fp8_tensors", fp8, weight, count, codes)
+        return made
+    if codes is None:
+        codes = torch.empty(weight.shape, dtype=fp8.FP8, device=weight.device)
+    parts = zip(weight.tensor_split(count), codes.tensor_split(count), strict=True)
+    return codes, torch.cat([fp8_tensor(one, into)[1] for one, into in parts])
 
 
 def fp8_static(tensor: Tensor, scale: Tensor, codes: Tensor | None = None) -> Tensor:
     """`fp8.fp8_static`."""
-    kernels = _kernels(tensor)
-    return (fp8 if kernels is None else kernels).fp8_static(tensor, scale, codes)
+    made: Tensor = _run("fp8_static", fp8, tensor, scale, codes)
+    return made
 
 
 def int8_frozen(
@@ -79,8 +102,7 @@ def int8_frozen(
     codes: Tensor | None = None,
 ) -> Frozen:
     """`smoothed.int8_frozen`."""
-    by = _by_rows(weight, smoothed)
-    made: Frozen = by.int8_frozen(weight, input_scale, output_scale, codes)
+    made: Frozen = _run("int8_frozen", smoothed, weight, input_scale, output_scale, codes)
     return made
 
 
@@ -92,9 +114,29 @@ def int8_refreshed(
     codes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`smoothed.int8_refreshed`."""
-    kernels = _kernels(weight)
-    made_by = smoothed if kernels is None else kernels
-    return made_by.int8_refreshed(weight, input_scale, output_scale, weight_scale, codes)
+    scales = (input_scale, output_scale, weight_scale)
+    made: tuple[Tensor, Tensor] = _run("int8_refreshed", smoothed, weight, *scales, codes)
+    return made
+
+
+def warm(runs: Iterable[Callable[[Tensor], object]], dtype: torch.dtype, on: torch.device) -> None:
+    """Compile what pushes will launch on a GPU, so that none of them has to wait for it.
+
+    Args:
+        runs: whatever will be done with rows `[N, K]`; once for each width that has a kernel of
+            its own.
+        dtype: of the rows that will come.
+        on: where they will lie. For the host, nothing is compiled.
+
+    """
+    if on.type != "cuda" or (fused := _on_gpu(on)) is None:
+        return
+    start = time.perf_counter()
+    for columns in fused.BLOCKS:
+        weight = torch.zeros(2, columns, dtype=dtype, device=on)
+        for run in (absmax, *runs):
+            run(weight)
+    logger.info("kernels for %s are compiled (%.1f s)", on, time.perf_counter() - start)
 
 
 def storing(
@@ -138,24 +180,47 @@ def _kernels(weight: Tensor) -> native.Kernels | None:
     return native.kernels()
 
 
-def _by_rows(weight: Tensor, definition: Any) -> Any:
-    """Who quantizes these rows: C on the host, Triton on a GPU, or the definition."""
-    if weight.device.type == "cuda" and weight.dim() == 2 and not torch.compiler.is_compiling():
-        return _on_gpu(weight.device) or definition
-    return _kernels(weight) or definition
+def _run(name: str, definition: ModuleType, weight: Tensor, *arguments: Any) -> Any:
+    """One function of these rows: by Triton on a GPU, by C on the host, or as it is defined."""
+    if _is_on_gpu(weight) and (fused := _on_gpu(weight.device)) is not None:
+        try:
+            return getattr(fused, name)(weight, *arguments)
+        except torch.OutOfMemoryError:
+            raise
+        except fused.COMPILE_ERRORS as failure:
+            _without(weight.device, name, failure)
+    return getattr(_kernels(weight) or definition, name)(weight, *arguments)
+
+
+def _without(device: torch.device, name: str, failure: Exception) -> None:
+    """Let torch do the work on a GPU from now on."""
+    logger.error(_CANNOT, name, device, failure)
+    _abandoned.add(device)
+    _on_gpu.cache_clear()
+
+
+def _is_on_gpu(weight: Tensor) -> bool:
+    """Whether it has rows that Triton's kernels could read."""
+    there = weight.device.type == "cuda" and weight.numel() > 0 and weight.dim() == 2
+    return there and not torch.compiler.is_compiling()
 
 
 @functools.cache
 def _on_gpu(device: torch.device) -> Any:
     """The Triton kernels, if they return the bits of the definitions on this device."""
-    if not native.wanted():
+    if not native.wanted() or device in _abandoned:
         return None
     try:
         from flashquant.schemes import fused
     except ImportError as missing:  # Triton comes with torch for CUDA
         logger.info("rows on %s are quantized by torch: %s", device, missing)
         return None
-    if (strange := fused.difference(device)) is None:
+    try:
+        strange = fused.difference(device)
+    except fused.COMPILE_ERRORS as failure:
+        logger.error(_CANNOT, "a kernel", device, failure)
+        return None
+    if strange is None:
         return fused
     logger.error(
         "%s, compiled for %s, differs from its definition, so torch quantizes instead. Please "

@@ -15,12 +15,16 @@ from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "1"
 
+import numpy as np
 import torch
+import triton.language as tl
 from torch import Tensor
+from triton.runtime import interpreter
 
-from flashquant.schemes import fp8, fused, int8, smoothed
+from flashquant.schemes import absmax, fp8, fused, int8, smoothed
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+FP8 = torch.float8_e4m3fn
 Quantize = Callable[[Tensor, Tensor | None], Any]
 
 
@@ -34,6 +38,7 @@ def shapes(dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     yield "transposed", weight(40, 9, dtype).t()
     yield "window", weight(12, 64, dtype)[2:9:2, 3:50]
     yield "halfway", halfway(dtype)
+    yield "tiny", tiny(dtype)
     yield "far", far(dtype)
 
 
@@ -51,6 +56,12 @@ def halfway(dtype: torch.dtype) -> Tensor:
     return torch.stack([steps, steps * 2, steps.sign() * 127]).to(dtype)
 
 
+def tiny(dtype: torch.dtype) -> Tensor:
+    """Rows of numbers that have no reciprocal, down to the smallest; as one tensor, too."""
+    sizes = torch.logspace(-22.5, -18, 10)[:, None] ** 2
+    return (torch.randn(10, 33, generator=torch.Generator().manual_seed(5)) * sizes).to(dtype)
+
+
 def far(dtype: torch.dtype) -> Tensor:
     """The third row begins beyond element 2^31 of a storage, most of which is never touched."""
     apart = 2**30 + 8
@@ -58,24 +69,70 @@ def far(dtype: torch.dtype) -> Tensor:
     return spread.copy_(weight(3, 64, dtype))
 
 
-def frozen(module: Any, *, rows: bool, columns: bool) -> Quantize:
+def smoothing(module: Any, name: str, *, rows: bool, columns: bool) -> Quantize:
+    """A function of `smoothed`, with factors for rows, for columns, or for both."""
+
     def quantize(values: Tensor, codes: Tensor | None) -> Any:
         dice = torch.Generator().manual_seed(1)
         n, k = values.shape
         by_column = torch.rand(k, generator=dice) * 30 if columns else None
         by_row = torch.rand(n, generator=dice) * 9 if rows else None
-        return module.int8_frozen(values, by_column, by_row, codes)
+        known = [] if name == "int8_frozen" else [torch.rand(n, 1, generator=dice)]
+        return getattr(module, name)(values, by_column, by_row, *known, codes)
+
+    return quantize
+
+
+def absmaxes(module: Any) -> Quantize:
+    """Of each row, and of all of them."""
+
+    def maxima(values: Tensor, _: Tensor | None) -> Any:
+        every = values.contiguous()
+        return module.row_absmax(values), module.absmax(every), module.absmax(values.flatten()[:3])
+
+    return maxima
+
+
+def static(module: Any, *, rows: bool) -> Quantize:
+    """Given scales: one of which the reciprocal overflows, and one of zeros, among them."""
+
+    def quantize(values: Tensor, codes: Tensor | None) -> Any:
+        scales = torch.logspace(-7, 1, max(1, len(values)))[:, None]
+        scales[2:3], scales[3:4] = 0.0, 1e-39
+        return (module.fp8_static(values, scales if rows else torch.tensor(0.037), codes),)
+
+    return quantize
+
+
+def experts(module: Any) -> Quantize:
+    """Three matrices below each other, of as many rows as there are."""
+
+    def quantize(values: Tensor, _: Tensor | None) -> Any:
+        stack = torch.cat([values, 3 * values, 0 * values])
+        return module.fp8_tensors(stack, 3)
 
     return quantize
 
 
 def pairs() -> Iterator[tuple[str, Quantize, Quantize, torch.dtype]]:
+    yield "absmax", absmaxes(fused), absmaxes(absmax), torch.int8
     yield "int8_channel", fused.int8_channel, int8.int8_channel, torch.int8
-    yield "fp8_channel", fused.fp8_channel, fp8.fp8_channel, torch.float8_e4m3fn
-    for rows, columns in ((True, True), (True, False), (False, True), (False, False)):
-        chosen = {"rows": rows, "columns": columns}
-        name = "int8_frozen" + "_rows" * rows + "_columns" * columns
-        yield name, frozen(fused, **chosen), frozen(smoothed, **chosen), torch.int8
+    yield "fp8_channel", fused.fp8_channel, fp8.fp8_channel, FP8
+    yield "fp8_tensor", fused.fp8_tensor, fp8.fp8_tensor, FP8
+    yield "fp8_tensors", experts(fused), experts(fp8), FP8
+    yield "fp8_static", static(fused, rows=False), static(fp8, rows=False), FP8
+    yield "fp8_static_rows", static(fused, rows=True), static(fp8, rows=True), FP8
+    for kind in ("int8_frozen", "int8_refreshed"):
+        for rows, columns in ((True, True), (True, False), (False, True), (False, False)):
+            chosen = {"rows": rows, "columns": columns}
+            ours, defined = (smoothing(module, kind, **chosen) for module in (fused, smoothed))
+            yield kind + "_rows" * rows + "_columns" * columns, ours, defined, torch.int8
+
+
+def scale_of(made: Any) -> Tensor:
+    """By which a row or a tensor is known that must not be stored; its codes mean nothing."""
+    told: Tensor = made.peak if hasattr(made, "peak") else made[1]
+    return told.nan_to_num(-1.0, posinf=float("inf"))  # NaN has many bits, and one meaning
 
 
 def destination(shape: torch.Size, dtype: torch.dtype, name: str) -> Tensor | None:
@@ -100,27 +157,38 @@ def same(one: Tensor, other: Tensor) -> bool:
     return torch.equal(one, other)
 
 
+def widen_subnormal_bf16_as_a_gpu_does() -> None:
+    """By a shift. The interpreter (of Triton 3.9) makes other numbers of those below 1.2e-38."""
+    convert = interpreter._convert_float
+
+    def converted(values: Any, source: Any, target: Any, rounding: Any) -> Any:
+        if (source, target) == (tl.bfloat16, tl.float32):
+            return values.astype(np.uint32) << 16
+        return convert(values, source, target, rounding)
+
+    interpreter._convert_float = converted
+
+
 def main() -> None:
+    widen_subnormal_bf16_as_a_gpu_does()
     found: dict[str, list[Any]] = {}
     for dtype in DTYPES:
+        name_of_dtype = str(dtype).removeprefix("torch.")
         for shape, values in shapes(dtype):
             for name, kernel, definition, stored in pairs():
+                if shape == "no-rows" and not name.startswith(("int8", "fp8_channel")):
+                    continue  # there is no maximum, so nobody asks
                 into = destination(values.shape, stored, shape)
-                key = f"{name}-{str(dtype).removeprefix('torch.')}-{shape}"
-                found[key] = different(kernel(values, into), definition(values, None))
+                found[f"{name}-{name_of_dtype}-{shape}"] = different(
+                    kernel(values, into), definition(values, None)
+                )
         for bad in (float("nan"), float("inf"), float("-inf")):
             values = weight(4, 40, dtype)
             values[2, 39] = bad
-            for name, kernel, definition, _ in list(pairs())[:2]:
-                # By its scale a row is known that must not be stored; its codes mean nothing.
-                # NaN has many bits, and one meaning.
-                ours, theirs = (
-                    quantize(values, None)[1].nan_to_num(-1.0, posinf=float("inf"))
-                    for quantize in (kernel, definition)
-                )
-                found[f"{name}-{str(dtype).removeprefix('torch.')}-{bad}"] = different(
-                    [ours], [theirs]
-                )
+            for name, kernel, definition, _ in pairs():
+                if not name.startswith("fp8_static"):
+                    scales = (scale_of(made(values, None)) for made in (kernel, definition))
+                    found[f"{name}-{name_of_dtype}-{bad}"] = different(*([s] for s in scales))
     found["difference"] = [str(fused.difference(torch.device("cpu")))]
     Path(sys.argv[1]).write_text(json.dumps(found))
 
