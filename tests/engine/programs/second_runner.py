@@ -3,8 +3,9 @@
 That runner's kernels are Triton's, and run in Triton's interpreter here (TRITON_INTERPRET=1).
 
 Usage: python -m tests.engine.programs.second_runner STARTS_ON PUSHED
-Prints one JSON object: digests and tokens before and after, an answer during which an update
-came, and what happened to a dummy batch and to a request in an open update.
+Prints one JSON object: digests and answers before and after, an answer during which an update
+came beside what a fresh engine says, and what became of a dummy batch and of a request's step
+in an open update.
 """
 
 from __future__ import annotations
@@ -30,50 +31,61 @@ def main(starts_on: str, pushed: str) -> dict[str, Any]:
     from tests.engine.serving import scheduling_ahead
 
     with scheduling_ahead():
-        llm = LLM(starts_on, **OPTIONS)
+        llm, fresh = (LLM(policy, **OPTIONS) for policy in (starts_on, pushed))
     import flashquant
     from flashquant.patches.loading import session_of
 
     engine = llm.llm_engine
     core: Any = engine.engine_core.engine_core
+    runner = core.model_executor.driver_worker.worker.model_runner
+    prompt: list[int] = PROMPT["prompt_token_ids"]
 
-    def sampling() -> Any:  # anew each time: `generate` writes into it
-        return SamplingParams(max_tokens=16, temperature=0, ignore_eos=True, logprobs=0)
+    def sampling(count: int) -> Any:  # anew each time: `generate` writes into it
+        return SamplingParams(max_tokens=count, temperature=0, ignore_eos=True, logprobs=0)
 
     def said(output: Any) -> list[list[float]]:
         steps = zip(output.token_ids, output.logprobs, strict=True)
         return [[token, step[token].logprob] for token, step in steps]
 
-    def answer() -> list[list[float]]:
-        return said(llm.generate([PROMPT], sampling(), use_tqdm=False)[0].outputs[0])
+    def answer(served: Any, tokens: list[int] = prompt, count: int = 16) -> list[list[float]]:
+        (answered,) = served.generate(
+            [{"prompt_token_ids": tokens}], sampling(count), use_tqdm=False
+        )
+        return said(answered.outputs[0])
+
+    def stands(served: Any) -> list[Any]:
+        return [flashquant.status(served).digest, answer(served)]
 
     result: dict[str, Any] = {
-        "runner": type(core.model_executor.driver_worker.worker.model_runner).__mro__[1].__module__,
+        "runner": type(runner).__mro__[1].__module__,
         "scheduler": type(core.scheduler).__name__,
-        "before": [flashquant.status(llm).digest, answer()],
+        "before": stands(llm),
+        "fresh": stands(fresh),
     }
     flashquant.reload_weights(llm, Path(pushed))
-    result["after"] = [flashquant.status(llm).digest, answer()]
+    result["after"] = stands(llm)
 
     flashquant.reload_weights(llm, Path(starts_on))
-    engine.add_request("in flight", PROMPT, sampling())
+    engine.add_request("in flight", PROMPT, sampling(16))
     last = [output for _ in range(7) for output in engine.step()]
-    result["out"] = len(last[-1].outputs[0].token_ids)
-    result["on its way"] = bool(core.batch_queue)
+    had = len(last[-1].outputs[0].token_ids)
+    result["out"], result["on its way"] = had, bool(core.batch_queue)
     flashquant.reload_weights(llm, Path(pushed))
     while engine.has_unfinished_requests():
         last += engine.step()
-    result["in flight"] = said(last[-1].outputs[0])
+    whole = said(last[-1].outputs[0])
+    tokens = [int(token) for token, _ in whole]
+    result["went on"] = whole[had:]
+    result["expected"] = answer(fresh, prompt + tokens[:had], 16 - had)
 
     (session,) = llm.apply_model(session_of)
     session.begin()
     session.push(list(tiny_models.tensors(Path(starts_on)).items())[:14])
     core.execute_dummy_batch()
-    runner = core.model_executor.driver_worker.worker.model_runner
     step = SimpleNamespace(total_num_scheduled_tokens=1)
     result["refused"] = raised_by(lambda: runner.execute_model(step))
     session.abandon()
-    return {**result, "undone": [flashquant.status(llm).digest, answer()]}
+    return {**result, "undone": stands(llm)}
 
 
 if __name__ == "__main__":
