@@ -298,7 +298,7 @@ class Calibration:
 
 def _through_ones(scales: Scales, weight: Tensor, *, has_input: bool, has_output: bool) -> None:
     """Quantize rows by factors of one, those that there are."""
-    rows, columns = (torch.ones(size, device=weight.device) for size in weight.shape)
+    rows, columns = (weight.new_ones(size, dtype=torch.float32) for size in weight.shape)
     factors = (columns if has_input else None, rows if has_output else None)
     if scales == "frozen":
         int8_frozen(weight, *factors)

@@ -234,7 +234,7 @@ def _apart(one: Tensor | None, other: Tensor | None) -> str:
 
     if one is None and other is None:
         return ""
-    filled = [v if v is not None else torch.ones(()) for v in (one, other)]
+    filled = [v if v is not None else torch.ones((), device="cpu") for v in (one, other)]
     if one is not None and other is not None and len(one) != len(other):
         return f"{len(one)} | {len(other)} channels"
     times = (filled[0] / filled[1]).log().abs().exp()

@@ -47,6 +47,7 @@ class ReloadReport:
         bytes_in: bytes of these tensors, as the trainer sent them.
         bytes_out: bytes written into live storage, of all workers.
         undo_bytes: host memory that the undo log took, of all workers; 0 with `atomic=False`.
+            Not counted: the packed weights of oneDNN handlers, of which the log keeps the old ones.
         seconds: wall time from the first tensor to the last check.
         phases: seconds spent in each phase, by its name.
         layers_committed: layers that now serve the new weights.

@@ -2,8 +2,11 @@
 
 The C library hands large blocks back to the system when they are freed, and a process pays for
 each page that it touches anew: for an undo log that was a quarter of a whole reload. What an
-update has kept is therefore reserved for the next; as long as the engine sleeps, it is not. From
-a GPU, copies go to pinned memory, which torch reserves by itself.
+update has kept is therefore reserved for the next; as long as the engine sleeps, it is not.
+
+From a GPU, copies go to pinned memory, so that nothing waits for them. torch rounds each block of
+that up to a power of two, and keeps it: so it is asked for powers of two only, which are
+carved up, and told to give them back.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-_CHUNK: Final = 64 << 20
+_CHUNK: Final = 64 << 20  # a power of two
 _PAGE: Final = 2 << 20  # a huge one: touched in one go
 _ALIGNMENT: Final = 64
 _SMALL: Final = 4 << 10  # the C library has room for as little between other blocks
@@ -25,27 +28,34 @@ class Reserve:
     """Chunks of host memory between two updates; as many as the largest one took."""
 
     def __init__(self) -> None:
-        self._chunks: list[Tensor] = []
+        self._chunks: dict[bool, list[Tensor]] = {False: [], True: []}  # by whether it is pinned
 
     @property
     def nbytes(self) -> int:
-        """Bytes held at the moment, of which those never touched take no memory."""
-        return sum(chunk.nbytes for chunk in self._chunks)
+        """Bytes held at the moment, of which those never touched take no memory, if not pinned."""
+        return sum(chunk.nbytes for chunks in self._chunks.values() for chunk in chunks)
 
-    def take(self, least: int) -> Tensor:
+    def take(self, least: int, *, pinned: bool = False) -> Tensor:
         """A chunk of at least so many bytes, the smallest there is; the caller's until `put`."""
-        fitting = [place for place, chunk in enumerate(self._chunks) if chunk.nbytes >= least]
+        chunks = self._chunks[pinned]
+        fitting = [place for place, chunk in enumerate(chunks) if chunk.nbytes >= least]
         if fitting:
-            return self._chunks.pop(min(fitting, key=lambda place: self._chunks[place].nbytes))
+            return chunks.pop(min(fitting, key=lambda place: chunks[place].nbytes))
+        if pinned:
+            return _pinned(max(_CHUNK, 1 << (least - 1).bit_length()))
         return _mapped(max(_CHUNK, -(-least // _PAGE) * _PAGE))
 
-    def put(self, chunks: Sequence[Tensor]) -> None:
+    def put(self, chunks: Sequence[Tensor], *, pinned: bool = False) -> None:
         """Whoever took these is done with them; they will be taken in the same order."""
-        self._chunks[:0] = chunks
+        self._chunks[pinned][:0] = chunks
 
     def clear(self) -> None:
         """Give everything back to the system."""
-        self._chunks.clear()
+        was_pinned = bool(self._chunks[True])
+        for chunks in self._chunks.values():
+            chunks.clear()
+        if was_pinned:
+            _empty_pinned_cache()
 
 
 class Copies:
@@ -53,37 +63,64 @@ class Copies:
 
     Args:
         reserve: where their memory comes from, and goes.
+        pinned: whether they are of tensors on a GPU: copied in stream order, without a wait.
+
+    Attributes:
+        nbytes: what they take: their own bytes or, of pinned memory, all of the chunks they lie in.
 
     """
 
-    def __init__(self, reserve: Reserve) -> None:
-        self._reserve = reserve
+    def __init__(self, reserve: Reserve, *, pinned: bool = False) -> None:
+        self._reserve, self._pinned = reserve, pinned
         self._chunks: list[Tensor] = []
-        self._used = 0
+        self._used: list[int] = []  # of each chunk
+        self.nbytes = 0
 
     def of(self, tensor: Tensor) -> Tensor:
-        """A copy that is valid until `free`; of any shape, stride and dtype, on the host."""
-        if tensor.nbytes < _SMALL:
-            return tensor.clone()
+        """A copy that is valid until `free`, on the host; of any shape, stride and dtype."""
+        if not self._pinned:
+            self.nbytes += tensor.nbytes
+            if tensor.nbytes < _SMALL:
+                return tensor.clone()
         flat = self._room(tensor.nbytes).view(tensor.dtype)
         if tensor.is_contiguous():
-            return flat.view(tensor.shape).copy_(tensor)
+            return flat.view(tensor.shape).copy_(tensor, non_blocking=self._pinned)
         form = torch.empty_like(tensor, device="meta")  # dense, and in the order of the original
-        return flat.as_strided(form.shape, form.stride()).copy_(tensor)
+        there = flat.as_strided(form.shape, form.stride())
+        return there.copy_(tensor, non_blocking=self._pinned)
 
     def _room(self, nbytes: int) -> Tensor:
-        start = -(-self._used // _ALIGNMENT) * _ALIGNMENT
-        if not self._chunks or start + nbytes > self._chunks[-1].nbytes:
-            self._chunks.append(self._reserve.take(nbytes))
-            start = 0
-        self._used = start + nbytes
-        return self._chunks[-1][start : self._used]
+        """In the first chunk that has as much left."""
+        for place, chunk in enumerate(self._chunks):
+            start = -(-self._used[place] // _ALIGNMENT) * _ALIGNMENT
+            if start + nbytes <= chunk.nbytes:
+                self._used[place] = start + nbytes
+                return chunk[start : start + nbytes]
+        chunk = self._reserve.take(nbytes, pinned=self._pinned)
+        if self._pinned:
+            self.nbytes += chunk.nbytes
+        self._chunks.append(chunk)
+        self._used.append(nbytes)
+        return chunk[:nbytes]
 
     def free(self) -> None:
         """Nobody reads the copies any more."""
         if self._chunks:
-            self._reserve.put(self._chunks)
-            self._chunks = []
+            self._reserve.put(self._chunks, pinned=self._pinned)
+            self._chunks, self._used = [], []
+
+
+def _pinned(size: int) -> Tensor:
+    """Page-locked memory: about a quarter of a second a GB, once."""
+    return torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True)
+
+
+def _empty_pinned_cache() -> None:
+    """Let torch give back pinned memory that nobody holds any more."""
+    public = getattr(torch.accelerator, "empty_host_cache", None)  # of torch 2.11 and later
+    empty = public or getattr(torch._C, "_host_emptyCache", None)  # of torch for CUDA
+    if empty is not None:
+        empty()
 
 
 def _mapped(size: int) -> Tensor:

@@ -35,7 +35,7 @@ from flashquant.schemes.stored import holds_codes
 from flashquant.transaction import Transactions
 from flashquant.undo import UndoLog
 from flashquant.update import Update
-from flashquant.verify import Footprint, digest, digests
+from flashquant.verify import Fingerprints, Footprint, digest, digests
 from flashquant.ways import Ways
 from flashquant.weights import NamedTensors, Offered, Weights, few_at_a_time, named_tensors
 from flashquant.witness import Witness
@@ -257,11 +257,12 @@ class Session:
 
         For an engine that generates meanwhile.
         """
-        version, taken = self.version, {}
+        version, fingerprints = self.version, Fingerprints()
         for layer in self._engine.layers:
-            taken.update(digests(layer.contents()))
+            fingerprints.add(layer.contents())
             yield None
         if self.version == version and self._transactions.current is None:
+            taken = fingerprints.read()
             self._witness.compare(taken)
             yield digest(taken)
 
@@ -292,6 +293,7 @@ class Session:
 
     def free_reserve(self) -> None:
         """Give back the host memory that is held for the next update's undo log."""
+        self._transactions.sweep()
         self._transactions.reserve.clear()
 
     def wake_up(self) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from flashquant.reserve import Copies, Reserve
@@ -26,7 +25,8 @@ class UndoLog:
     the way back, and `can_restore` says so.
 
     Attributes:
-        bytes: host memory that the copies took, in bytes; stays after `forget`.
+        bytes: host memory that the copies took, in bytes; stays after `forget`. Of what lives on a
+            GPU, that is all the memory that was pinned for it.
         touched: whether live weights have been, or were about to be, overwritten.
 
     """
@@ -38,11 +38,15 @@ class UndoLog:
 
         """
         self._keep = keep
-        self._copies = Copies(reserve or Reserve())
+        reserve = reserve or Reserve()
+        self._copies, self._pinned = Copies(reserve), Copies(reserve, pinned=True)
         self._steps: list[Callable[[], object]] = []
         self._held: list[object] = []
-        self.bytes = 0
         self.touched = False
+
+    @property
+    def bytes(self) -> int:
+        return self._copies.nbytes + self._pinned.nbytes
 
     @property
     def can_restore(self) -> bool:
@@ -61,9 +65,8 @@ class UndoLog:
         if not self._keep:
             return
         live = live.detach()
-        old = self._copies.of(live) if live.device.type == "cpu" else _pinned(live)
-        self._steps.append(functools.partial(live.copy_, old))
-        self.bytes += old.nbytes
+        copies = self._copies if live.device.type == "cpu" else self._pinned
+        self._steps.append(functools.partial(live.copy_, copies.of(live)))
 
     def hold(self, value: object) -> None:
         """Keep something alive as long as the log: to free it takes time, which may be dear now."""
@@ -90,16 +93,14 @@ class UndoLog:
         while self._steps:
             self._steps[-1]()
             self._steps.pop()
-        self._copies.free()
+        self._free()
 
     def forget(self) -> None:
         """The transaction stands: free what was kept."""
         self._steps.clear()
         self._held.clear()
+        self._free()
+
+    def _free(self) -> None:
         self._copies.free()
-
-
-def _pinned(live: Tensor) -> Tensor:
-    """A copy in pinned host memory, in stream order, without a wait."""
-    pinned = torch.empty_like(live, device="cpu", pin_memory=True)
-    return pinned.copy_(live, non_blocking=True)
+        self._pinned.free()

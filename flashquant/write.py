@@ -141,7 +141,7 @@ def write(
     window = step.target_view.into(stage.memory(device))
     if isinstance(step, Fill):
         window.fill_(step.value)
-        maxima = torch.tensor([[abs(step.value)]])
+        maxima = torch.tensor([[abs(step.value)]], device="cpu")
     else:
         window.copy_(step.source_view.into(incoming))
     stage.arrived(step.target_view, maxima)

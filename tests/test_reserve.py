@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from flashquant import reserve as reserve_module
 from flashquant.reserve import Copies, Reserve
+from flashquant.undo import UndoLog
 
 LARGE = 1 << 20
 
@@ -108,3 +110,104 @@ def test_nothing_is_reserved_once_it_was_given_back():
     reserve.clear()
 
     assert reserve.nbytes == 0
+
+
+class OnGpu(torch.Tensor):
+    """A tensor that says that it lies on a GPU."""
+
+    @property
+    def device(self):
+        return torch.device("cuda", 0)
+
+
+class PinnedAllocator:
+    """torch's: each block is rounded up to a power of two, and kept when it is freed."""
+
+    def __init__(self):
+        self.held, self.sizes = 0, []
+
+    def allocate(self, size):
+        self.sizes.append(size)
+        self.held += 1 << (size - 1).bit_length()
+        return torch.empty(size, dtype=torch.uint8)
+
+    def empty_cache(self):
+        self.held = 0
+
+
+@pytest.fixture
+def pinning(monkeypatch):
+    allocator = PinnedAllocator()
+    monkeypatch.setattr(reserve_module, "_pinned", allocator.allocate)
+    monkeypatch.setattr(torch.accelerator, "empty_host_cache", allocator.empty_cache, raising=False)
+    return allocator
+
+
+def model():
+    """Weights of sizes that lie right above a power of two, in MB; and their small scales."""
+    for place, size in enumerate([5, 9, 17, 33, 5, 9, 17, 33, 65]):
+        weight = torch.full(((size << 20) + 64,), place, dtype=torch.uint8)
+        yield weight.view(-1, 32).t().as_subclass(OnGpu)
+        yield torch.full((7,), float(place)).as_subclass(OnGpu)
+
+
+def test_what_is_pinned_for_a_gpu_is_hardly_more_than_its_bytes(pinning):
+    """Block by block, torch would round 193 MB up to 384."""
+    undo, live = UndoLog(reserve=Reserve()), list(model())
+
+    for tensor in live:
+        undo.remember(tensor)
+
+    needed = sum(tensor.nbytes for tensor in live)
+    assert needed < pinning.held < 1.7 * needed
+    assert all(size & (size - 1) == 0 for size in pinning.sizes)
+
+
+def test_a_log_reports_all_the_memory_that_was_pinned_for_it(pinning):
+    undo = UndoLog(reserve=Reserve())
+
+    for tensor in model():
+        undo.remember(tensor)
+
+    assert undo.bytes == pinning.held
+    undo.forget()
+    assert undo.bytes == pinning.held
+
+
+def test_what_lives_on_a_gpu_is_restored_from_pinned_memory(pinning):
+    undo, live = UndoLog(reserve=Reserve()), list(model())
+    before = [tensor.as_subclass(torch.Tensor).clone() for tensor in live]
+
+    for tensor in live:
+        undo.remember(tensor)
+        tensor.zero_()
+    undo.restore()
+
+    assert all(
+        torch.equal(t.as_subclass(torch.Tensor), old) for t, old in zip(live, before, strict=True)
+    )
+
+
+def test_the_next_update_pins_nothing(pinning):
+    reserve, held = Reserve(), []
+
+    for _ in range(3):
+        undo = UndoLog(reserve=reserve)
+        for tensor in model():
+            undo.remember(tensor)
+        undo.forget()
+        held.append(pinning.held)
+
+    assert held == [reserve.nbytes] * 3
+
+
+def test_pinned_memory_is_given_back_with_the_reserve(pinning):
+    reserve = Reserve()
+    undo = UndoLog(reserve=reserve)
+    for tensor in model():
+        undo.remember(tensor)
+    undo.forget()
+
+    reserve.clear()
+
+    assert reserve.nbytes == pinning.held == 0

@@ -26,7 +26,6 @@ from flashquant.patches.attention import is_deferred_attention_layer
 from flashquant.patches.borrowed import Borrowed, borrowed
 from flashquant.patches.kernel_state import is_processor
 from flashquant.trace import storage_of
-from flashquant.verify import fingerprint
 
 
 @dataclass(frozen=True)
@@ -67,20 +66,18 @@ class LayerBlueprint:
             )
         return twin
 
-    def digests(self) -> dict[str, str]:
-        """The digest of each parameter that is loaded, and not processed yet, by target.
+    def loaded(self) -> Iterator[tuple[str, Tensor]]:
+        """Each parameter that is loaded, and not processed yet, by target.
 
         Online schemes process a layer while it loads; what no longer is in
-        checkpoint format has no digest.
+        checkpoint format is not among them.
         """
-        return {
-            target: fingerprint(live.detach())
-            for name, target in self.targets.items()
-            if (live := self.module._parameters.get(name)) is not None
-            and (meta := self.parameters[name]) is not None
-            and (live.shape, live.dtype) == (meta.shape, meta.dtype)
-            and not live.is_meta
-        }
+        for name, target in self.targets.items():
+            live, meta = self.module._parameters.get(name), self.parameters[name]
+            if live is None or meta is None or live.is_meta:
+                continue
+            if (live.shape, live.dtype) == (meta.shape, meta.dtype):
+                yield target, live.detach()
 
     @property
     def _shared(self) -> list[object]:

@@ -167,7 +167,8 @@ def _compare_scales(topic: str, weight: Tensor, ours: Tensor, theirs: Tensor) ->
 def _weight() -> Tensor:
     """Rows of very different sizes, zeros among them; an odd shape, so that no tile fits."""
     dice = torch.Generator().manual_seed(0)
-    weight = torch.randn(131, 272, generator=dice) * torch.logspace(-6, 2, 131)[:, None]
+    weight = torch.randn(131, 272, generator=dice, device="cpu")
+    weight *= torch.logspace(-6, 2, 131, device="cpu")[:, None]
     weight[7] = 0
     return weight.bfloat16()
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -24,6 +25,7 @@ from flashquant.patches.late_layer import LateLayer
 from flashquant.patches.layers import Learned, LiveLayer
 from flashquant.profiles import load_profile
 from flashquant.schemes import fp8_channel, fp8_tensor, int8_channel, warm, whole
+from flashquant.verify import digests
 from flashquant.weights import NamedTensors
 
 # vLLM warns of a bf16 tensor on its way into an int8 parameter; while we watch
@@ -108,7 +110,8 @@ class LiveEngine:
         """All weights are in, none is processed: take their digests."""
         for blueprint in self._blueprint.layers:
             _refuse_late_parameters(blueprint)
-            self._loaded |= blueprint.digests()
+        loaded = (blueprint.loaded() for blueprint in self._blueprint.layers)
+        self._loaded |= digests(itertools.chain.from_iterable(loaded))
 
     def note_processed(self) -> None:
         """The model serves: find out what processing made of each layer."""
@@ -145,13 +148,15 @@ class LiveEngine:
 
     @contextmanager
     def _context(self) -> Iterator[None]:
-        """What vLLM has set while it processes weights: config, default dtype and device."""
+        """What vLLM has set while it processes weights: config and default dtype.
+
+        No default device: that is set only while the model is created. With one, a twin would hold
+        on a GPU what the live layer has on the host.
+        """
         dtype: torch.dtype = self._vllm_config.model_config.dtype
         with (
             set_current_vllm_config(self._vllm_config),
             set_default_torch_dtype(dtype),
-            # A default device is asked at every call of torch; the host is one already.
-            nullcontext() if self.device.type == "cpu" else self.device,
             torch.no_grad(),
         ):
             yield

@@ -33,7 +33,7 @@ from flashquant.patches.reads import handed_on
 from flashquant.patches.staged import StagedLayer
 from flashquant.plan import Fill, Write
 from flashquant.undo import UndoLog
-from flashquant.verify import fingerprint
+from flashquant.verify import digests
 
 # What kind of module hands on which parameters, and as which leaves.
 Learned = dict[tuple[object, ...], Mapping[str, tuple[str, ...]]]
@@ -54,7 +54,7 @@ class LiveLayer(StagedLayer):
     ) -> None:
         """Args:
         blueprints: the modules of the layer; the first one names it.
-        loaded: their parameters' `digests`, taken just before processing.
+        loaded: the fingerprints of their parameters, taken just before processing.
         context: the surroundings in which vLLM processes layers.
         device: where staged tensors live.
         learned: what watching layers of the same kind has shown; shared by all.
@@ -75,12 +75,9 @@ class LiveLayer(StagedLayer):
         self._digests = {target: loaded.get(target, "") for target in self._metas}
         # Processing may rewrite a parameter without changing its layout, so only
         # values show whether it is still the one that was loaded.
-        self._kept = {
-            target
-            for target in self._metas
-            if (value := self._read_back(target)) is not None
-            and fingerprint(value) == loaded.get(target)
-        }
+        standing = ((target, self._read_back(target)) for target in self._metas)
+        found = digests((target, value) for target, value in standing if value is not None)
+        self._kept = {target for target in found if found[target] == loaded.get(target)}
         # Of a deferred attention: what its processing makes. Cache scales and whatever its
         # kernels allocate while they run are not.
         self._made: dict[str, frozenset[str]] = {}
@@ -144,7 +141,7 @@ class LiveLayer(StagedLayer):
         """Process what is staged, and keep the result beside the live layer."""
         self._check_ties()
         staged = {t: s.memory(self.device) for t, s in self._stages.items() if s.started}
-        digests = {target: fingerprint(values) for target, values in staged.items()}
+        packed = digests(staged.items()) if self._is_packed else {}
         if staged.keys() <= self._alone.keys():
             carry = Carry()
             for target, values in staged.items():
@@ -165,7 +162,7 @@ class LiveLayer(StagedLayer):
             if target in staged:
                 carry.copy(tensor, view.into(staged[target]))
         carry.remember(undo, soon=False)
-        self._prepared = carry, digests
+        self._prepared = carry, packed
         for stage in self._stages.values():
             stage.clear()
 
@@ -177,8 +174,8 @@ class LiveLayer(StagedLayer):
 
         """
         if self._prepared is not None:
-            carry, digests = self._prepared
-            for target, value in digests.items():
+            carry, packed = self._prepared
+            for target, value in packed.items():
                 self._note_digest(target, value, undo)
             written = carry.apply()
             undo.hold(carry)
@@ -187,9 +184,9 @@ class LiveLayer(StagedLayer):
         self._check_ties()
         started = {target for target, stage in self._stages.items() if stage.started}
         if self._is_packed:
-            for target in started:
-                staged = self._stages[target].memory(self.device)
-                self._note_digest(target, fingerprint(staged), undo)
+            staged = ((target, self._stages[target].memory(self.device)) for target in started)
+            for target, value in digests(staged).items():
+                self._note_digest(target, value, undo)
         self._refresh(started, undo)
         if started <= self._alone.keys():
             written = sum(self._hand_on(target, undo) for target in started)

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from flashquant.patches import kernel_state
 from flashquant.patches.origins import Origins
 from flashquant.trace import storage_of
-from flashquant.verify import fingerprint
+from flashquant.verify import digests
 
 Kind = Literal["rows", "codes", "packed", "hidden"]
 Quantize = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -69,13 +69,14 @@ def storages(
 
     """
     held = {storage_of(leaf) for _, leaf in _tensor_leaves(twin)}
-    before = {name: fingerprint(tensor.detach()) for name, tensor in own.items()}
+    before = digests(own.items())
     watcher = Origins(own)
     with watcher:
         method: Any = twin.quant_method
         method.process_weights_after_loading(twin)
     made = _Made(twin, watcher, held)
-    changed = {name for name, tensor in own.items() if fingerprint(tensor.detach()) != before[name]}
+    after = digests(own.items())
+    changed = {name for name in own if after[name] != before[name]}
     found = {
         name: _storage(name, tensor, made, changed=name in changed) for name, tensor in own.items()
     }

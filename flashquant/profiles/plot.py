@@ -30,7 +30,7 @@ def draw(profile: Profile, path: str) -> None:
     above, below = figure.subplots(2, 1, sharex=True)
     kinds: dict[str, list[tuple[int, Tensor, Tensor]]] = defaultdict(list)
     blocks: dict[str, int] = {}
-    none = torch.ones(1)
+    none = torch.ones(1, device="cpu")
     for name, entry in profile.entries.items():
         if entry.kind == torch.int8:
             block, kind = _parted(name)

@@ -18,6 +18,6 @@ def row_absmax(weight: Tensor) -> Tensor:
 def absmax(tensor: Tensor) -> Tensor:
     """The absolute maximum of all elements, as a float32 scalar; 0 for an empty tensor."""
     if tensor.numel() == 0:
-        return torch.zeros((), device=tensor.device)
+        return torch.zeros((), dtype=torch.float32, device=tensor.device)
     low, high = torch.aminmax(tensor)
     return torch.maximum(low.neg(), high).float().abs()  # no zero with a sign

@@ -1,4 +1,4 @@
-"""Build `rows.c` for this very CPU, once, into the user's cache.
+"""Build a C file for this very CPU, once, into the user's cache.
 
 Whoever can write into the folder of the cache can make us run code, so it has to be the user's
 own and closed to others; where it is not, a private temporary folder serves one process.
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Final
 
 _HERE: Final = Path(__file__).parent
-_SOURCES: Final = tuple(_HERE / name for name in ("rows.c", "lanes.h", "mantissas.h"))
+ROWS: Final = tuple(_HERE / name for name in ("rows.c", "lanes.h", "mantissas.h"))
 # Nothing here lets a compiler change a bit: no contraction, no reassociation, no flush to zero.
 _FLAGS: Final = (
     "-std=c11",
@@ -35,11 +35,14 @@ class BuildError(Exception):
     """There is no library, and why."""
 
 
-def built() -> Path:
+def built(sources: tuple[Path, ...] = ROWS) -> Path:
     """The shared library for this machine, built if nobody has yet.
 
     It is not linked to an OpenMP of its own: the one that torch has loaded serves it, with
     torch's threads.
+
+    Args:
+        sources: a C file, and what it includes of ours.
 
     Raises:
         BuildError: no compiler, or it fails.
@@ -49,12 +52,12 @@ def built() -> Path:
     if compiler is None:
         raise BuildError("there is no C compiler on the PATH; install gcc")
     folder = _folder()
-    library = folder / f"rows-{_key(compiler)}.so"
+    library = folder / f"{sources[0].stem}-{_key(compiler, sources)}.so"
     if library.exists():
         return library
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        made, found = Path(scratch) / "rows.o", Path(scratch) / "rows.so"
-        _run(compiler, *_FLAGS, "-c", str(_SOURCES[0]), "-o", str(made))
+        made, found = Path(scratch) / "made.o", Path(scratch) / "made.so"
+        _run(compiler, *_FLAGS, "-c", str(sources[0]), "-o", str(made))
         _run(compiler, "-shared", str(made), "-o", str(found))
         found.replace(library)  # whole or not at all, whoever else builds it now
     return library
@@ -70,11 +73,11 @@ def _run(*command: str) -> None:
         raise BuildError(f"{command[0]} could not be run: {failure}") from failure
 
 
-def _key(compiler: str) -> str:
+def _key(compiler: str, sources: tuple[Path, ...]) -> str:
     """What the library depends on: a home folder may be shared by different machines."""
     parts = [compiler, *_FLAGS, platform.machine(), platform.python_implementation(), _cpu()]
     digest = hashlib.sha256("\0".join(parts).encode())
-    for source in _SOURCES:
+    for source in sources:
         digest.update(source.read_bytes())
     return digest.hexdigest()[:24]
 

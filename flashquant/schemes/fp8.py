@@ -48,7 +48,7 @@ def fp8_tensor(weight: Tensor, codes: Tensor | None = None) -> tuple[Tensor, Ten
     `fp8_per_tensor` stores (quantization/online/fp8.py).
 
     Args:
-        weight: `[N, K]`, bf16, fp16 or fp32. All zeros give scale 0 and codes 0.
+        weight: `[N, K]`, bf16, fp16 or fp32. All zeros give scale 0 and codes of 448.
 
     Returns:
         codes of the same shape, float8_e4m3fn, and scale `[1]` float32.
@@ -78,11 +78,14 @@ def fp8_tensors(weight: Tensor, count: int, codes: Tensor | None = None) -> tupl
 
 def tensor_scale(peak: Tensor) -> Tensor:
     """The scale `[1]` of a tensor with this absolute maximum, float32."""
-    return peak.reshape(1) / torch.tensor(_FP8_MAX, dtype=torch.float32, device=peak.device)
+    return peak.reshape(1).float() / torch.tensor(_FP8_MAX, dtype=torch.float32, device=peak.device)
 
 
 def fp8_static(tensor: Tensor, scale: Tensor, codes: Tensor | None = None) -> Tensor:
-    """e4m3(clamp(tensor * (1 / scale))): a given scale, multiplied by its reciprocal.
+    """e4m3(max(-448, min(tensor * (1 / scale), 448))): a given scale, multiplied by its reciprocal.
+
+    min(NaN, 448) is 448, as C has it. So zeros under the scale 0, whose reciprocal is infinite,
+    become 448, which times 0 is what they were.
 
     The reciprocal is what vLLM's static kernel multiplies by
     (csrc/quantization/w8a8/fp8/common.cu), and a multiplication rounds some
@@ -90,23 +93,22 @@ def fp8_static(tensor: Tensor, scale: Tensor, codes: Tensor | None = None) -> Te
 
     Args:
         tensor: `[N, K]`, bf16, fp16 or fp32.
-        scale: float32, broadcastable to `[N, K]`. Zero stands for an all-zero tensor.
+        scale: float32, broadcastable to `[N, K]`.
 
     """
     if codes is None:
         codes = torch.empty(tensor.shape, dtype=FP8, device=tensor.device)
-    inverse = finite_inverse(scale)
+    inverse = reciprocal(scale)
     per_row = inverse.dim() == 2 and inverse.shape[0] == tensor.shape[0]
     for rows in row_chunks(tensor):
         factor = inverse[rows] if per_row else inverse
-        codes[rows] = (tensor[rows] * factor).clamp_(-_FP8_MAX, _FP8_MAX)
+        codes[rows] = (tensor[rows] * factor).nan_to_num_(_FP8_MAX).clamp_(-_FP8_MAX, _FP8_MAX)
     return codes
 
 
-def finite_inverse(scale: Tensor) -> Tensor:
+def reciprocal(scale: Tensor) -> Tensor:
     """1 / scale, at least 1-d: a 0-d float32 factor would leave a product in bf16.
 
-    A scale so small that its reciprocal overflows stands for zeros, like a zero scale.
+    Infinite where the scale is 0, or so small that the quotient overflows.
     """
-    scale = scale.reshape(1) if scale.dim() == 0 else scale
-    return torch.where(scale.reciprocal().isfinite(), scale.reciprocal(), 0.0)
+    return (scale.reshape(1) if scale.dim() == 0 else scale).reciprocal()

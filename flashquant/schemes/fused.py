@@ -20,7 +20,7 @@ from triton.errors import TritonError
 
 from flashquant import devices
 from flashquant.schemes import absmax as maxima
-from flashquant.schemes import fp8, int8, native, smoothed, triton_kernels
+from flashquant.schemes import defaults, fp8, int8, native, smoothed, triton_kernels
 from flashquant.schemes.fp8 import FP8
 from flashquant.schemes.smoothed import Frozen
 
@@ -103,7 +103,7 @@ def int8_frozen(
             HAS_INPUT=input_scale is not None,
             HAS_OUTPUT=output_scale is not None,
         )
-    largest = peak.max() if len(peak) else torch.zeros((), device=weight.device)
+    largest = peak.max() if len(peak) else peak.new_zeros(())
     return Frozen(codes, clipped.sum(), largest / 127)
 
 
@@ -133,41 +133,44 @@ def int8_refreshed(
 
 
 @functools.cache
+@defaults.torchs_own()
 def difference(device: torch.device) -> str | None:
-    """The first kernel that returns other bits than its definition on a device, by name.
+    """The first kernel that returns other bits on a device than its definition on the host.
 
-    What is compiled for a GPU is believed only after this has returned None there.
+    First loads quantize on the host, and pushes have to return their bits. What is compiled for
+    a GPU is believed only after this has returned None there.
     """
-    for weight in (rows.to(device) for rows in native.hard_rows()):
-        for name, ours, defined in _compared(weight):
+    for weight in native.hard_rows():
+        for name, ours, defined in _compared(weight, weight.to(device)):
             if not all(map(_same, ours, defined)):
                 return f"{name} of {weight.dtype}"
     return None
 
 
-def _compared(weight: Tensor) -> Iterator[tuple[str, Any, Any]]:
-    """What each kernel makes of a weight, and what its definition does."""
-    columns = torch.linspace(0.5, 1.5, weight.shape[1], device=weight.device)
-    rows = torch.linspace(1, 90, len(weight), device=weight.device)
-    rows = rows / maxima.row_absmax(weight)[:, 0]
+def _compared(weight: Tensor, there: Tensor) -> Iterator[tuple[str, Any, Any]]:
+    """What each kernel makes of a weight on a device, and its definition of that on the host."""
+    columns = torch.linspace(0.5, 1.5, weight.shape[1])
+    rows = torch.linspace(1, 90, len(weight)) / maxima.row_absmax(weight)[:, 0]
     rows = torch.where(rows.isfinite(), rows, 1.0)
-    smoothing = (weight, columns, rows)
-    yield "row_absmax", [row_absmax(weight)], [maxima.row_absmax(weight)]
-    yield "absmax", [absmax(weight)], [maxima.absmax(weight)]
-    yield "int8_channel", int8_channel(weight), int8.int8_channel(weight)
-    yield "fp8_channel", fp8_channel(weight), fp8.fp8_channel(weight)
+    here = (weight, columns, rows, rows.unsqueeze(1))
+    on_it = (there, *(factor.to(there.device) for factor in here[1:]))
+    yield "row_absmax", [row_absmax(there)], [maxima.row_absmax(weight)]
+    yield "absmax", [absmax(there)], [maxima.absmax(weight)]
+    yield "int8_channel", int8_channel(there), int8.int8_channel(weight)
+    yield "fp8_channel", fp8_channel(there), fp8.fp8_channel(weight)
     # Of all sizes at once most codes would be zeros, so each row is a tensor of its own, too.
-    for part in (weight, weight[:7], weight[7:8], weight[9:10], weight[33:34]):
-        yield "fp8_tensor", fp8_tensor(part), fp8.fp8_tensor(part)
-    yield "fp8_tensors", fp8_tensors(weight[1:], 3), fp8.fp8_tensors(weight[1:], 3)
-    yield "int8_frozen", int8_frozen(*smoothing), smoothed.int8_frozen(*smoothing)
-    known = rows.unsqueeze(1)
-    refreshed = int8_refreshed(*smoothing, known), smoothed.int8_refreshed(*smoothing, known)
-    yield "int8_refreshed", *refreshed
+    for first, last in ((0, len(weight)), (0, 7), (7, 8), (9, 10), (33, 34)):
+        if last <= len(weight):
+            made = fp8_tensor(there[first:last]), fp8.fp8_tensor(weight[first:last])
+            yield "fp8_tensor", *made
+    fit = len(weight) // 3 * 3
+    yield "fp8_tensors", fp8_tensors(there[:fit], 3), fp8.fp8_tensors(weight[:fit], 3)
+    yield "int8_frozen", int8_frozen(*on_it[:3]), smoothed.int8_frozen(*here[:3])
+    yield "int8_refreshed", int8_refreshed(*on_it), smoothed.int8_refreshed(*here)
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
-    one, other = (tensor.reshape(-1).view(torch.uint8) for tensor in (one, other))
+    one, other = (tensor.cpu().reshape(-1).view(torch.uint8) for tensor in (one, other))
     return torch.equal(one, other)
 
 

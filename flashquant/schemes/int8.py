@@ -15,7 +15,8 @@ def int8_channel(weight: Tensor, codes: Tensor | None = None) -> tuple[Tensor, T
     """Quantize each row to its own absolute maximum.
 
     scale = absmax / 127, code = round_half_even(weight * (127 / absmax)), in
-    float32. A row of zeros has codes 0 and scale 1/127.
+    float32. A row of zeros has codes 0 and scale 1/127; so has one whose numbers are
+    all so small (below 3.73e-37) that 127 / absmax overflows.
 
     Args:
         weight: `[N, K]`, bf16, fp16 or fp32; read in its own precision.
@@ -32,7 +33,7 @@ def int8_channel(weight: Tensor, codes: Tensor | None = None) -> tuple[Tensor, T
     largest = torch.tensor(_INT8_MAX, dtype=torch.float32, device=weight.device)
     for rows in row_chunks(weight):
         peak = row_absmax(weight[rows])
-        peak = torch.where(peak == 0, 1.0, peak)
+        peak = torch.where((largest / peak).isinf(), 1.0, peak)
         scales[rows] = peak / largest
         # float32 times bf16 is float32; the product rounds to 127 at most.
         codes[rows] = (weight[rows] * (largest / peak)).round_()

@@ -96,8 +96,8 @@ static inline floats times(floats a, floats b) { return a * b; }
 static inline floats over(floats a, floats b) { return a / b; }
 static inline floats plus(floats a, floats b) { return a + b; }
 static inline floats clamped(floats x, float low, float high) {
-    x = x < low ? low : x;
-    return x > high ? high : x;
+    x = x < high ? x : high; /* so is NaN */
+    return x > low ? x : low;
 }
 static inline words rounded(floats x) { return (uint32_t)(int32_t)rintf(x); }
 static inline words as_bits(floats x) { return bits_of(x); }

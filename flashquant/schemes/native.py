@@ -21,7 +21,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from flashquant.schemes import absmax, fp8, int8, smoothed
+from flashquant.schemes import absmax, defaults, fp8, int8, smoothed
 from flashquant.schemes.build import BuildError, built
 from flashquant.schemes.smoothed import Frozen
 
@@ -95,13 +95,13 @@ class Kernels:
         return codes, scales
 
     def fp8_tensor(self, weight: Tensor, codes: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        peak = self.row_absmax(weight).max() if weight.numel() else torch.zeros(())
+        peak = self.row_absmax(weight).max() if weight.numel() else torch.zeros((), device="cpu")
         scale = fp8.tensor_scale(peak)
         return self.fp8_static(weight, scale, codes), scale
 
     def fp8_static(self, tensor: Tensor, scale: Tensor, codes: Tensor | None = None) -> Tensor:
         codes = _codes(tensor, codes, fp8.FP8)
-        inverse = fp8.finite_inverse(scale).contiguous()
+        inverse = fp8.reciprocal(scale).contiguous()
         if inverse.numel() not in (1, tensor.shape[0]):
             return fp8.fp8_static(tensor, scale, codes)
         step = int(inverse.numel() > 1)
@@ -118,11 +118,11 @@ class Kernels:
         codes = _codes(weight, codes, torch.int8)
         rows, columns = _factors(weight, output_scale, 0), _factors(weight, input_scale, 1)
         peaks = _scales(weight)
-        clipped = torch.empty(weight.shape[0], dtype=torch.int64)
+        clipped = torch.empty(weight.shape[0], dtype=torch.int64, device="cpu")
         factors = (rows.data_ptr(), columns.data_ptr(), smoothed.HELD)
         told = (peaks.data_ptr(), clipped.data_ptr())
         self._call("int8_frozen", weight, *_place(codes), *factors, *told)
-        peak = peaks.max() if len(peaks) else torch.zeros(())
+        peak = peaks.max() if len(peaks) else torch.zeros((), device="cpu")
         return Frozen(codes, clipped.sum(), peak / 127)
 
     def int8_refreshed(
@@ -197,12 +197,14 @@ def kernels() -> Kernels | None:
     return None
 
 
+@defaults.torchs_own()
 def difference(found: Kernels) -> str | None:
     """The first kernel that returns other bits than its definition, by name."""
     for weight in hard_rows():
         dice = torch.Generator().manual_seed(1)
-        columns = torch.rand(weight.shape[1], generator=dice) + 0.5
-        rows = 150 * torch.rand(len(weight), generator=dice) / absmax.row_absmax(weight).flatten()
+        columns = torch.rand(weight.shape[1], generator=dice, device="cpu") + 0.5
+        rows = 150 * torch.rand(len(weight), generator=dice, device="cpu")
+        rows /= absmax.row_absmax(weight).flatten()
         rows = torch.where(rows.isfinite(), rows, 1.0)
         compared: dict[str, tuple[Callable[..., Any], Callable[..., Any], tuple[Tensor, ...]]] = {
             "absmax": (found.row_absmax, absmax.row_absmax, ()),
@@ -237,7 +239,7 @@ def _same_in_place(found: Kernels, name: str, weight: Tensor) -> bool:
 
 
 def _codes(weight: Tensor, codes: Tensor | None, dtype: torch.dtype) -> Tensor:
-    return torch.empty(weight.shape, dtype=dtype) if codes is None else codes
+    return torch.empty(weight.shape, dtype=dtype, device="cpu") if codes is None else codes
 
 
 def _place(codes: Tensor) -> tuple[int, int]:
@@ -248,25 +250,31 @@ def _place(codes: Tensor) -> tuple[int, int]:
 
 
 def _scales(weight: Tensor) -> Tensor:
-    return torch.empty((weight.shape[0], 1), dtype=torch.float32)
+    return torch.empty((weight.shape[0], 1), dtype=torch.float32, device="cpu")
 
 
 def _factors(weight: Tensor, scale: Tensor | None, dim: int) -> Tensor:
     """A float32 factor a row or a column; times one is exact."""
     if scale is None:
-        return torch.ones(weight.shape[dim], dtype=torch.float32)
+        return torch.ones(weight.shape[dim], dtype=torch.float32, device="cpu")
     return scale.float().contiguous()
 
 
 def hard_rows() -> Iterator[Tensor]:
-    """Rows of very different sizes, zeros and ties among them; their length fits no lanes."""
+    """Rows of very different sizes, zeros and ties among them; their length fits no lanes.
+
+    On the host, whatever torch's default device is: a generator of the host fills no other.
+    """
     dice = torch.Generator().manual_seed(0)
-    weight = torch.randn(67, 339, generator=dice) * torch.logspace(-30, 30, 67)[:, None]
+    weight = torch.randn(67, 339, generator=dice, device="cpu")
+    weight *= torch.logspace(-30, 30, 67, device="cpu")[:, None]
     weight[7] = 0
-    weight[8] = torch.arange(339) - 169.5
-    weight[9, 1:] *= torch.logspace(-9, 0, 338)  # codes of all sizes in one row
+    weight[8] = torch.arange(339, device="cpu") - 169.5
+    weight[9, 1:] *= torch.logspace(-9, 0, 338, device="cpu")  # codes of all sizes in one row
     yield weight
     yield weight.bfloat16()
+    yield weight[:8] * 1e-15  # below what has a reciprocal
+    yield (weight[:8] * 1e-15).bfloat16()
 
 
 def _same(ours: Any, defined: Any) -> bool:

@@ -132,7 +132,7 @@ def warm(runs: Iterable[Callable[[Tensor], object]], dtype: torch.dtype, on: tor
     if on.type != "cuda" or (fused := _on_gpu(on)) is None:
         return
     start = time.perf_counter()
-    absmax(torch.zeros(1, 1, device=on))  # of the scale of a tensor
+    absmax(torch.zeros(1, 1, dtype=torch.float32, device=on))  # of the scale of a tensor
     for columns in fused.BLOCKS:
         for stored in (dtype, torch.float32):  # of what is not quantized, and of scales
             absmax(torch.zeros(1, columns, dtype=stored, device=on))

@@ -9,6 +9,7 @@
  *
  * Compiled on the machine that runs it, by native.py.
  */
+#include <float.h>
 #include <string.h>
 
 #include "lanes.h"
@@ -75,6 +76,10 @@ static inline uint32_t peak_f32(const float *restrict row, int64_t k) {
     return peak;
 }
 
+/* What the largest int8 code stands for in a row with this maximum: rows of zeros, or of numbers so
+ * small that 127 over them overflows, become zeros. */
+static inline float held_by(float peak) { return 127.0f / peak > FLT_MAX ? 1.0f : peak; }
+
 #define DEFINE(T, name)                                                                          \
                                                                                                  \
     float peak_of_##name(const T *values, int64_t count) {                                       \
@@ -104,7 +109,7 @@ static inline uint32_t peak_f32(const float *restrict row, int64_t k) {
         ROWS_AND_TOP for (int64_t i = 0; i < n; i++) {                                           \
             const T *row = weight + i * stride;                                                  \
             uint32_t bits = peak_##name(row, k);                                                 \
-            float peak = bits ? float_of(bits) : 1.0f;                                           \
+            float peak = held_by(float_of(bits));                                                \
             floats inverse = every(127.0f / peak);                                               \
             top = bits > top ? bits : top;                                                       \
             scales[i] = peak / 127.0f;                                                           \
@@ -154,7 +159,7 @@ static inline uint32_t peak_f32(const float *restrict row, int64_t k) {
             }                                                                                    \
         }                                                                                        \
         for (int r = 0; r < rows; r++) {                                                         \
-            float peak = largest(bits[r]) ? float_of(largest(bits[r])) : 1.0f;                   \
+            float peak = held_by(float_of(largest(bits[r])));                                    \
             inverse[r] = every(127.0f / peak);                                                   \
             scales[r] = weight_scale[r] * (peak / 127.0f);                                       \
         }                                                                                        \

@@ -96,7 +96,7 @@ def int8_row(
     row = tl.program_id(0).to(tl.int64)
     row_ptr = weight_ptr + row * row_stride
     peak = _absmax(row_ptr, column_stride, n_cols, BLOCK)
-    peak = tl.where(peak == 0.0, 1.0, peak)
+    peak = tl.where(tl.div_rn(127.0, peak) == float("inf"), 1.0, peak)
     tl.store(scales_ptr + row, tl.div_rn(peak, 127.0))
     factor = tl.div_rn(127.0, peak)
     for start in range(0, n_cols, BLOCK):
@@ -152,12 +152,12 @@ def static_row(
     row = tl.program_id(0).to(tl.int64)
     row_ptr = weight_ptr + row * row_stride
     inverse = tl.div_rn(1.0, tl.load(scales_ptr + row // rows_a_scale))
-    inverse = tl.where(tl.abs(inverse) < float("inf"), inverse, 0.0)  # of NaN, too
     for start in range(0, n_cols, BLOCK):
         columns = start + tl.arange(0, BLOCK).to(tl.int64)
         inside = columns < n_cols
         x = tl.load(row_ptr + columns * column_stride, mask=inside, other=0.0).to(tl.float32)
-        x = tl.clamp(x * inverse, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
+        x = x * inverse
+        x = tl.where(x != x, 448.0, tl.clamp(x, -448.0, 448.0))
         into = codes_ptr + row * codes_row_stride + columns * codes_column_stride
         tl.store(into, _e4m3(x), mask=inside)
 
@@ -234,7 +234,7 @@ def refreshed_row(
         nans += tl.sum((x != x).to(tl.int32))
         peak = tl.maximum(peak, tl.max(tl.where(x != x, 0.0, tl.abs(x))))
     peak = tl.where(nans > 0, float("nan"), peak)
-    peak = tl.where(peak == 0.0, 1.0, peak)
+    peak = tl.where(tl.div_rn(127.0, peak) == float("inf"), 1.0, peak)
     tl.store(scales_ptr + row, tl.load(known_ptr + row) * tl.div_rn(peak, 127.0))
     factor = tl.div_rn(127.0, peak)
     for start in range(0, n_cols, BLOCK):

@@ -186,7 +186,7 @@ def _smoothed(parameters: Mapping[str, Tensor], sites: Sequence[Site]) -> Iterat
     dice = torch.Generator().manual_seed(0)
     try:
         for site in sites:
-            by = 2.0 ** torch.randint(-2, 3, (site.channels,), generator=dice)
+            by = 2.0 ** torch.randint(-2, 3, (site.channels,), generator=dice, device="cpu")
             for producer in site.producers:
                 part = parameters[producer.name].data[producer.start : producer.stop]
                 shape = (-1, *[1] * (part.dim() - 1))

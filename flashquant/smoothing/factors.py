@@ -73,7 +73,9 @@ class Factors:
         for consumer in site.consumers:
             self.columns[consumer] = self.columns.get(consumer, torch.ones_like(by)) * by
         for producer in site.producers:
-            rows = self.rows.setdefault(producer.name, torch.ones(lengths[producer.name]))
+            rows = self.rows.setdefault(
+                producer.name, torch.ones(lengths[producer.name], device="cpu")
+            )
             rows[producer.start : producer.stop] /= by
             if producer.offset:
                 self.offsets[producer.name] = producer.offset
@@ -110,7 +112,7 @@ def profile_of(
             scale = layers[name]
             if scale is None:
                 peak = row_absmax(scaled(tensor, columns, rows)).flatten()
-                scale = torch.where(peak == 0, 1.0, peak) / torch.tensor(127.0)
+                scale = torch.where(peak == 0, 1.0, peak) / torch.tensor(127.0, device=peak.device)
             counted = 1 / scale if rows is None else rows / scale
             entries[name] = Entry(torch.int8, columns, counted, scale)
         elif rows is not None:

@@ -89,7 +89,7 @@ def watch(
             peak = x.abs().amax(0)
             peaks[site] = torch.maximum(peaks[site], peak) if site in peaks else peak
             count = max(1, min(len(x), round(_TOKENS_KEPT * share)))
-            picked = torch.randperm(len(x), generator=dice)[:count]
+            picked = torch.randperm(len(x), generator=dice, device="cpu")[:count]
             rows[site].append(x[picked.to(x.device)])
 
         return hook

@@ -123,8 +123,8 @@ def _check_same_names(weights: Mapping[str, Tensor], twin: Mapping[str, Tensor])
 
 def _fitted(name: str, weight: Tensor, codes: Tensor, scale: Tensor) -> _Layer:
     counted = weight / scale.unsqueeze(1)
-    ones = torch.ones(counted.shape[1]), torch.ones(counted.shape[0])
-    layer = _Layer(name, counted, codes.float(), *ones)
+    columns, rows = (torch.ones(n, device="cpu") for n in reversed(counted.shape))
+    layer = _Layer(name, counted, codes.float(), columns, rows)
     for _ in range(_FITS):
         layer.fit_columns()
         layer.fit_rows()
@@ -192,7 +192,7 @@ def _match_layers(layers: list[_Layer], factors: Factors) -> None:
         if _apart(1 / maker.rows[part], layer.columns) > _SAME:
             raise _unexplained(layer)
         rows = _agreed(maker, part, layer)
-        shared = factors.rows.setdefault(maker.name, torch.ones(len(maker.rows)))
+        shared = factors.rows.setdefault(maker.name, torch.ones(len(maker.rows), device="cpu"))
         shared[part] = rows
         factors.columns[layer.name] = 1 / rows
         layer.columns = 1 / rows

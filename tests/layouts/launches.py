@@ -29,7 +29,6 @@ os.environ.update(
     VLLM_LOGGING_LEVEL="ERROR",
 )
 
-import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
@@ -51,9 +50,7 @@ class Launches(TorchDispatchMode):
         super().__init__()
         self.count = 0
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         told = [value.alias_info for value in func._schema.returns]
         is_view = any(alias is not None and not alias.is_write for alias in told)
         self.count += not (is_view or func._schema.name.split("::")[1].startswith(_FREE))

@@ -88,6 +88,20 @@ def test_a_checkpoint_with_a_scale_a_shard_is_refused_by_name(folder: Path) -> N
         models.configured(path, "fp8_vllm")
 
 
+def test_twins_are_processed_without_a_default_device_as_vllm_processes_layers(
+    folder: Path,
+) -> None:
+    """Of an engine on a GPU, for which `meta` stands: what vLLM makes on the host stays there."""
+    case = Case(HOPPER, "fp8_channel", "CutlassFP8ScaledMMLinearKernel", "codes")
+    engine = vars(load(case, folder, "a", "fp8_channel"))["load_weights"].engine
+    engine.device = torch.device("meta")
+
+    with engine._context():
+        made, as_vllm_says = torch.empty(0), torch.empty(0, dtype=torch.bfloat16)
+
+    assert (made.device.type, made.dtype) == ("cpu", as_vllm_says.dtype)
+
+
 def test_the_document_has_a_row_for_each_of_these_tests() -> None:
     """Remade by `python -m tests.layouts`, when cases change."""
     table = (Path(__file__).parents[2] / "docs/layouts.md").read_text()

@@ -168,17 +168,42 @@ def test_a_channel_of_zeros_has_codes_0_and_the_smallest_scale():
     assert scales[1].item() == np.float32(1 / (448 * 512))
 
 
-def test_a_tensor_of_zeros_has_codes_0_and_scale_0():
+def as_vllm_stores_it(tensor: Tensor, scale: Tensor) -> np.ndarray:
+    """fmaxf(-448, fminf(x * (1 / scale), 448)) of csrc/quantization/w8a8/fp8/common.cuh, where
+    fminf of NaN and a number is the number."""
+    with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
+        product = tensor.float().numpy() * (np.float32(1) / scale.numpy())
+    return e4m3(np.fmax(-TOP, np.fmin(product, TOP)))
+
+
+def test_a_tensor_of_zeros_has_codes_of_448_and_scale_0_as_in_vllm():
     codes, scale = fp8_tensor(torch.zeros(2, 8, dtype=torch.bfloat16))
 
     assert scale.item() == 0
-    assert codes.float().eq(0).all()
+    assert (as_bytes(codes) == 0x7E).all()
+    assert (codes.float() * scale).eq(0).all()
 
 
-def test_a_tensor_too_small_for_a_reciprocal_of_its_scale_has_codes_0():
-    codes, _ = fp8_tensor(torch.tensor([[1e-38, 0.0]]))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("exponent", range(-45, -34))
+def test_a_tensor_of_any_tiny_size_has_the_codes_that_vllm_stores(exponent, dtype):
+    """Below 1.3e-36, the reciprocal of the scale overflows."""
+    tiny = (gaussian(4, 9, torch.float32) * 10.0 ** (exponent / 2) * 10.0 ** (exponent / 2)).to(
+        dtype
+    )
+    tiny[1] = 0
 
-    assert codes.float().eq(0).all()
+    codes, scale = fp8_tensor(tiny)
+
+    assert np.array_equal(as_bytes(codes), as_vllm_stores_it(tiny, scale))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_channels_of_subnormal_numbers_are_zeros_under_the_smallest_scale(dtype):
+    codes, scales = fp8_channel(torch.full((2, 9), 1e-40).to(dtype))
+
+    assert (as_bytes(codes) == 0).all()
+    assert (scales == np.float32(1 / (448 * 512))).all()
 
 
 @pytest.mark.parametrize("shape", [(5,), (2, 3, 4), (0, 4)], ids=str)

@@ -28,6 +28,7 @@ SHAPES = (
     "transposed",
     "window",
     "halfway",
+    "tiny",
     "far",
 )
 

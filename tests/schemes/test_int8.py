@@ -93,6 +93,24 @@ def test_a_row_of_zeros_has_codes_0_and_scale_one_127th():
     assert scales[1] == torch.tensor(1.0) / 127
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("peak", [1e-45, 9.2e-41, 1.2e-38, 3.7e-37])
+def test_a_row_too_small_for_127_over_it_is_a_row_of_zeros(peak, dtype):
+    codes, scales = int8_channel(torch.tensor([[peak, -peak, 0.0], [1.0, -1.0, 0.0]]).to(dtype))
+
+    assert codes.tolist() == [[0, 0, 0], [127, -127, 0]]
+    assert scales.tolist() == [[np.float32(1) / np.float32(127)]] * 2
+
+
+def test_the_smallest_row_that_is_no_row_of_zeros():
+    peak = np.float32(127) / np.finfo(np.float32).max
+    below = np.nextafter(peak, np.float32(0))
+
+    codes, _ = int8_channel(torch.tensor([[peak, -peak], [below, below]]))
+
+    assert codes.tolist() == [[127, -127], [0, 0]]
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_a_row_that_is_not_finite_has_a_scale_that_is_not(bad, dtype):

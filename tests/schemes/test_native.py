@@ -83,6 +83,24 @@ def test_smoothed_codes_are_those_of_the_definition(dtype, n, k, seed):
     assert torch.equal(bits(fresh[1]), bits(fresh_defined[1]))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["int8_channel", "fp8_channel", "fp8_tensor", "int8_refreshed"])
+@pytest.mark.parametrize("columns", [1, 33, 300])
+def test_numbers_without_a_reciprocal_become_the_same(name, dtype, columns):
+    """Subnormal ones, and the first normal ones; each row as a tensor of its own, too."""
+    dice = torch.Generator().manual_seed(columns)
+    sizes = torch.logspace(-22.5, -17.5, 60)[:, None] ** 2
+    weight = (torch.randn(60, columns, generator=dice) * sizes).to(dtype)
+    factors = (torch.ones(columns), torch.ones(60), torch.ones(60, 1))
+
+    for rows_ in (slice(60), *(slice(i, i + 1) for i in range(60))):
+        few = [factors[0], *(factor[rows_] for factor in factors[1:])]
+        for one, other in zip(
+            *both(name, weight[rows_], *few * (name == "int8_refreshed")), strict=True
+        ):
+            assert torch.equal(bits(one), bits(other))
+
+
 def test_every_bf16_number_becomes_the_e4m3_that_torch_makes_of_it():
     numbers = every_bf16().view(256, 256)
 
@@ -151,6 +169,38 @@ def test_a_kernel_that_differs_is_named(monkeypatch):
     assert found == "int8_channel of torch.float32"
 
 
+def test_kernels_for_float32_are_compared_while_a_model_loads():
+    """vLLM makes bf16 the default dtype then, and they may be wanted there for the first time."""
+
+    class OffByOneInFloat32(native.Kernels):
+        def fp8_channel(self, weight, codes=None):
+            codes, scales = super().fp8_channel(weight, codes)
+            return codes, scales * (1 + (weight.dtype == torch.float32))
+
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert native.difference(KERNELS) is None
+        found = native.difference(OffByOneInFloat32(KERNELS._library))
+        assert torch.get_default_dtype() == torch.bfloat16
+    finally:
+        torch.set_default_dtype(before)
+
+    assert found == "fp8_channel of torch.float32"
+
+
+@pytest.mark.parametrize("made_by", [KERNELS, fp8], ids=["C", "definition"])
+def test_a_scale_is_float32_whatever_the_default_dtype_is(made_by):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        made = [made_by.fp8_tensor(torch.ones(n, 4, dtype=torch.bfloat16))[1] for n in (0, 2)]
+    finally:
+        torch.set_default_dtype(before)
+
+    assert [scale.dtype for scale in made] == [torch.float32, torch.float32]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ["copied", "int8_channel", "fp8_channel"])
 @pytest.mark.parametrize("shape", [(1, 1), (7, 83), (1024, 512)], ids=str)
@@ -197,3 +247,10 @@ def test_they_can_be_turned_off(monkeypatch):
         )
     finally:
         native.kernels.cache_clear()
+
+
+def test_kernels_work_on_the_host_whatever_torchs_default_device_is():
+    """A program, or vLLM while it creates a model, may have made a GPU the default."""
+    with torch.device("meta"):
+        assert {weight.device.type for weight in native.hard_rows()} == {"cpu"}
+        assert native.difference(KERNELS) is None

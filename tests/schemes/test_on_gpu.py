@@ -21,7 +21,8 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from flashquant import devices
-from flashquant.schemes import chunks, fp8, int8, native, quick
+from flashquant.schemes import absmax as maxima
+from flashquant.schemes import chunks, fp8, int8, native, quick, smoothed
 
 triton = pytest.importorskip("triton")
 fused = importlib.import_module("flashquant.schemes.fused")
@@ -49,6 +50,10 @@ LAUNCHES: dict[str, tuple[Callable[[Tensor], Any], int]] = {
         1,
     ),
 }
+
+
+def _in_vllms_default(make: Callable[..., Tensor], *shape: int, **options: Any) -> Tensor:
+    return make(*shape, **{"dtype": torch.bfloat16, **options})
 
 
 def _kind(argument: object) -> object:
@@ -112,9 +117,11 @@ def test_kernels_are_launched_on_the_gpu_where_the_rows_lie(name: str, launched:
 @pytest.mark.parametrize("columns", [112, 640, 2048, 3584, 8960, 18944])
 @pytest.mark.parametrize("name", ["int8_channel", "fp8_channel", "fp8_tensor"])
 def test_what_a_push_launches_has_been_compiled_at_the_start(
-    name: str, columns: int, launched: list[Any]
+    name: str, columns: int, launched: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Whatever vLLM has made the default dtype: it is that of the model while it loads."""
     run = getattr(quick, name)
+    monkeypatch.setattr(torch, "zeros", functools.partial(_in_vllms_default, torch.zeros))
     quick.warm([run], torch.bfloat16, SECOND)
     compiled = set(launched)
     launched.clear()
@@ -203,6 +210,47 @@ def test_kernels_that_cannot_be_compared_are_not_used(
         assert quick._on_gpu(SECOND) is None
     assert "Failed to find C compiler" in caplog.text
     quick._on_gpu.cache_clear()
+
+
+def test_kernels_are_compared_with_what_the_host_makes_of_the_same_rows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Not with the definitions on the GPU, which may err as the kernels do.
+
+    Here everything errs there: it sees twice the weight.
+    """
+
+    class Rows(Tensor):
+        def to(self, *_: Any, **__: Any) -> Tensor:
+            return 2 * self.as_subclass(Tensor)
+
+    rows = list(native.hard_rows())
+    defined = {"row_absmax": maxima, "absmax": maxima, "fp8_tensor": fp8, "fp8_tensors": fp8}
+    defined |= {"int8_channel": int8, "fp8_channel": fp8}
+    defined |= {"int8_frozen": smoothed, "int8_refreshed": smoothed}
+    for name, module in defined.items():
+        monkeypatch.setattr(fused, name, getattr(module, name))
+    difference = fused.difference.__wrapped__
+
+    monkeypatch.setattr(native, "hard_rows", lambda: iter(rows))
+    assert difference(torch.device("cpu")) is None
+    monkeypatch.setattr(native, "hard_rows", lambda: (row.as_subclass(Rows) for row in rows))
+    assert difference(torch.device("cpu")) == "row_absmax of torch.float32"
+
+
+def test_kernels_for_float32_are_compared_while_a_model_loads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen = []
+    monkeypatch.setattr(fused, "_compared", lambda weight, there: seen.append(weight.dtype) or ())
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        fused.difference.__wrapped__(torch.device("cpu"))
+    finally:
+        torch.set_default_dtype(before)
+
+    assert seen == [torch.float32, torch.bfloat16] * 2
 
 
 def test_where_torch_has_to_quantize_on_a_gpu_chunks_are_large() -> None:

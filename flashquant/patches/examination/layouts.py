@@ -68,7 +68,8 @@ def _random_values(blueprint: LayerBlueprint, device: torch.device) -> dict[str,
 
 def _random(meta: Tensor, dice: torch.Generator) -> Tensor:
     if meta.dtype == torch.int8:
-        return torch.randint(-127, 128, meta.shape, generator=dice, dtype=torch.int8)
-    spread = torch.randn(meta.shape, generator=dice)
+        made = torch.randint(-127, 128, meta.shape, generator=dice, device="cpu")
+        return made.to(torch.int8)
+    spread = torch.randn(meta.shape, generator=dice, device="cpu")
     # What is in float32 is a scale, and positive.
     return (spread.abs() if meta.dtype == torch.float32 else spread).to(meta.dtype)

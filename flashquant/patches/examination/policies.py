@@ -70,7 +70,7 @@ def _shapes() -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def _random(name: str, shape: tuple[int, ...], dice: torch.Generator) -> Tensor:
-    values = torch.randn(shape, generator=dice) * 0.06
+    values = torch.randn(shape, generator=dice, device="cpu") * 0.06
     return (values + 1 if "norm" in name else values).bfloat16()
 
 

@@ -122,7 +122,7 @@ class _Stream:
 
     def __next__(self) -> tuple[str, Tensor]:
         name, dtype, shape = next(self._forms)
-        tensor = torch.empty(shape, dtype=_DTYPES[dtype])
+        tensor = torch.empty(shape, dtype=_DTYPES[dtype], device="cpu")
         _broadcast(self._group, tensor)
         return name, tensor
 

@@ -15,8 +15,11 @@ from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "1"
 
+import numpy as np
 import torch
+import triton.language as tl
 from torch import Tensor
+from triton.runtime import interpreter
 
 from flashquant.schemes import absmax, fp8, fused, int8, smoothed
 
@@ -35,6 +38,7 @@ def shapes(dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     yield "transposed", weight(40, 9, dtype).t()
     yield "window", weight(12, 64, dtype)[2:9:2, 3:50]
     yield "halfway", halfway(dtype)
+    yield "tiny", tiny(dtype)
     yield "far", far(dtype)
 
 
@@ -50,6 +54,12 @@ def halfway(dtype: torch.dtype) -> Tensor:
     """Numbers right between two codes, which go to the even one."""
     steps = torch.arange(-254, 255) / 2
     return torch.stack([steps, steps * 2, steps.sign() * 127]).to(dtype)
+
+
+def tiny(dtype: torch.dtype) -> Tensor:
+    """Rows of numbers that have no reciprocal, down to the smallest; as one tensor, too."""
+    sizes = torch.logspace(-22.5, -18, 10)[:, None] ** 2
+    return (torch.randn(10, 33, generator=torch.Generator().manual_seed(5)) * sizes).to(dtype)
 
 
 def far(dtype: torch.dtype) -> Tensor:
@@ -147,7 +157,20 @@ def same(one: Tensor, other: Tensor) -> bool:
     return torch.equal(one, other)
 
 
+def widen_subnormal_bf16_as_a_gpu_does() -> None:
+    """By a shift. The interpreter (of Triton 3.9) makes other numbers of those below 1.2e-38."""
+    convert = interpreter._convert_float
+
+    def converted(values: Any, source: Any, target: Any, rounding: Any) -> Any:
+        if (source, target) == (tl.bfloat16, tl.float32):
+            return values.astype(np.uint32) << 16
+        return convert(values, source, target, rounding)
+
+    interpreter._convert_float = converted
+
+
 def main() -> None:
+    widen_subnormal_bf16_as_a_gpu_does()
     found: dict[str, list[Any]] = {}
     for dtype in DTYPES:
         name_of_dtype = str(dtype).removeprefix("torch.")

@@ -1,0 +1,44 @@
+"""The Triton kernel in Triton's interpreter, beside the definition.
+
+The interpreter has to be chosen before Triton is imported, hence a program. It writes the cases
+whose sums differ, and what a GPU is asked before it is believed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import torch
+from torch import Tensor
+
+from flashquant.fingerprints import definition, fused
+
+
+def cases() -> Iterator[tuple[str, Tensor]]:
+    dice = torch.Generator().manual_seed(3)
+    for size in (0, 1, 8, 4095, 4096, 4097, 16384, 3 * 16384 + 5):
+        yield f"{size} bytes", torch.empty(size, dtype=torch.uint8).random_(generator=dice)
+    for dtype in (torch.bfloat16, torch.float32, torch.bool, torch.int64):
+        yield str(dtype), (torch.randn(33, 47, generator=dice) * 9).to(dtype)
+    yield "a window", torch.randn(4000, generator=dice).bfloat16()[3:]
+    yield "all bits set", torch.full((5000,), -1, dtype=torch.int64)
+    yield "one element, expanded", torch.full((), 2.0).expand(1)
+
+
+def main() -> None:
+    found = {
+        name: [fused.sums(tensor).tolist(), definition.sums(tensor).tolist()]
+        for name, tensor in cases()
+    }
+    found["difference"] = [fused.difference(torch.device("cpu")), None]
+    Path(sys.argv[1]).write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
