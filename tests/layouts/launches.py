@@ -1,6 +1,6 @@
 """Count what a whole reload would launch on a GPU, where there is none.
 
-python -m tests.layouts.launches [--experts]
+python -m tests.layouts.launches [--layers N | --experts]
 
 The model is laid out for a Hopper, on CPU tensors. Each operation of torch that fills memory is
 counted as a launch, and each launch of a Triton kernel of ours, which then only fills its results.
@@ -34,6 +34,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from flashquant.schemes import fused, quick, triton_kernels
 from tests import tiny_models
+from tests.engine.checkpoints import Policies
 from tests.layouts import models
 from tests.layouts.cases import HOPPER
 from tests.layouts.machine import pretending
@@ -104,13 +105,15 @@ def main() -> int:
     """Print a table."""
     parser = argparse.ArgumentParser(prog="python -m tests.layouts.launches")
     parser.add_argument("--experts", action="store_true", help="of a tiny mixture of experts")
-    experts = parser.parse_args().experts
+    parser.add_argument("--layers", type=int, default=1, help="as wide as Qwen2.5-0.5B's")
+    chosen = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "a"
-        if experts:
-            tiny_models.make("qwen3-moe", 0, path)
+        if chosen.experts:
+            path = Policies(Path(folder), "qwen3-moe").bf16("a")
         else:
-            tiny_models.make("qwen2", 0, path, hidden=896, layers=4, intermediate=4864)
+            sizes = {"hidden": 896, "intermediate": 4864, "layers": chosen.layers}
+            tiny_models.make("qwen2", 0, path, **sizes)
         weights = tiny_models.tensors(path)
         size = sum(tensor.numel() for tensor in weights.values())
         print(f"{len(weights)} tensors, {size / 1e6:.0f} M weights\n")
