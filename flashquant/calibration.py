@@ -67,6 +67,8 @@ class _Seen:
 class Calibration:
     """Stores pushed weights the way a profile says.
 
+    What it knows is on the host: an engine that sleeps may give up all of its device's memory.
+
     Attributes:
         clipping: of each weight as it was last pushed; only of frozen scales.
         warn_above: the fraction of a weight that may be clipped before somebody is told.
@@ -75,7 +77,7 @@ class Calibration:
         profile: as it was read.
         scales: `frozen` keeps the weight scales of the checkpoint, as FlashRL does; `refreshed`
             makes each anew from its channel at every push, and keeps only the smoothing.
-        device: where the vectors live.
+        device: of the engine, where its vectors are wanted.
         starts_on_floats: the checkpoint is none of codes.
         warn_above: the fraction of a weight that may be clipped before somebody is told.
         prunes: silence channels that nobody reads any more, as FlashRL's `int8_prune`.
@@ -96,7 +98,9 @@ class Calibration:
         self.starts_on_floats = starts_on_floats
         self.warn_above = warn_above
         self._profile, self._scales, self._device = profile, scales, device
-        self._entries = {name: profile.entries[name].to(device) for name in profile.entries}
+        self._entries = {name: profile.entries[name] for name in profile.entries}
+        self._there: dict[tuple[str, torch.device], Entry] = {}
+        self._worth: dict[tuple[str, torch.device], Tensor] = {}
         self._fingerprinted = frozenset(profile.base.fingerprint) if profile.base else frozenset()
         self._seen = _Seen()
         self._pruning = Pruning(self._entries) if prunes else None
@@ -110,7 +114,7 @@ class Calibration:
         if self.starts_on_floats:
             entry = self._entries.get(name)
             if entry is not None and entry.weight_scale is not None:
-                self._seen.alike[name] = _likeness(tensor, self._vectors(entry, tensor.device))
+                self._seen.alike[name] = _likeness(tensor, entry.to(tensor.device))
             return
         if name in self._fingerprinted:
             self._seen.fingerprints[name] = fingerprint(tensor)
@@ -122,7 +126,7 @@ class Calibration:
         weight = name.removesuffix("_scale")
         if weight != name and weight in self._entries:
             # A copy: loaders hand out views of files and of buffers.
-            self._seen.weight_scales[weight] = tensor.detach().clone().to(self._device)
+            self._seen.weight_scales[weight] = tensor.detach().clone().cpu()
         if self._pruning is not None and tensor.is_floating_point():
             # The checkpoint is served as it is, but its norms may be silenced by later codes.
             self._pruning.norm(name, tensor.detach().to(self._device))
@@ -170,20 +174,20 @@ class Calibration:
                 f"profile {self._profile.source}. Push the weights as the trainer has them, in "
                 "bfloat16, float16 or float32."
             )
-        entry = self._vectors(self._entries[name], tensor.device)
+        entry = self._vectors(name, tensor.device)
         columns, rows = entry.input_scale, entry.output_scale
         if entry.kind != torch.int8:
             stored = scaled_norm(tensor, columns, entry.offset).to(entry.kind)
             yield name, stored if self._pruning is None else self._pruning.norm(name, stored)
             return
-        scale = self._weight_scale(name, entry)
+        scale = self._weight_scale(name, tensor.device)
         if self._scales == "frozen":
             frozen = int8_frozen(tensor, columns, rows, into)
             check_finite(name, frozen.peak, (), doubts)  # codes of NaN would be zeros
             self.clipping[name] = Clipping(frozen.clipped, frozen.peak)
             codes = frozen.codes
         else:
-            codes, scale = int8_refreshed(tensor, columns, rows, scale.to(tensor.device), into)
+            codes, scale = int8_refreshed(tensor, columns, rows, scale, into)
         yield name, codes
         yield f"{name}_scale", scale
         if self._pruning is not None and (norm := self._pruning.codes(name, codes)):
@@ -202,20 +206,41 @@ class Calibration:
                 _through_ones, self._scales, has_input=has_input, has_output=has_output
             )
 
+    def forget_device(self) -> None:
+        """Whatever is kept on a device is about to be lost, the weights among it.
+
+        Vectors are brought there again when they are wanted; what was read off the weights is
+        read off the next ones.
+        """
+        self._there.clear()
+        self._worth.clear()
+        self.clipping.clear()
+        if self._pruning is not None:
+            self._pruning.forget()
+
     def remember(self, undo: UndoLog) -> None:
         """Let an undo log put back what pushes change here."""
         if self._pruning is not None:
             self._pruning.remember(undo)
 
-    def _weight_scale(self, name: str, entry: Entry) -> Tensor:
-        """`[N, 1]`: that of the checkpoint, or of the profile where there is no other."""
-        if self.starts_on_floats and entry.weight_scale is not None:
-            return entry.weight_scale.unsqueeze(1)
-        return self._seen.weight_scales[name]
-
-    def _vectors(self, entry: Entry, device: torch.device) -> Entry:
+    def _vectors(self, name: str, device: torch.device) -> Entry:
         """Where the pushed tensor is: a trainer may push from the host."""
-        return entry if device == self._device else entry.to(device)
+        key = name, device
+        if key not in self._there:
+            self._there[key] = self._entries[name].to(device)
+        return self._there[key]
+
+    def _weight_scale(self, name: str, device: torch.device) -> Tensor:
+        """`[N, 1]`: that of the checkpoint, or of the profile where there is no other."""
+        key = name, device
+        if key not in self._worth:
+            worth = self._entries[name].weight_scale
+            if worth is None or not self.starts_on_floats:
+                known = self._seen.weight_scales[name]
+            else:
+                known = worth.unsqueeze(1)
+            self._worth[key] = known.to(device)
+        return self._worth[key]
 
     def _misfits_of_checkpoint(self) -> Iterator[str]:
         if not self._seen.forms:

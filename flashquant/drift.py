@@ -79,6 +79,10 @@ class Drifts:
             sample = _sampled(values).clone()
             self._standing[name] = (sample, 0, len(sample))
 
+    def forget(self) -> None:
+        """The codes are about to be lost: the next ones have nothing to be compared with."""
+        self._standing.clear()
+
     def note(self, name: str, values: Tensor, clipping: Clipping | None) -> Noted | None:
         """What a push makes of one weight; None for what is no codes. Waits for no device."""
         if not holds_codes(values.dtype):

@@ -57,6 +57,11 @@ class Pruning:
 
         undo.remember_how(bring_back, live=False)
 
+    def forget(self) -> None:
+        """The weights are about to be lost: what is known of them is learned from the next."""
+        for known in (self._norms, self._dead, self._masks, self._arrived):
+            known.clear()
+
     def norm(self, name: str, stored: Tensor) -> Tensor:
         """A norm as it is to be written now."""
         if name not in self._readers:

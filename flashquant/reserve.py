@@ -117,8 +117,8 @@ def _pinned(size: int) -> Tensor:
 
 def _empty_pinned_cache() -> None:
     """Let torch give back pinned memory that nobody holds any more."""
-    public = getattr(torch.accelerator, "empty_host_cache", None)  # of torch 2.11 and later
-    empty = public or getattr(torch._C, "_host_emptyCache", None)  # of torch for CUDA
+    public = getattr(torch.accelerator, "empty_host_cache", None)  # of newer ones
+    empty = public or getattr(torch._C, "_host_emptyCache", None)  # for CUDA only
     if empty is not None:
         empty()
 

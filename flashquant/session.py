@@ -286,9 +286,14 @@ class Session:
         self.abandon()
         for layer in self._engine.layers:
             layer.drop()
+        self._transactions.sweep()
         self.free_reserve()
         self.health.asleep = True
         if not keeps_weights:
+            self._drifts.forget()
+            self._witness.settle()
+            if self._calibration is not None:
+                self._calibration.forget_device()
             self.health.tear(self._routes.wanted)
 
     def free_reserve(self) -> None:

@@ -81,13 +81,13 @@ class Fingerprints:
                 self._known[name] = value
                 continue
             layout, flat = _as_it_lies(value)
-            self._known[name] = ""  # in its place among the others
             found = sums(flat)
-            if isinstance(found, Tensor):
-                self._layouts[name] = layout
-                self._sums.setdefault(found.device, {})[name] = found
-            else:
+            if isinstance(found, tuple):
                 self._known[name] = _hashed(layout, *found)
+                continue
+            self._known[name] = ""  # in its place among the others
+            self._layouts[name] = layout
+            self._sums.setdefault(found.device, {})[name] = found
 
     def read(self) -> dict[str, str]:
         """All of them, in the order in which they came; each device is waited for once."""

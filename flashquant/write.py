@@ -29,6 +29,10 @@ class Stage:
         self.numel = shape.numel()
 
     @property
+    def shape(self) -> torch.Size:
+        return self._shape
+
+    @property
     def dim(self) -> int:
         return len(self._shape)
 

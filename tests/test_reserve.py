@@ -8,6 +8,7 @@ import torch
 from flashquant import reserve as reserve_module
 from flashquant.reserve import Copies, Reserve
 from flashquant.undo import UndoLog
+from tests.test_session import OLD, FakeEngine, serving
 
 LARGE = 1 << 20
 
@@ -211,3 +212,18 @@ def test_pinned_memory_is_given_back_with_the_reserve(pinning):
     reserve.clear()
 
     assert reserve.nbytes == pinning.held == 0
+
+
+def test_a_prepared_update_leaves_nothing_to_an_engine_that_sleeps():
+    """Its log is swept after the pause; who puts the engine to sleep may come first."""
+    session = serving(FakeEngine(torch.bfloat16), OLD)
+    transactions = session._transactions
+    undo = UndoLog(reserve=transactions.reserve)
+    undo.remember(torch.zeros(LARGE))
+    transactions._spent.append(undo)
+
+    session.sleep(keeps_weights=True)
+    session.wake_up()
+    session.audit()
+
+    assert transactions.reserve.nbytes == 0

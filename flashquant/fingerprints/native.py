@@ -30,12 +30,13 @@ class Kernel:
         self._sums = library.sums_of
         self._sums.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p]
         self._sums.restype = None
-        self._keys = definition.keys(_HOST)
+        self._kept = definition.keys(_HOST)
+        self._keys = self._kept.data_ptr()
 
     def sums(self, tensor: Tensor) -> tuple[int, int]:
         """Both sums of a contiguous tensor in host memory, as int64."""
         found = (ctypes.c_int64 * 2)()
-        self._sums(tensor.data_ptr(), tensor.nbytes, self._keys.data_ptr(), found)
+        self._sums(tensor.data_ptr(), tensor.nbytes, self._keys, found)
         return found[0], found[1]
 
 

@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 def sums(tensor: Tensor) -> tuple[int, int] | Tensor:
     """`definition.sums`: as numbers from the host, or as `[2]` on a device, not waited for."""
-    if tensor.device.type == "cpu":
+    if tensor.is_cpu:
         kernel = native.kernel()
         if kernel is not None:
             return kernel.sums(tensor)

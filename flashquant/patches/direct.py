@@ -10,13 +10,14 @@ staged, and processed by vLLM on a twin.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 
+from flashquant.errors import UnsupportedEngine
 from flashquant.patches import kernel_state, shards
 from flashquant.patches.blueprint import LayerBlueprint
 from flashquant.patches.storages import Quantize, Storage, is_dense, storages
@@ -77,12 +78,17 @@ class Direct:
         """Live tensors, laid out as rows arrive, by parameter; None if there is more to it.
 
         Scales that are made of floats stand beside their codes, as `<parameter>_scale`.
+
+        Raises:
+            UnsupportedEngine: something made of one is kept where it could not be renewed.
+
         """
         if method_of(blueprint.module) is None:
             return None
         kind = kind_of(blueprint)
         if kind not in self._known:
             self._known[kind] = self._probe(blueprint)
+            _refuse_hidden(blueprint, self._known[kind])
         leaves = kernel_state.leaves(blueprint.module)
         found: dict[str, Tensor] = {}
         for name, storage in self._known[kind].items():
@@ -107,6 +113,18 @@ class Direct:
                 "%s.%s is stored as %s %s", blueprint.name, name, storage.kind, storage.reason
             )
         return found
+
+
+def _refuse_hidden(blueprint: LayerBlueprint, found: Mapping[str, Storage]) -> None:
+    for name, storage in found.items():
+        if storage.kind == "hidden":
+            method = type(method_of(blueprint.module)).__name__
+            raise UnsupportedEngine(
+                f"{blueprint.name}.{name} ({type(blueprint.module).__name__}, {method}): "
+                f"{storage.reason}, so it would go stale when new weights are pushed. Choose "
+                "another kernel or scheme, or unset FLASHRL_CONFIG to serve this model "
+                "unpatched; and please report the layer."
+            )
 
 
 def _laid_out(

@@ -17,10 +17,12 @@ from flashquant.calibration import Calibration
 from flashquant.checks import Checks
 from flashquant.devices import resolved
 from flashquant.errors import UnsupportedEngine
+from flashquant.patches.attention import is_deferred_attention_layer
 from flashquant.patches.blueprint import LayerBlueprint, ModelBlueprint
 from flashquant.patches.direct import Direct
 from flashquant.patches.direct_layer import DirectLayer
 from flashquant.patches.engine_args import ADDITIONAL_CONFIG_KEY, ONLINE, PROFILE_KEY
+from flashquant.patches.kernel_state import is_processor
 from flashquant.patches.late_layer import LateLayer
 from flashquant.patches.layers import Learned, LiveLayer
 from flashquant.profiles import load_profile
@@ -54,9 +56,7 @@ class LiveEngine:
         decided = vllm_config.additional_config[ADDITIONAL_CONFIG_KEY]
         self.scheme = str(decided["scheme"]) if quantized else "bf16"
         self.checks = Checks(**decided["checks"])
-        self.shares_scales = (
-            self.scheme in ONLINE and vllm_config.parallel_config.tensor_parallel_size > 1
-        )
+        self.shares_scales = self.scheme in ONLINE and _cuts_weights(vllm_config)
         # vLLM says `cuda`, which is never equal to the device of a tensor.
         self.device = resolved(torch.device(vllm_config.device_config.device))
         profile = decided.get(PROFILE_KEY) if quantized else None
@@ -72,6 +72,7 @@ class LiveEngine:
             if profile
             else None
         )
+        _refuse_own_processing(model)
         self.layers: tuple[LiveLayer | DirectLayer | LateLayer, ...] = ()
         self.stored: dict[str, Tensor] = {}
         self._model = model
@@ -178,6 +179,27 @@ def _refuse_late_parameters(blueprint: LayerBlueprint) -> None:
                 f"{blueprint.name}.{name} ({type(blueprint.module).__name__}) was made while the "
                 "checkpoint was loaded, so flashquant cannot tell where a push of it would land. "
                 "Unset FLASHRL_CONFIG to serve this model unpatched."
+            )
+
+
+def _cuts_weights(vllm_config: VllmConfig) -> bool:
+    """Whether workers hold shards of a tensor; experts are cut up across replicas, too."""
+    parallel = vllm_config.parallel_config
+    has_experts = vllm_config.model_config.get_num_experts() > 0
+    replicas = parallel.data_parallel_size if has_experts else 1
+    return bool(parallel.tensor_parallel_size * replicas > 1)
+
+
+def _refuse_own_processing(model: nn.Module) -> None:
+    """What a module makes of its weights itself, after vLLM has loaded them, would go stale."""
+    for name, module in model.named_modules():
+        own = callable(getattr(module, "process_weights_after_loading", None))
+        if own and not is_processor(module) and not is_deferred_attention_layer(module):
+            raise UnsupportedEngine(
+                f"{name or 'the model'} ({type(module).__name__}) makes something of its weights "
+                "after they were loaded (process_weights_after_loading), which flashquant cannot "
+                "make anew when new ones are pushed: it would go stale. Unset FLASHRL_CONFIG to "
+                "serve this model unpatched."
             )
 
 

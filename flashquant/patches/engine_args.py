@@ -89,6 +89,7 @@ def configure(args: Any, config: RolloutConfig, checks: Checks) -> None:
 
     """
     _refuse_what_is_not_built(config)
+    _refuse_moving_experts(args)
     if config.model is not None:
         args.model, revision = split_revision(config.model)
         args.revision = revision or args.revision
@@ -147,6 +148,16 @@ def _refuse_what_is_not_built(config: RolloutConfig) -> None:
         raise ConfigError(
             f"{config.fn} is a valid name, but its scheme is not built yet: "
             f"{NOT_BUILT[config.scheme]}. Use one of these."
+        )
+
+
+def _refuse_moving_experts(args: Any) -> None:
+    """Balancing copies experts from slot to slot, and plans know where they were at the start."""
+    if args.enable_eplb:
+        raise ConfigError(
+            "enable_eplb=True moves experts between GPUs while the engine serves, so that a pushed "
+            "expert would be written where another one lies by now. Start the engine without it, "
+            "or unset FLASHRL_CONFIG to run unpatched."
         )
 
 

@@ -83,12 +83,16 @@ class LiveLayer(StagedLayer):
         self._made: dict[str, frozenset[str]] = {}
 
     def rehearse(self) -> None:
-        """Make what an attention derives from this layer once, of zeros, before it serves.
+        """Make everything of zeros once that is to be learned from twins, before the engine serves.
+
+        Later, its cache may have taken the memory that a twin needs. What an attention derives
+        from this layer is looked at, too.
 
         Raises:
             UnsupportedEngine: it comes out otherwise than it lies in the live model.
 
         """
+        _ = self._alone, self._echoes
         if not any(blueprint.sources for blueprint in self.blueprints):
             return
         values = {t: torch.zeros_like(m, device=self.device) for t, m in self._metas.items()}

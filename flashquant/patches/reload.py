@@ -92,9 +92,24 @@ def _session_of_update(worker: Any) -> Session | None:
     return None if engine is None else find_session(engine.model)
 
 
-def _execute_model(original: Any, runner: Any, *args: Any, **kwargs: Any) -> Any:
-    check_servable(runner.get_model())
-    return original(runner, *args, **kwargs)
+def _execute_model(
+    original: Any,
+    runner: Any,
+    scheduler_output: Any,
+    intermediate_tensors: Any = None,
+    dummy_run: bool = False,
+    **kwargs: Any,
+) -> Any:
+    """Refuse to compute tokens that somebody reads from a mixture of two policies.
+
+    A step without tokens runs no model: it tells the worker which requests have ended. A dummy
+    batch keeps a rank in step with the others, which wait for it in their collectives, whatever
+    its weights are; what it computes is thrown away.
+    """
+    if scheduler_output.total_num_scheduled_tokens and not dummy_run:
+        check_servable(runner.get_model())
+    kwargs |= {"dummy_run": True} if dummy_run else {}  # the first runner has no such argument
+    return original(runner, scheduler_output, intermediate_tensors, **kwargs)
 
 
 _RELOAD = "vllm.model_executor.model_loader.reload"
@@ -150,7 +165,7 @@ POINTS = (
     ),
     PatchPoint(
         f"{_V2}:GPUModelRunner.execute_model",
-        expects=("self", "scheduler_output", "intermediate_tensors", ...),
+        expects=("self", "scheduler_output", "intermediate_tensors", "dummy_run", ...),
         wrapper=_execute_model,
     ),
 )

@@ -34,6 +34,7 @@ class Maxima:
 
     def __init__(self, stages: Sequence[Stage]) -> None:
         self._stages = [stage for stage in stages if stage.dim == 2]
+        self._experts = [stage for stage in stages if stage.dim == 3]
         self._any = not stages
 
     def instead_of(self, shards: Tensor) -> Tensor | None:
@@ -51,8 +52,53 @@ class Maxima:
         if len(known) < len(stage.maxima):
             return None
         if shards.numel() == 1:
-            return torch.stack([rows.max() for rows in known]).max()
+            return _largest(known, shards.device)
         return known[0] if len(known) == 1 and known[0].numel() == shards.numel() else None
+
+    def of_experts(self, shards: Tensor) -> Tensor | None:
+        """The same for experts `[E]`, or for each of their rows `[E, N, 1]`.
+
+        Which of a layer's weights is asked about cannot be seen from the numbers of experts and
+        rows alone; what `shards` says of this worker's shard tells.
+        """
+        if self._any:
+            return shards
+        fitting = [stage for stage in self._experts if _is_about(shards, stage)]
+        if len(fitting) != 1:
+            return None
+        experts = _by_expert(fitting[0])
+        if any(rows is None for windows in experts for rows in windows):
+            return None
+        known = [[rows for rows in windows if rows is not None] for windows in experts]
+        if shards.dim() == 1:
+            return torch.stack([_largest(rows, shards.device) for rows in known])
+        if any(len(rows) != 1 or rows[0].numel() != shards.shape[1] for rows in known):
+            return None
+        return torch.stack([rows[0].to(shards.device) for rows in known])
+
+
+def _largest(maxima: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Of all of them; those of padding are on the host."""
+    return torch.stack([rows.max().to(device) for rows in maxima]).max()
+
+
+def _by_expert(stage: Stage) -> list[list[Tensor | None]]:
+    """The row maxima of the whole tensors that have arrived for each expert of `[E, N, K]`."""
+    experts: list[list[Tensor | None]] = [[] for _ in range(stage.shape[0])]
+    each = stage.shape[1:].numel()
+    for view, rows in stage.maxima.items():
+        experts[view.offset // each].append(rows)
+    return experts
+
+
+def _is_about(shards: Tensor, stage: Stage) -> bool:
+    """Whether these are the maxima of what has arrived in `[E, N, K]`."""
+    if not stage.complete or stage.shape[0] != shards.shape[0]:
+        return False
+    weight = stage.memory(shards.device)
+    low, high = torch.aminmax(weight.flatten(1) if shards.dim() == 1 else weight, dim=-1)
+    mine = torch.maximum(-low, high).flatten().float()
+    return mine.numel() == shards.numel() and torch.equal(mine, shards.flatten().float())
 
 
 _maxima: ContextVar[Maxima | None] = ContextVar("flashquant_maxima", default=None)
@@ -74,13 +120,28 @@ def _amax_for_tp_weight_quant(original: Any, amax: Tensor, is_sharded: bool) -> 
         return original(amax, is_sharded)
     whole = maxima.instead_of(amax)
     if whole is None:
-        logger.warning(
-            "a layer of this model gathers its scale from tensors that flashquant has not seen "
-            "whole, so the ranks ask each other while they process it. If one of them fails just "
-            "then, the others wait until torch.distributed gives up. Please report this model."
-        )
+        _warn_of_asking()
         return original(amax, is_sharded)
     return amax.copy_(whole.reshape(amax.shape))
+
+
+def _amax_for_moe_weight_quant(original: Any, amax: Tensor, moe_tp_size: int) -> Any:
+    maxima = _maxima.get()
+    if maxima is None or moe_tp_size == 1:
+        return original(amax, moe_tp_size)
+    whole = maxima.of_experts(amax)
+    if whole is None:
+        _warn_of_asking()
+        return original(amax, moe_tp_size)
+    return amax.copy_(whole.reshape(amax.shape))
+
+
+def _warn_of_asking() -> None:
+    logger.warning(
+        "a layer of this model gathers its scale from tensors that flashquant has not seen "
+        "whole, so the ranks ask each other while they process it. If one of them fails just "
+        "then, the others wait until torch.distributed gives up. Please report this model."
+    )
 
 
 POINTS = (
@@ -89,5 +150,11 @@ POINTS = (
         expects=("amax", "is_sharded"),
         wrapper=_amax_for_tp_weight_quant,
         within=">=0.28",  # before, each rank scales its own shard
+    ),
+    PatchPoint(
+        "vllm.model_executor.layers.quantization.online.fp8:amax_for_moe_weight_quant",
+        expects=("amax", "moe_tp_size"),
+        wrapper=_amax_for_moe_weight_quant,
+        within=">=0.28",
     ),
 )

@@ -9,10 +9,11 @@ scale of a zero row is a 127th of the checkpoint's.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any, Final
+from dataclasses import dataclass
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -86,8 +87,10 @@ class Entry:
 
     def to(self, device: torch.device) -> Entry:
         """The same entry with its vectors on a device."""
-        moved: dict[str, Any] = {side: v.to(device) for side, v in self.vectors.items()}
-        return replace(self, **moved)
+        there = copy.copy(self)
+        # They have been looked at: doing it again would wait for the device.
+        vars(there).update((side, vector.to(device)) for side, vector in self.vectors.items())
+        return there
 
 
 @dataclass(frozen=True)

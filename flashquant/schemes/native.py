@@ -39,6 +39,7 @@ _SIGNATURES: Final[dict[str, list[Any]]] = {
     "int8_refreshed": [*_WEIGHT, *_CODES, *[_POINTER] * 4, *_SHAPE],
     "int8_frozen": [*_WEIGHT, *_CODES, *[_POINTER] * 2, _FLOAT, *[_POINTER] * 2, *_SHAPE],
 }
+_HOST: Final[dict[str, Any]] = {"device": "cpu", "dtype": torch.float32}
 _RETURN_THE_PEAK: Final = ("copied", "int8_channel", "fp8_channel")
 
 
@@ -95,7 +96,7 @@ class Kernels:
         return codes, scales
 
     def fp8_tensor(self, weight: Tensor, codes: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        peak = self.row_absmax(weight).max() if weight.numel() else torch.zeros((), device="cpu")
+        peak = self.row_absmax(weight).max() if weight.numel() else torch.zeros((), **_HOST)
         scale = fp8.tensor_scale(peak)
         return self.fp8_static(weight, scale, codes), scale
 
@@ -122,7 +123,7 @@ class Kernels:
         factors = (rows.data_ptr(), columns.data_ptr(), smoothed.HELD)
         told = (peaks.data_ptr(), clipped.data_ptr())
         self._call("int8_frozen", weight, *_place(codes), *factors, *told)
-        peak = peaks.max() if len(peaks) else torch.zeros((), device="cpu")
+        peak = peaks.max() if len(peaks) else torch.zeros((), **_HOST)
         return Frozen(codes, clipped.sum(), peak / 127)
 
     def int8_refreshed(
@@ -202,9 +203,9 @@ def difference(found: Kernels) -> str | None:
     """The first kernel that returns other bits than its definition, by name."""
     for weight in hard_rows():
         dice = torch.Generator().manual_seed(1)
-        columns = torch.rand(weight.shape[1], generator=dice, device="cpu") + 0.5
-        rows = 150 * torch.rand(len(weight), generator=dice, device="cpu")
-        rows /= absmax.row_absmax(weight).flatten()
+        columns = torch.rand(weight.shape[1], generator=dice, **_HOST) + 0.5
+        rows = 150 * torch.rand(len(weight), generator=dice, **_HOST)
+        rows = rows / absmax.row_absmax(weight).flatten()
         rows = torch.where(rows.isfinite(), rows, 1.0)
         compared: dict[str, tuple[Callable[..., Any], Callable[..., Any], tuple[Tensor, ...]]] = {
             "absmax": (found.row_absmax, absmax.row_absmax, ()),
@@ -263,14 +264,15 @@ def _factors(weight: Tensor, scale: Tensor | None, dim: int) -> Tensor:
 def hard_rows() -> Iterator[Tensor]:
     """Rows of very different sizes, zeros and ties among them; their length fits no lanes.
 
-    On the host, whatever torch's default device is: a generator of the host fills no other.
+    On the host and of float32, whatever torch's defaults are: a generator of the host fills no
+    other device, and vLLM makes bf16 the default while it loads a model.
     """
     dice = torch.Generator().manual_seed(0)
-    weight = torch.randn(67, 339, generator=dice, device="cpu")
-    weight *= torch.logspace(-30, 30, 67, device="cpu")[:, None]
+    weight = torch.randn(67, 339, generator=dice, **_HOST)
+    weight *= torch.logspace(-30, 30, 67, **_HOST)[:, None]
     weight[7] = 0
-    weight[8] = torch.arange(339, device="cpu") - 169.5
-    weight[9, 1:] *= torch.logspace(-9, 0, 338, device="cpu")  # codes of all sizes in one row
+    weight[8] = torch.arange(339, **_HOST) - 169.5
+    weight[9, 1:] *= torch.logspace(-9, 0, 338, **_HOST)  # codes of all sizes in one row
     yield weight
     yield weight.bfloat16()
     yield weight[:8] * 1e-15  # below what has a reciprocal

@@ -123,7 +123,7 @@ def _check_same_names(weights: Mapping[str, Tensor], twin: Mapping[str, Tensor])
 
 def _fitted(name: str, weight: Tensor, codes: Tensor, scale: Tensor) -> _Layer:
     counted = weight / scale.unsqueeze(1)
-    columns, rows = (torch.ones(n, device="cpu") for n in reversed(counted.shape))
+    columns, rows = (torch.ones(size, device="cpu") for size in reversed(counted.shape))
     layer = _Layer(name, counted, codes.float(), columns, rows)
     for _ in range(_FITS):
         layer.fit_columns()

@@ -212,6 +212,22 @@ def serve(checkpoint: Path, scheme: str, kernels: str = "native", **options: Any
 
 
 @contextmanager
+def scheduling_ahead() -> Iterator[None]:
+    """What vLLM's platform for the CPU has switched off is switched on again."""
+    from vllm.platforms import current_platform
+
+    platform: Any = type(current_platform)
+    configure = platform.check_and_update_config.__func__
+
+    def leave_on(cls: Any, config: Any) -> None:
+        configure(cls, config)
+        config.scheduler_config.async_scheduling = True
+
+    with mock.patch.object(platform, "check_and_update_config", classmethod(leave_on)):
+        yield
+
+
+@contextmanager
 def choosing(kernels: str) -> Iterator[None]:
     """Make vLLM choose its CPU linears as on a machine with, or without, AMX.
 

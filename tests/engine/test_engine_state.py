@@ -255,10 +255,14 @@ def test_sleeping_weights_refuse_an_update_and_come_back_as_they_were(
 def test_discarded_weights_must_arrive_again_before_anything_is_generated(
     live: Serving, policies: Policies
 ) -> None:
-    """Level 2 gives them up; what the memory holds afterwards is nobody's policy."""
+    """Level 2 gives them up; what is there afterwards is nobody's policy, and no writer's."""
+    flashquant.status(live.llm)
     asleep(live, 2)
+    for parameter in live.model.parameters():
+        parameter.data.zero_()
     awake(live, None)
 
+    assert flashquant.status(live.llm).foreign == ()
     with pytest.raises(TornWeights, match="Push one complete update"):
         live.session.check_servable()
     flashquant.reload_weights(live.llm, policies.tensors("a"))

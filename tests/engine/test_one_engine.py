@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import psutil
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -264,7 +267,7 @@ def test_a_torn_engine_refuses_to_generate(int8: Serving, policies: Policies) ->
         int8.outputs()
     runner = int8.llm.llm_engine.model_executor.driver_worker.worker.model_runner
     with pytest.raises(TornWeights, match="complete update"):
-        GPUModelRunner.execute_model(runner, None)
+        GPUModelRunner.execute_model(runner, SimpleNamespace(total_num_scheduled_tokens=1))
     flashquant.reload_weights(int8.llm, policies.tensors("a"))
     int8.snapshot().assert_same(int8.start)
 
@@ -355,3 +358,23 @@ def test_a_tied_head_with_a_packed_copy_of_its_own_is_renewed_too(
     monkeypatch.undo()
 
     serving.snapshot().assert_same(serve(policies.bf16("b"), "bf16").start)
+
+
+@pytest.mark.parametrize("scheme", ["int8", "fp8_vllm", "fp8_channel"])
+def test_zeros_and_numbers_without_a_reciprocal_arrive_as_a_fresh_start_loads_them(
+    scheme: str, policies: Policies, tmp_path: Path
+) -> None:
+    """Whole layers of them, and single rows."""
+    weights = policies.tensors("a")
+    down = "model.layers.0.mlp.down_proj.weight"
+    weights[O] = torch.zeros_like(weights[O])
+    weights[down] = (weights[down].double() * 1e-37).bfloat16()
+    weights[K] = weights[K].clone()
+    weights[K][3], weights[K][5] = 0, 1e-40
+    shutil.copytree(policies.bf16("a"), tmp_path / "a")
+    save_file(weights, tmp_path / "a/model.safetensors", metadata={"format": "pt"})
+    live = serve(policies.bf16("b"), scheme)
+
+    flashquant.reload_weights(live.llm, weights)
+
+    live.snapshot().assert_same(serve(tmp_path / "a", scheme).start)

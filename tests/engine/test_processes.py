@@ -139,6 +139,30 @@ def test_a_compiled_engine_sees_the_new_weights(policies: Policies, scheme: str)
     assert answer["reloaded"] != answer["before"]
 
 
+@pytest.mark.parametrize("scheme", ["int8", "fp8_channel"])
+def test_the_runner_that_a_gpu_has_sees_the_new_weights(policies: Policies, scheme: str) -> None:
+    """Its kernels interpreted, scheduling ahead; a dummy batch passes where no request may."""
+    pytest.importorskip("triton")
+    answer = _run(
+        "second_runner",
+        policies,
+        FLASHRL_CONFIG=scheme,
+        VLLM_USE_V2_MODEL_RUNNER="1",
+        TRITON_INTERPRET="1",
+    )
+
+    a, b = (serve(policies.bf16(policy), scheme) for policy in "ab")
+    assert answer["runner"] == "vllm.v1.worker.gpu.model_runner"
+    assert answer["scheduler"] == "AsyncScheduler"
+    assert answer["before"] == [a.start.digest, a.continued(list(range(5, 45)), 16)]
+    assert answer["after"] == [b.start.digest, b.continued(list(range(5, 45)), 16)]
+    assert answer["on its way"]
+    assert 0 < answer["out"] < 7
+    assert_continues(answer["in flight"], answer["out"], b)
+    assert answer["refused"][0] == "TornWeights"
+    assert answer["undone"] == answer["after"]
+
+
 @pytest.mark.parametrize("scheme", ["int8", "fp8_vllm", "fp8_channel"])
 def test_two_workers_commit_together_or_not_at_all(policies: Policies, scheme: str) -> None:
     """Tensor parallel: rank 1 fails alone, and is then killed in the middle of an update."""

@@ -6,7 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from flashquant.patches.shards import Maxima, _amax_for_tp_weight_quant, answered_by
+from flashquant.patches.shards import (
+    Maxima,
+    _amax_for_moe_weight_quant,
+    _amax_for_tp_weight_quant,
+    answered_by,
+)
 from flashquant.plan import Fill, View, Write
 from flashquant.schemes.absmax import row_absmax
 from flashquant.write import Stage, write
@@ -74,3 +79,58 @@ def test_what_is_not_known_is_asked_for() -> None:
 def test_outside_an_update_nothing_is_answered() -> None:
     with pytest.raises(AssertionError, match="asked the other ranks"):
         _amax_for_tp_weight_quant(asked_the_others, torch.tensor([2.0]), True)
+
+
+# Experts: gate and up, one row each of two columns, of which the other rank has a third.
+def stacked(*whole: tuple[int, list[float]]) -> Stage:
+    """`[2, 2, 2]` of what is sent row by row: to which row, and the whole of it."""
+    stage = Stage(torch.Size((2, 2, 2)), (4, 2, 1), torch.float32)
+    for row, values in whole:
+        sent = torch.tensor([values])
+        step = Write("e", View((1, 2), (3, 1), 0), "w13", View((1, 2), (2, 1), 2 * row))
+        write(step, sent, stage, CPU, row_absmax(sent))
+    return stage
+
+
+GATE_AND_UP = ((0, [1.0, -2.0, 3.0]), (1, [1.0, 1.0, 1.0]), (2, [4.0, 0, -9]), (3, [5.0, 0, 0]))
+OTHERS = ((0, [7.0, 1, 1]), (1, [0.5, 0, 70]), (2, [6.0, 1, 1]), (3, [0.25, 0, 60]))
+
+
+def answer_of_experts(stages: list[Stage], mine: Tensor) -> list[float]:
+    with answered_by(Maxima(stages)):
+        return _amax_for_moe_weight_quant(asked_the_others, mine, 2).flatten().tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_scale_an_expert_is_the_maximum_of_its_whole_tensors(dtype: torch.dtype) -> None:
+    stages = [stacked(*OTHERS), stacked(*GATE_AND_UP)]
+
+    assert answer_of_experts(stages, torch.tensor([2.0, 5.0], dtype=dtype)) == [3.0, 9.0]
+    assert answer_of_experts(stages, torch.tensor([7.0, 6.0], dtype=dtype)) == [70.0, 60.0]
+
+
+def test_a_scale_a_row_of_an_expert_is_the_maximum_of_the_whole_row() -> None:
+    down = Stage(torch.Size((2, 2, 1)), (2, 1, 1), torch.float32)
+    for expert, sent in enumerate((WHOLE, WHOLE * 2)):
+        step = Write("e", View((2, 1), (2, 1), 0), "w2", View((2, 1), (1, 1), 2 * expert))
+        write(step, sent, down, CPU, row_absmax(sent))
+    mine = torch.tensor([[[1.0], [2.0]], [[2.0], [4.0]]])
+
+    assert answer_of_experts([stacked(*OTHERS), down], mine) == [8.0, 3.0, 16.0, 6.0]
+
+
+@pytest.mark.parametrize(
+    "stages",
+    [[stacked(*OTHERS)], [stacked(*GATE_AND_UP[:3])], [stacked(*GATE_AND_UP)] * 2],
+    ids=["of another weight", "in part", "of either of two"],
+)
+def test_what_is_not_known_of_experts_is_asked_for(stages: list[Stage]) -> None:
+    with pytest.raises(AssertionError, match="asked the other ranks"):
+        answer_of_experts(stages, torch.tensor([2.0, 5.0]))
+
+
+def test_experts_that_are_not_cut_up_are_nobody_elses_business() -> None:
+    mine = torch.tensor([2.0, 5.0])
+
+    with answered_by(Maxima([])):
+        assert _amax_for_moe_weight_quant(lambda amax, size: amax + size, mine, 1)[0] == 3.0

@@ -249,8 +249,19 @@ def test_they_can_be_turned_off(monkeypatch):
         native.kernels.cache_clear()
 
 
-def test_kernels_work_on_the_host_whatever_torchs_default_device_is():
-    """A program, or vLLM while it creates a model, may have made a GPU the default."""
+def test_kernels_are_believed_on_the_host_whatever_torchs_defaults_are():
+    """vLLM makes a GPU the default device while it creates a model, and bf16 the dtype while it
+    loads one; either is when kernels are asked for first.
+    """
     with torch.device("meta"):
         assert {weight.device.type for weight in native.hard_rows()} == {"cpu"}
         assert native.difference(KERNELS) is None
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert [weight.dtype for weight in native.hard_rows()] == [
+            torch.float32,
+            torch.bfloat16,
+        ] * 2
+        assert native.difference(KERNELS) is None
+    finally:
+        torch.set_default_dtype(torch.float32)

@@ -1,0 +1,145 @@
+"""Updates while a step is on its way: vLLM schedules ahead on a GPU, and so it does here.
+
+On a CPU vLLM switches that off; everything it takes is there all the same. What a step under
+the old weights has sampled when an update comes is dropped, and sampled anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+from torch import Tensor
+from vllm import SamplingParams
+
+import flashquant
+from tests.engine.checkpoints import Policies
+from tests.engine.serving import WEIGHT_VERSIONS, Serving, needs, scheduling_ahead
+from tests.engine.test_engine_state import (
+    GREEDY,
+    PROMPT,
+    answer,
+    by_a_workers_own_method,
+    by_flashquant,
+    by_vllms_reload,
+    said,
+)
+
+pytestmark = [pytest.mark.engine, needs(">=0.28", "scheduling ahead that drops what is stale")]
+
+Push = Callable[[Serving, dict[str, Tensor]], None]
+
+
+@pytest.fixture(scope="module")
+def policies(tmp_path_factory: pytest.TempPathFactory) -> Policies:
+    return Policies(tmp_path_factory.mktemp("policies"), "qwen2")
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["no prefix caching", "prefix caching"])
+def engines(request: pytest.FixtureRequest, policies: Policies) -> tuple[Serving, Serving]:
+    """One that schedules ahead, on policy A, and one that does not, on B."""
+    caching = {"enable_prefix_caching": request.param}
+    live, fresh = (
+        Serving(policies.bf16(policy), "fp8_channel", {**caching, "max_num_batched_tokens": 64})
+        for policy in ("a", "b")
+    )
+    with scheduling_ahead():
+        assert live.llm.llm_engine.vllm_config.scheduler_config.async_scheduling
+    assert not fresh.llm.llm_engine.vllm_config.scheduler_config.async_scheduling
+    return live, fresh
+
+
+def core_of(live: Serving) -> Any:
+    return live.llm.llm_engine.engine_core.engine_core
+
+
+def cut(live: Serving, lengths: Mapping[str, int], steps: int, push: Callable[[], None]) -> Any:
+    """Answers, by request, during which an update came; and how many tokens were out by then."""
+    engine, last = live.llm.llm_engine, {}
+    for shift, (name, length) in enumerate(lengths.items()):
+        prompt = {"prompt_token_ids": PROMPT[shift:]}
+        engine.add_request(name, prompt, SamplingParams(max_tokens=length, **GREEDY))
+
+    def step() -> None:
+        last.update((output.request_id, output) for output in engine.step())
+
+    for _ in range(steps):
+        step()
+    out = {name: len(last[name].outputs[0].token_ids) if name in last else 0 for name in lengths}
+    assert core_of(live).batch_queue  # a step is on its way
+    push()
+    while engine.has_unfinished_requests():
+        step()
+    return {name: output.outputs[0] for name, output in last.items()}, out
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7])
+@pytest.mark.parametrize("push", [by_flashquant, by_vllms_reload, by_a_workers_own_method])
+def test_a_step_on_its_way_is_not_taken_for_one_of_the_new_weights(
+    engines: tuple[Serving, Serving], policies: Policies, push: Push, steps: int
+) -> None:
+    """Each token after the update has the log-prob of a fresh engine, and none is lost."""
+    live, fresh = engines
+    flashquant.reload_weights(live.llm, policies.tensors("a"))
+
+    answers, out = cut(live, {"one": 16}, steps, lambda: push(live, policies.tensors("b")))
+
+    whole, had = said(answers["one"]), out["one"]
+    assert len(whole) == 16
+    assert had < steps
+    tokens = [token for token, _ in whole]
+    assert whole[had:] == said(answer(fresh.llm, PROMPT + tokens[:had], 16 - had))
+
+
+def test_no_answer_is_lost_that_was_about_to_end(
+    engines: tuple[Serving, Serving], policies: Policies
+) -> None:
+    """Its last token is on its way, or the one before, or the prompt itself is."""
+    live, fresh = engines
+    flashquant.reload_weights(live.llm, policies.tensors("a"))
+    lengths = {f"of {length}": length for length in (5, 6, 7, 8, 30)}
+
+    answers, out = cut(
+        live, lengths, 7, lambda: flashquant.reload_weights(live.llm, policies.tensors("b"))
+    )
+
+    assert {name: len(answers[name].token_ids) for name in lengths} == lengths
+    assert {answers[name].finish_reason for name in lengths} == {"length"}
+    assert any(out[name] == lengths[name] - 1 for name in lengths)
+    for shift, (name, length) in enumerate(lengths.items()):
+        tokens, had = list(answers[name].token_ids), out[name]
+        if had < length:  # the others had ended on the old weights
+            (first, *_) = answer(fresh.llm, PROMPT[shift:] + tokens[:had], 1).token_ids
+            assert tokens[had] == first
+
+
+@WEIGHT_VERSIONS
+def test_each_token_has_its_version(engines: tuple[Serving, Serving], policies: Policies) -> None:
+    live, _ = engines
+    flashquant.reload_weights(live.llm, policies.tensors("a"))
+    version = flashquant.status(live.llm).version
+
+    answers, out = cut(
+        live, {"one": 16}, 7, lambda: flashquant.reload_weights(live.llm, policies.tensors("b"))
+    )
+
+    spans = [(span.version, span.start, span.end) for span in answers["one"].weight_versions]
+    had = out["one"]
+    assert spans == [(str(version), 0, had), (str(version + 1), had, 16)]
+
+
+def test_an_update_that_fails_takes_nothing_from_what_is_on_its_way(
+    engines: tuple[Serving, Serving], policies: Policies
+) -> None:
+    live, _ = engines
+    flashquant.reload_weights(live.llm, policies.tensors("a"))
+    undisturbed = said(answer(live.llm, PROMPT, 16))
+
+    def fail() -> None:
+        with pytest.raises(flashquant.errors.UnknownWeight):
+            flashquant.reload_weights(live.llm, policies.tensors("b") | {"typo": Tensor()})
+
+    answers, _ = cut(live, {"one": 16}, 7, fail)
+
+    assert said(answers["one"]) == undisturbed

@@ -1,0 +1,125 @@
+"""What could not be made anew when weights are pushed is refused by name, before it serves.
+
+And what has to be learned of a layer is learned then. On a pretended GPU: `tests.layouts.machine`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
+    CompressedTensorsLinearMethod,
+)
+from vllm.model_executor.layers.quantization.online import fp8 as online
+from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM, Qwen2MLP
+
+from flashquant.errors import ConfigError, UnsupportedEngine
+from flashquant.patches import layers
+from tests.engine.checkpoints import Policies
+from tests.layouts import models
+from tests.layouts.cases import AMPERE, HOPPER, Case
+from tests.layouts.layout import load
+from tests.layouts.machine import pretending
+
+METHODS = {
+    "fp8_channel": online.Fp8PtpcOnlineLinearMethod,
+    "int8": CompressedTensorsLinearMethod,
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("policies")
+
+
+@pytest.mark.parametrize("scheme", METHODS)
+def test_a_method_that_keeps_something_out_of_sight_is_refused(
+    scheme: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would be served as it was at the start, whatever is pushed."""
+    process = METHODS[scheme].process_weights_after_loading
+
+    def and_keep(method: Any, layer: nn.Module) -> None:
+        method.kept = {"double": layer.weight.float() * 2}
+        process(method, layer)
+
+    monkeypatch.setattr(METHODS[scheme], "process_weights_after_loading", and_keep)
+    case = Case(HOPPER, scheme, "", "")
+
+    load(case, folder, "a", None)
+    with pytest.raises(
+        UnsupportedEngine, match=r"qkv_proj\.weight \(QKVParallelLinear, .*made of it is kept where"
+    ):
+        load(case, folder, "a", scheme)
+
+
+@pytest.mark.parametrize(
+    ("kind", "named"),
+    [(Qwen2MLP, r"model\.layers\.0\.mlp \(Qwen2MLP\)"), (Qwen2ForCausalLM, "the model")],
+)
+@pytest.mark.parametrize("scheme", ["bf16", "fp8_channel"])
+def test_a_module_that_processes_its_weights_itself_is_refused(
+    kind: Any, named: str, scheme: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As models of experts do that have kernels of their own."""
+
+    def derive(module: nn.Module) -> None:
+        """Of weights that are in; vLLM's models call it when their loader is done."""
+
+    monkeypatch.setattr(kind, "process_weights_after_loading", derive, raising=False)
+
+    with pytest.raises(UnsupportedEngine, match=f"^{named} .*go stale"):
+        load(Case(HOPPER, scheme, "", ""), folder, "a", scheme)
+
+
+def test_experts_that_move_are_refused(folder: Path) -> None:
+    checkpoint = Policies(folder, "qwen3-moe").bf16("a")
+
+    with pytest.raises(ConfigError, match="enable_eplb=True moves experts"):
+        models.configured(checkpoint, "fp8_vllm", enable_eplb=True)
+
+
+def test_nothing_is_learned_of_twins_once_the_engine_serves(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By then, the cache has taken the memory that a second set of experts would need."""
+    case = Case(AMPERE, "fp8_vllm", "MarlinExperts", "packed", kind="qwen3-moe")
+    live = load(case, folder, "a", "fp8_vllm")
+
+    def learn(*_: Any) -> None:
+        raise AssertionError("a twin was made of zeros")
+
+    monkeypatch.setattr(layers, "handed_on", learn)
+    with pretending(AMPERE):
+        live.load_weights(Policies(folder, "qwen3-moe").tensors("b").items())
+
+
+@pytest.mark.parametrize("scheme", ["fp8_vllm", "fp8_channel"])
+def test_experts_find_their_scales_without_a_word_to_other_ranks(
+    scheme: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rank that fails alone would leave the others waiting in it."""
+    case = Case(HOPPER, scheme, "", "", kind="qwen3-moe")
+    live, fresh = (load(case, folder, policy, scheme) for policy in "ab")
+    vars(live)["load_weights"].engine.shares_scales = True
+    among_ranks, asked = online.amax_for_moe_weight_quant, []
+
+    def of_two_ranks(amax: torch.Tensor, _: int) -> torch.Tensor:
+        asked.append(amax)
+        return among_ranks(amax, 2)
+
+    def wait(*_: Any, **__: Any) -> None:
+        raise AssertionError("this rank waits for the others")
+
+    monkeypatch.setattr(online, "amax_for_moe_weight_quant", of_two_ranks)
+    monkeypatch.setattr(torch.distributed, "all_reduce", wait)
+    with pretending(HOPPER):
+        live.load_weights(Policies(folder, "qwen3-moe").tensors("b").items())
+
+    assert asked
+    mine, theirs = models.tensors(live), models.tensors(fresh)
+    assert [n for n in mine if not torch.equal(mine[n].float(), theirs[n].float())] == []
