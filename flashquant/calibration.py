@@ -13,7 +13,8 @@ Limits
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import functools
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
@@ -192,6 +193,19 @@ class Calibration:
         if self._pruning is not None and (norm := self._pruning.codes(name, codes)):
             yield norm
 
+    def quantizers(self) -> Iterator[Callable[[Tensor], object]]:
+        """Each way in which weights go through this profile, with factors of one, as a function
+        of rows: what is compiled for it is what a push will launch."""
+        factors = {
+            (entry.input_scale is not None, entry.output_scale is not None)
+            for entry in self._entries.values()
+            if entry.kind == torch.int8
+        }
+        for has_input, has_output in sorted(factors):
+            yield functools.partial(
+                _through_ones, self._scales, has_input=has_input, has_output=has_output
+            )
+
     def forget_device(self) -> None:
         """Whatever is kept on a device is about to be lost, the weights among it.
 
@@ -305,6 +319,16 @@ class Calibration:
         if self.starts_on_floats or entry.weight_scale is None:
             return False
         return not torch.equal(entry.weight_scale, scale.float().flatten())
+
+
+def _through_ones(scales: Scales, weight: Tensor, *, has_input: bool, has_output: bool) -> None:
+    """Quantize rows by factors of one, those that there are."""
+    rows, columns = (weight.new_ones(size, dtype=torch.float32) for size in weight.shape)
+    factors = (columns if has_input else None, rows if has_output else None)
+    if scales == "frozen":
+        int8_frozen(weight, *factors)
+    else:
+        int8_refreshed(weight, *factors, rows.unsqueeze(1))
 
 
 def _likeness(weight: Tensor, entry: Entry) -> float:

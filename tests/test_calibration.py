@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from flashquant import calibration
 from flashquant.calibration import Calibration
 from flashquant.errors import MisfitTensor, ProfileError
 from flashquant.profiles import Base, Entry, Profile, fingerprint
+from flashquant.schemes import smoothed
 from flashquant.session import Session
 from tests import flashrl
 from tests.test_session import CPU, NEW, FakeEngine, serves
@@ -234,3 +236,26 @@ def test_an_engine_without_a_checkpoint_fits_no_profile():
 
     with pytest.raises(ProfileError, match="no weight of a checkpoint was loaded"):
         Session(FakeEngine(torch.int8), calibration=calibration).open()
+
+
+@pytest.mark.parametrize("scales", ["frozen", "refreshed"])
+def test_quantizers_go_every_way_that_a_push_goes(scales, monkeypatch):
+    """With the factors that its entries have: one layer has both, another none for columns."""
+    gone: set[tuple[str, bool, bool]] = set()
+    for name in ("int8_frozen", "int8_refreshed"):
+
+        def noted(weight, columns, rows, *rest, name=name):
+            gone.add((name, columns is not None, rows is not None))
+            return getattr(smoothed, name)(weight, columns, rows, *rest)
+
+        monkeypatch.setattr(calibration, name, noted)
+    _, session = opened(scales=scales)
+    session.reload(NEW)
+    pushed = set(gone)
+    gone.clear()
+
+    for run in session._calibration.quantizers():
+        run(torch.zeros(2, 8, dtype=torch.bfloat16))
+
+    assert gone == pushed
+    assert len(pushed) == 2

@@ -13,6 +13,7 @@ import vllm
 
 from flashquant.patches import (
     cpu,
+    cutlass,
     engine_args,
     engine_core,
     executor,
@@ -43,6 +44,7 @@ _KNOWN: tuple[PatchPoint, ...] = (
     *shards.POINTS,
     *engine_core.POINTS,
     *cpu.POINTS,
+    *cutlass.POINTS,
     *moe.POINTS,
 )
 POINTS = tuple(point for point in _KNOWN if point.is_in(vllm.__version__))

@@ -55,7 +55,8 @@ class Direct:
     Args:
         quantize: what makes codes and scales of the floats of an online scheme; None where
             vLLM quantizes them in a way that is not ours.
-        by_row: whether it makes a scale for each row `[N, 1]`, or one `[1]` for the parameter.
+        by_row: whether it makes a scale for each row, `[N, 1]`, or one for the matrix, `[1]`; of
+            experts `[E, N, K]`, `[E, N, 1]` or `[E]`.
         context: the surroundings in which vLLM processes layers.
         device: where they live.
 
@@ -96,7 +97,7 @@ class Direct:
             if meta is None or not live or len(live) < len(storage.leaves):
                 return None
             found |= dict(_laid_out(target, storage, meta, live, by_row=self._by_row))
-        return found if len(found) >= len(blueprint.targets) else None
+        return found if found.keys() >= set(blueprint.targets.values()) else None
 
     def _probe(self, blueprint: LayerBlueprint) -> dict[str, Storage]:
         with self._context():
@@ -132,12 +133,17 @@ def _laid_out(
     """The live memory of one parameter as rows arrive in it; nothing, if that cannot be said."""
     if storage.kind == "rows" and meta.is_contiguous() and _is_one(live, meta):
         yield target, live[0].detach().as_strided(meta.shape, meta.stride())
-    elif storage.kind == "codes" and meta.dim() == 2:
+    elif storage.kind == "codes":
         codes, scales = live
-        form = torch.Size((meta.shape[0], 1) if by_row else (1,))
+        form = torch.Size((*meta.shape[:-1], 1) if by_row else (*meta.shape[:-2],) or (1,))
         if is_dense(codes) and is_dense(scales) and scales.numel() == form.numel():
-            yield target, codes.detach().as_strided(meta.shape, (meta.shape[1], 1))
-            yield f"{target}_scale", scales.detach().as_strided(form, (1,) * len(form))
+            yield target, _contiguous(codes, meta.shape)
+            yield f"{target}_scale", _contiguous(scales, form)
+
+
+def _contiguous(live: Tensor, shape: torch.Size) -> Tensor:
+    """The memory behind a dense leaf, in the order of a contiguous tensor of this shape."""
+    return live.detach().as_strided((live.numel(),), (1,)).view(shape)
 
 
 def _is_one(live: list[Tensor], meta: Tensor) -> bool:

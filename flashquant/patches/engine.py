@@ -15,6 +15,7 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 
 from flashquant.calibration import Calibration
 from flashquant.checks import Checks
+from flashquant.devices import resolved
 from flashquant.errors import UnsupportedEngine
 from flashquant.patches.attention import is_deferred_attention_layer
 from flashquant.patches.blueprint import LayerBlueprint, ModelBlueprint
@@ -25,13 +26,21 @@ from flashquant.patches.kernel_state import is_processor
 from flashquant.patches.late_layer import LateLayer
 from flashquant.patches.layers import Learned, LiveLayer
 from flashquant.profiles import load_profile
-from flashquant.schemes import fp8_channel, fp8_tensor
+from flashquant.schemes import fp8_channel, fp8_tensor, int8_channel, warm, whole
 from flashquant.verify import digests
 from flashquant.weights import NamedTensors
 
 # vLLM warns of a bf16 tensor on its way into an int8 parameter; while we watch
 # its loader, on meta tensors, that is just what we want to see.
 _LOADERS_LOG = logging.getLogger("vllm.model_executor")
+# What a push is quantized with in each scheme, where it is not vLLM that does it.
+_QUANTIZERS: dict[str, tuple[Callable[[Tensor], object], ...]] = {
+    "bf16": (),
+    "int8": (int8_channel,),
+    "fp8_channel": (fp8_channel,),
+    "fp8_vllm": (fp8_tensor,),
+    "fp8_block": (),
+}
 
 
 class LiveEngine:
@@ -48,7 +57,8 @@ class LiveEngine:
         self.scheme = str(decided["scheme"]) if quantized else "bf16"
         self.checks = Checks(**decided["checks"])
         self.shares_scales = self.scheme in ONLINE and _cuts_weights(vllm_config)
-        self.device = torch.device(vllm_config.device_config.device)
+        # vLLM says `cuda`, which is never equal to the device of a tensor.
+        self.device = resolved(torch.device(vllm_config.device_config.device))
         profile = decided.get(PROFILE_KEY) if quantized else None
         self.calibration = (
             Calibration(
@@ -110,7 +120,8 @@ class LiveEngine:
         # vLLM's online schemes are ours to the bit. By tensor, one has to see all of it; the
         # scale of a shard that another worker has the rest of, vLLM has to find.
         late = self.scheme == "fp8_vllm" and not self.shares_scales
-        ours = fp8_tensor if late else fp8_channel if self.scheme == "fp8_channel" else None
+        by_row = whole.fp8_channel if self.scheme == "fp8_channel" else None
+        ours = whole.fp8_tensor if late else by_row
         direct = Direct(ours, self._context, self.device, by_row=not late)
         stale = self._blueprint.stale()
         lent = {target for _, target, _ in stale}
@@ -118,8 +129,11 @@ class LiveEngine:
         for group in self._blueprint.groups():
             alone = len(group) == 1 and lent.isdisjoint(group[0].targets.values())
             homes = direct.homes(group[0]) if alone else None
-            if homes is not None and late:
-                layers.append(LateLayer(group[0], homes, fp8_tensor))
+            stacked = homes is not None and _makes_codes_of_experts(group[0], homes)
+            if stacked and self.shares_scales:
+                homes = None  # the maxima of whole rows are with vLLM's own processing
+            if homes is not None and ours is not None and (late or stacked):
+                layers.append(LateLayer(group[0], homes, ours))
                 continue
             if homes is not None:
                 layers.append(DirectLayer(group[0], homes))
@@ -130,6 +144,8 @@ class LiveEngine:
             layers.append(layer)
         self.layers = tuple(layers)
         self._blueprint.release_originals()
+        own = self.calibration.quantizers() if self.calibration else _QUANTIZERS[self.scheme]
+        warm(own, self._vllm_config.model_config.dtype, self.device)
 
     @contextmanager
     def _context(self) -> Iterator[None]:
@@ -145,6 +161,14 @@ class LiveEngine:
             torch.no_grad(),
         ):
             yield
+
+
+def _makes_codes_of_experts(blueprint: LayerBlueprint, homes: Mapping[str, Tensor]) -> bool:
+    """Whether stacked floats `[E, N, K]` are stored as codes, which are made of all of them."""
+    return any(
+        meta is not None and meta.dim() == 3 and homes[blueprint.targets[name]].dtype != meta.dtype
+        for name, meta in blueprint.parameters.items()
+    )
 
 
 def _refuse_late_parameters(blueprint: LayerBlueprint) -> None:

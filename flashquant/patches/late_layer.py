@@ -1,4 +1,4 @@
-"""One layer whose codes can be made only when all of it is there: they share one scale.
+"""One layer whose codes are made when all of it is there: they share one scale, or are of experts.
 
 It waits in a stage, as it arrives, in the trainer's precision. Then its codes are made right where
 the kernels read them, in one go: no twin of the layer, and no second set of codes.
@@ -24,7 +24,8 @@ class LateLayer(StagedLayer):
         blueprint: the module.
         live: its memory, laid out as rows arrive, by target; the scale of codes that are
             made of a target `t` is `t_scale`.
-        quantize: makes codes `[N, K]` and their scale `[1]`.
+        quantize: makes codes `[N, K]` and their scale `[1]`, or whatever scales are live; of
+            experts, `[E, N, K]` at once.
 
     """
 

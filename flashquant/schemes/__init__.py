@@ -9,6 +9,6 @@ them does the work is decided in `quick`, and nowhere else.
     fp8_tensor     codes [N, K] e4m3   scales [1]    float32   one scale a tensor
 """
 
-from flashquant.schemes.quick import fp8_channel, fp8_static, fp8_tensor, int8_channel
+from flashquant.schemes.quick import fp8_channel, fp8_static, fp8_tensor, int8_channel, warm
 
-__all__ = ["fp8_channel", "fp8_static", "fp8_tensor", "int8_channel"]
+__all__ = ["fp8_channel", "fp8_static", "fp8_tensor", "int8_channel", "warm"]

@@ -179,7 +179,7 @@ def _row_absmax(weight: Tensor, divisor: float) -> Tensor:
     peaks = torch.empty((weight.shape[0], 1), dtype=torch.float32, device=weight.device)
     if weight.shape[0]:
         sizes = (weight.shape[1], *weight.stride())
-        _launch(triton_kernels.absmax_row, weight, peaks, *sizes, DIVISOR=divisor)
+        _launch(triton_kernels.absmax_row, weight, peaks, *sizes, divisor)
     return peaks
 
 

@@ -132,10 +132,12 @@ def warm(runs: Iterable[Callable[[Tensor], object]], dtype: torch.dtype, on: tor
     if on.type != "cuda" or (fused := _on_gpu(on)) is None:
         return
     start = time.perf_counter()
+    absmax(torch.zeros(1, 1, dtype=torch.float32, device=on))  # of the scale of a tensor
     for columns in fused.BLOCKS:
-        weight = torch.zeros(2, columns, dtype=dtype, device=on)
-        for run in (absmax, *runs):
-            run(weight)
+        for stored in (dtype, torch.float32):  # of what is not quantized, and of scales
+            absmax(torch.zeros(1, columns, dtype=stored, device=on))
+        for run in runs:
+            run(torch.zeros(2, columns, dtype=dtype, device=on))
     logger.info("kernels for %s are compiled (%.1f s)", on, time.perf_counter() - start)
 
 

@@ -71,13 +71,13 @@ def absmax_row(
     n_cols,
     row_stride,
     column_stride,
-    DIVISOR: tl.constexpr,
+    divisor,
     BLOCK: tl.constexpr,
 ):
-    """The absolute maximum of a row, divided by a constant: by 1, that is exact."""
+    """The absolute maximum of a row, divided by a number: by 1, that is exact."""
     row = tl.program_id(0).to(tl.int64)
     peak = _absmax(weight_ptr + row * row_stride, column_stride, n_cols, BLOCK)
-    tl.store(peaks_ptr + row, tl.div_rn(peak, DIVISOR))
+    tl.store(peaks_ptr + row, tl.div_rn(peak, divisor))
 
 
 @triton.jit
@@ -135,7 +135,7 @@ def fp8_row(
         tl.store(into, _e4m3(x), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows_a_scale"])
 def static_row(
     weight_ptr,
     codes_ptr,

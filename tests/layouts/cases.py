@@ -70,16 +70,17 @@ HOPPER_ALL, BLACKWELL_ALL, RTX_ALL = (
 )
 _DEEP_GEMM = "deep_gemm.transform_sf_into_required_layout"
 _CUTLASS_INT8, _CUTLASS_FP8 = "CutlassInt8ScaledMMLinearKernel", "CutlassFP8ScaledMMLinearKernel"
+_TRITON_INT8 = "TritonInt8ScaledMMLinearKernel"  # CUTLASS has none from Blackwell on
 _MARLIN, _CUTLASS_BLOCK = "MarlinFP8ScaledMMLinearKernel", "CutlassFp8BlockScaledMMKernel"
 _TORCH = "ChannelWiseTorchFP8ScaledMMLinearKernel"
 
-_EVERY = (AMPERE, ADA, HOPPER, BLACKWELL, RTX_BLACKWELL)
 _FP8 = (ADA, HOPPER, BLACKWELL, RTX_BLACKWELL)
 
 LINEAR = (
-    *(Case(machine, "int8", _CUTLASS_INT8, "rows") for machine in _EVERY),
+    *(Case(machine, "int8", _CUTLASS_INT8, "rows") for machine in (AMPERE, ADA, HOPPER)),
+    *(Case(machine, "int8", _TRITON_INT8, "rows") for machine in (BLACKWELL, RTX_BLACKWELL)),
     Case(HOPPER, "int8_w8a8", _CUTLASS_INT8, "rows"),
-    Case(_off(AMPERE, _CUTLASS_INT8), "int8", "TritonInt8ScaledMMLinearKernel", "rows"),
+    Case(_off(AMPERE, _CUTLASS_INT8), "int8", _TRITON_INT8, "rows"),
     *(Case(machine, "fp8_vllm", _CUTLASS_FP8, "codes") for machine in _FP8),
     *(Case(machine, "fp8_channel", _CUTLASS_FP8, "codes") for machine in _FP8),
     *(Case(machine, "fp8_channel_stored", _CUTLASS_FP8, "rows") for machine in _FP8),
