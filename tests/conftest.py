@@ -15,6 +15,9 @@ from typing import Any
 
 import pytest
 
+from tests import isa
+
+isa.pretend()  # before torch is imported
 os.environ.pop("FLASHRL_CONFIG", None)
 os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # would override kv_cache_memory_bytes
 os.environ.update(

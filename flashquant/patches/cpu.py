@@ -11,13 +11,16 @@
    for a matmul of the embeddings that nobody asks for. They are handed one.
 6. The fp8 matmul for blocks computes 32 rows at a time. Where some are left over, it ends the
    process at the first batch of four tokens or less; such a layer is refused while it loads.
+7. The int8 matmul for AMX takes rows only, and so does the bf16 one before vLLM 0.29. Models that
+   run transformers' own code (OLMo 2, GPT-NeoX, SmolLM3) and vision towers hand them a batch of
+   sequences, as rows from here on.
 
 Nothing here touches another platform.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -145,6 +148,26 @@ def _with_float32_bias(
     return result
 
 
+def _by_rows(multiply: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Flatten `[..., K]` to `[M, K]` for a kernel, and give its `[M, N]` the shape `[..., N]`."""
+    if x.dim() == 2:
+        return multiply(x)
+    result = multiply(x.reshape(-1, x.shape[-1]))
+    return result.reshape(*x.shape[:-1], result.shape[-1])
+
+
+def _int8_by_rows(
+    original: Any, kernel: Any, layer: Any, x: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    return _by_rows(lambda rows: original(kernel, layer, rows, bias), x)
+
+
+def _unquantized_by_rows(
+    original: Any, layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    return _by_rows(lambda rows: original(layer, rows, weight, bias), x)
+
+
 def _refuse_left_over_rows(original: Any, kernel: Any, layer: Any) -> None:
     rows = layer.weight.shape[0]
     if rows % _ROWS_AT_A_TIME:
@@ -182,6 +205,16 @@ POINTS = (
         "vllm._custom_ops:create_onednn_mm",
         expects=("weight", ...),
         wrapper=_create_onednn_mm,
+    ),
+    PatchPoint(
+        f"{_KERNELS}:CPUInt8ScaledMMLinearKernel.apply_weights",
+        expects=("self", "layer", "x", "bias"),
+        wrapper=_int8_by_rows,
+    ),
+    PatchPoint(
+        "vllm.model_executor.layers.utils:cpu_unquantized_gemm",
+        expects=("layer", "x", "weight", "bias"),
+        wrapper=_unquantized_by_rows,
     ),
     PatchPoint(
         f"{_KERNELS}:CPUFp8PerTensorScaledMMLinearKernel.apply_weights",

@@ -3,8 +3,9 @@
     python -m tests.compatibility                         all of it; writes docs/compatibility.md
     python -m tests.compatibility --only gemma3 --scheme int8     a look; writes nothing
 
+cell     what comes out of one
 trial    one cell, in this process: two engines, pushes, a verdict
 control  the same engine without flashquant: is it vLLM that cannot?
-workers  the processes that cells run in; one that dies costs its cell
+workers  the process that cells run in; one that dies or is late costs its cell
 table    verdicts as markdown, reasons as footnotes
 """

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from tests.architectures import ARCHITECTURES
 from tests.compatibility import table, workers
-from tests.compatibility.trial import DIED, ENGINE, REFUSED, SCHEMES, WRONG, Cell
+from tests.compatibility.cell import DIED, ENGINE, REFUSED, SCHEMES, WRONG, Cell
 from tests.compatibility.workers import Asked
 from tools.versions.table import put_into
 

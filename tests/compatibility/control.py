@@ -13,7 +13,8 @@ from typing import Any
 from flashquant.patches import cpu
 from flashquant.patches.engine_args import ONLINE
 from flashquant.smoothing import W8A8
-from tests.compatibility.trial import ENGINE, KERNELS, WRONG, Cell, policy
+from tests.compatibility.cell import ENGINE, WRONG, Cell
+from tests.compatibility.trial import kernels, policy
 
 _APPLIED: list[Any] = []
 
@@ -35,7 +36,7 @@ def blame(architecture: str, scheme: str, folder: Path) -> Cell:
             "load_format": "dummy",
         }
     try:
-        with choosing(KERNELS):
+        with choosing(kernels()):
             llm = LLM(
                 str(policy(folder, architecture, "a")),
                 skip_tokenizer_init=True,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from tests.compatibility.trial import EXACT, SCHEMES, Cell
+from tests.compatibility.cell import EXACT, SCHEMES, Cell
 
 BEGIN, END = "<!-- compatibility: begin -->", "<!-- compatibility: end -->"
 

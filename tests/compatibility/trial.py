@@ -2,13 +2,12 @@
 
 `exact` means: B is pushed over A, A over B and B over A once more, as one iterator and a
 tensor at a time; each time everything the kernels read, the log-probs of four prompts and
-16 greedy tokens of each are bit for bit those of an engine that was started there. An
+4 greedy tokens of each are bit for bit those of an engine that was started there. An
 update that is taken back leaves no trace, and no live tensor has moved.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -18,24 +17,21 @@ from flashquant.errors import FlashquantError
 from flashquant.verify import footprints
 from tests import tiny_models
 from tests.architectures import write
+from tests.compatibility.cell import DIED, EXACT, REFUSED, WRONG, Cell
 
-SCHEMES = ("bf16", "int8", "fp8_vllm", "fp8_channel", "fp8_block")
-# As on a machine with AMX: vLLM has its fp8 blocks and its int8 experts for no other. (Without
-# AMX these kernels run on AVX-512: slower, from the same bytes.)
-KERNELS = "amx"
-
-EXACT, ENGINE, REFUSED, WRONG = "exact", "engine", "refused", "WRONG"
-DIED = "died"  # until `control` has told whose fault it is
+# Most of a cell is generation: enough for the kernels that serve few rows.
+_TOKENS = 4
 
 
-@dataclass(frozen=True)
-class Cell:
-    """What came out, and the reason where it is not `exact`."""
+def kernels() -> str:
+    """As on a machine with AMX, where vLLM's build for this CPU has kernels for it.
 
-    architecture: str
-    scheme: str
-    verdict: str
-    why: str = ""
+    vLLM has its fp8 blocks and its int8 experts for no other. (Without AMX these kernels run
+    on AVX512-BF16: slower, from the same bytes.)
+    """
+    from tests.engine.kernels import has_amx_kernels
+
+    return "amx" if has_amx_kernels() else "portable"
 
 
 def policy(folder: Path, architecture: str, which: str) -> Path:
@@ -48,7 +44,7 @@ def judge(architecture: str, scheme: str, folder: Path) -> Cell:
     from tests.engine.serving import choosing
 
     try:
-        with choosing(KERNELS):
+        with choosing(kernels()):
             complaint = _differences(architecture, scheme, folder)
     except FlashquantError as error:
         return Cell(architecture, scheme, REFUSED, str(error))
@@ -61,7 +57,7 @@ def _differences(architecture: str, scheme: str, folder: Path) -> str:
     from tests.engine.serving import serve
 
     paths = {which: policy(folder, architecture, which) for which in "ab"}
-    live, fresh = (serve(paths[which], scheme, KERNELS) for which in "ab")
+    live, fresh = (serve(paths[which], scheme, kernels(), tokens=_TOKENS) for which in "ab")
     if live.start.outputs == fresh.start.outputs:
         return "policies a and b say the same, so nothing is shown"
     before = footprints(live.tensors().items())

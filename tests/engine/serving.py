@@ -7,8 +7,6 @@ another one lives, so every engine started here stays until the process ends.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +22,8 @@ from flashquant.patches import kernel_state
 from flashquant.patches.guard import vllm_is
 from flashquant.patches.loading import session_of
 from flashquant.session import Session
+from tests.engine.kernels import choosing as choosing
+from tests.engine.kernels import multiply_fp8_as_everywhere
 from tests.groups import make_experts_group
 
 _KEPT: list[Any] = []  # of every Serving, those that a test drops included
@@ -89,6 +89,7 @@ class Serving:
 
     checkpoint: Path
     scheme: str
+    tokens: int = 16
     options: dict[str, Any] = field(default_factory=dict)
 
     @cached_property
@@ -96,6 +97,7 @@ class Serving:
         from vllm import LLM
 
         flashquant.patch()
+        multiply_fp8_as_everywhere()
         make_experts_group()
         with mock.patch.dict(os.environ, FLASHRL_CONFIG=self.scheme):
             llm = LLM(
@@ -120,11 +122,11 @@ class Serving:
         return session_of(self.model)
 
     def outputs(self) -> Outputs:
-        """16 greedy tokens for each of 4 prompts, with the log-probs of prompt and answer."""
+        """Greedy tokens after each of 4 prompts, with the log-probs of prompt and answer."""
         from vllm import SamplingParams
 
         sampling = SamplingParams(
-            max_tokens=16, temperature=0, ignore_eos=True, prompt_logprobs=0, logprobs=0
+            max_tokens=self.tokens, temperature=0, ignore_eos=True, prompt_logprobs=0, logprobs=0
         )
         prompts = [{"prompt_token_ids": tokens} for tokens in _PROMPTS]
         answers = self.llm.generate(prompts, sampling, use_tqdm=False)
@@ -205,18 +207,21 @@ def _input_size(module: nn.Module) -> int:
 _STARTED: dict[tuple[object, ...], Serving] = {}
 
 
-def serve(checkpoint: Path, scheme: str, kernels: str = "native", **options: Any) -> Serving:
+def serve(
+    checkpoint: Path, scheme: str, kernels: str = "native", tokens: int = 16, **options: Any
+) -> Serving:
     """The engine for a checkpoint in a scheme, started at the first call and kept.
 
     Args:
         kernels: which ones the surrounding `choosing` block makes vLLM choose.
+        tokens: how many an answer has.
 
     """
     if scheme == "fp8_channel" and scheme != BY_ROW:
         pytest.skip(FP8_CHANNEL.kwargs["reason"])
-    key = (checkpoint, scheme, kernels, repr(sorted(options.items())))
+    key = (checkpoint, scheme, kernels, tokens, repr(sorted(options.items())))
     if key not in _STARTED:
-        serving = Serving(checkpoint, scheme, options)
+        serving = Serving(checkpoint, scheme, tokens, options)
         _ = serving.start
         _STARTED[key] = serving
     return _STARTED[key]
@@ -236,77 +241,3 @@ def scheduling_ahead() -> Iterator[None]:
 
     with mock.patch.object(platform, "check_and_update_config", classmethod(leave_on)):
         yield
-
-
-@contextmanager
-def choosing(kernels: str) -> Iterator[None]:
-    """Make vLLM choose its CPU linears as on a machine with, or without, AMX.
-
-    Args:
-        kernels: `native` as this machine chooses; `amx` and `portable` make the
-            capability checks of vLLM's CPU linears answer yes and no. (Without AMX
-            the AMX kernels run on AVX-512: slower, from the same bytes.)
-
-    """
-    if kernels == "native":
-        yield
-        return
-    from vllm import _custom_ops  # noqa: F401  (loads the build that fits this CPU)
-    from vllm.model_executor.kernels.linear.scaled_mm import cpu
-    from vllm.model_executor.layers import utils
-
-    def check(n: int, k: int, dtype: torch.dtype) -> bool:
-        return kernels == "amx" and k % 32 == 0 and n % 16 == 0 and dtype != torch.float16
-
-    if kernels == "amx" and not hasattr(torch.ops._C, "convert_weight_packed"):
-        pytest.skip("vLLM has no AMX kernels in its build for CPUs without AVX-512")
-    answer = (kernels == "amx", None if kernels == "amx" else "the test says there is no AMX")
-    with ExitStack() as stack:
-        for module in (cpu, utils):
-            stack.enter_context(mock.patch.object(module, "check_cpu_sgl_kernel", check))
-        for name in ("CPUFp8PerTensorScaledMMLinearKernel", "CPUFp8BlockScaledMMKernel"):
-            if (kernel := getattr(cpu, name, None)) is not None:  # the first, since 0.31
-                says = classmethod(lambda *_: answer)
-                stack.enter_context(mock.patch.object(kernel, "is_supported", says))
-        stack.enter_context(_experts_and_mla(kernels == "amx"))
-        yield
-
-
-@contextmanager
-def _experts_and_mla(has_amx: bool) -> Iterator[None]:
-    """The same for experts of codes, and for the attention that DeepSeek has.
-
-    Not for experts in bf16: their kernel has AMX instructions of its own.
-    """
-    from vllm.platforms import cpu as platform
-
-    try:
-        from vllm.model_executor.layers.fused_moe.experts import cpu_moe
-    except ImportError:  # until 0.31
-        yield
-        return
-    with ExitStack() as stack:
-        for name in ("CPUExpertsInt8", "CPUExpertsFp8"):
-            if (experts := getattr(cpu_moe, name, None)) is not None:
-                says = staticmethod(lambda: has_amx)
-                stack.enter_context(mock.patch.object(experts, "_supports_current_device", says))
-        stack.enter_context(mock.patch.object(platform, "torch", _Torch(has_amx)))
-        yield
-
-
-class _Torch:
-    """torch as the platform sees it, on a machine with or without AMX."""
-
-    def __init__(self, has_amx: bool) -> None:
-        self.cpu = _TorchCpu(has_amx)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(torch, name)
-
-
-class _TorchCpu:
-    def __init__(self, has_amx: bool) -> None:
-        self._is_amx_tile_supported = lambda: has_amx
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(torch.cpu, name)

@@ -5,14 +5,15 @@
 
 from __future__ import annotations
 
-from itertools import chain
+from collections.abc import Iterator
 
 import pytest
 
-from tests.compatibility import workers
 from tests.compatibility.__main__ import PAGE, has_experts
+from tests.compatibility.cell import EXACT, SCHEMES, Cell
 from tests.compatibility.table import read
-from tests.compatibility.trial import EXACT, SCHEMES, Cell
+from tests.compatibility.workers import Asked, Worker
+from tests.engine.kernels import NO_AMX_KERNELS, has_amx_kernels
 from tests.engine.serving import needs
 
 pytestmark = [pytest.mark.engine, needs(">=0.32", "layers like those of the table")]
@@ -34,20 +35,33 @@ CELLS = [
 ]
 
 
+def _wants_amx(architecture: str, scheme: str) -> bool:
+    return scheme == "fp8_block" or (scheme == "int8" and has_experts(architecture))
+
+
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Cell]:
-    """Every cell, looked at in two processes: experts apart, and all others."""
-    folder = tmp_path_factory.mktemp("architectures")
-    groups = ([cell for cell in CELLS if has_experts(cell[0]) == one] for one in (False, True))
-    looked = chain.from_iterable(workers.run("judge", group, folder) for group in groups)
-    return {(cell.architecture, cell.scheme): cell for cell in looked}
+def worker(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Worker]:
+    """The process that looks at these cells, one test a cell: experts apart, and all others."""
+    worker = Worker("judge", tmp_path_factory.mktemp(request.param))
+    yield worker
+    worker.close()
 
 
-@pytest.mark.parametrize("cell", CELLS, ids="-".join)
-def test_a_reload_equals_a_restart(
-    cell: tuple[str, str], found: dict[tuple[str, str], Cell]
-) -> None:
-    assert found[cell] == Cell(*cell, EXACT)
+@pytest.mark.parametrize(
+    ("worker", "cell"),
+    [
+        pytest.param("experts" if has_experts(cell[0]) else "dense", cell, id="-".join(cell))
+        for cell in sorted(CELLS, key=lambda cell: has_experts(cell[0]))
+    ],
+    indirect=["worker"],
+    scope="module",  # or a worker would be started for every cell
+)
+def test_a_reload_equals_a_restart(worker: Worker, cell: Asked) -> None:
+    if _wants_amx(*cell) and not has_amx_kernels():
+        pytest.skip(NO_AMX_KERNELS)
+    assert worker.look(cell) == Cell(*cell, EXACT)
 
 
 def test_no_cell_of_the_table_is_blank_or_wrong() -> None:

@@ -9,9 +9,9 @@ neither the new policy nor the old one.
 from __future__ import annotations
 
 import pytest
-import torch
 
 from benchmarks.beside_vllm import FLASHQUANT, NATIVE, Row, run
+from tests.engine.kernels import packs_heads
 
 pytestmark = pytest.mark.engine
 
@@ -52,7 +52,7 @@ def test_vllms_own_reload_says_nothing_and_serves_something_else(
     native: dict[str, Row], situation: str
 ) -> None:
     """Neither the new weights nor the old ones, and no exception."""
-    if situation == TIED and not torch.cpu._is_avx512_supported():
+    if situation == TIED and not packs_heads():
         pytest.skip("without AVX-512, vLLM packs no copy of the head that could go stale")
     assert native[situation].verdict.startswith("silently wrong")
     assert not native[situation].equals_old

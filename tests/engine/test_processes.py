@@ -1,25 +1,18 @@
-"""The plugin in processes of its own: workers elsewhere, and compiled models."""
+"""The plugin in processes of its own: workers elsewhere, replicas, Ray's actors."""
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.engine.checkpoints import Policies
-from tests.engine.programs.engine import RESULT_FILE
-from tests.engine.serving import BY_ROW, FP8_CHANNEL, WEIGHT_VERSIONS, Serving, serve
+from tests.engine.processes import CORES, assert_lost, run_program
+from tests.engine.serving import BY_ROW, WEIGHT_VERSIONS, Serving, serve
 
 pytestmark = pytest.mark.engine
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -27,41 +20,11 @@ def policies(tmp_path_factory: pytest.TempPathFactory) -> Policies:
     return Policies(tmp_path_factory.mktemp("policies"), "qwen2")
 
 
-CORES = "|".join(map(str, sorted(os.sched_getaffinity(0))[:2]))
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-
-
-def _run(
-    program: str, policies: Policies, launcher: tuple[str, ...] = (), **environment: str
-) -> dict[str, Any]:
-    """What a program of `tests/engine/programs` answers in a process of its own."""
-    with tempfile.TemporaryDirectory() as scratch:
-        file = Path(scratch, "result.json")
-        ended = subprocess.run(
-            [
-                sys.executable,
-                *launcher,
-                "-m",
-                f"tests.engine.programs.{program}",
-                str(policies.bf16("a")),
-                str(policies.bf16("b")),
-            ],
-            cwd=ROOT,
-            env={**os.environ, **environment, RESULT_FILE: str(file)},
-            capture_output=True,
-            text=True,
-            timeout=500,
-            check=False,
-        )
-        assert file.exists(), f"exit code {ended.returncode}\n{ended.stderr[-4000:]}"
-        return dict(json.loads(file.read_text()))
-
-
 def test_workers_in_other_processes_hold_what_an_engine_in_this_one_holds(
     policies: Policies,
 ) -> None:
     """vLLM's default (multiprocess) engine, patched by the environment variable alone."""
-    answer = _run(
+    answer = run_program(
         "other_processes",
         policies,
         FLASHRL_CONFIG="int8",
@@ -86,7 +49,7 @@ def test_workers_in_other_processes_hold_what_an_engine_in_this_one_holds(
 @pytest.fixture(scope="module")
 def asynchronous(policies: Policies) -> dict[str, Any]:
     """Eleven updates of an `AsyncLLM`, and four clients meanwhile."""
-    return _run(
+    return run_program(
         "asynchronous",
         policies,
         FLASHRL_CONFIG=BY_ROW,
@@ -129,92 +92,11 @@ def assert_continues(said: list[list[float]], start: int, fresh: Serving) -> Non
     assert said[start:] == fresh.continued(prompt, len(said) - start)
 
 
-@pytest.mark.parametrize("scheme", ["int8", pytest.param("fp8_channel", marks=FP8_CHANNEL)])
-def test_a_compiled_engine_sees_the_new_weights(policies: Policies, scheme: str) -> None:
-    """Compiled code has addresses by heart; a reload in place is one that it sees."""
-    answer = _run("compiled", policies, FLASHRL_CONFIG=scheme, TORCHDYNAMO_DISABLE="0")
-
-    assert answer["digests"]
-    assert answer["reloaded"] == answer["fresh"]
-    assert answer["reloaded"] != answer["before"]
-
-
-@pytest.mark.parametrize("scheme", ["int8", pytest.param("fp8_channel", marks=FP8_CHANNEL)])
-def test_the_runner_that_a_gpu_has_sees_the_new_weights(policies: Policies, scheme: str) -> None:
-    """Its kernels interpreted, scheduling ahead; a dummy batch passes where no request may."""
-    pytest.importorskip("triton")
-    answer = _run(
-        "second_runner",
-        policies,
-        FLASHRL_CONFIG=scheme,
-        VLLM_USE_V2_MODEL_RUNNER="1",
-        TRITON_INTERPRET="1",
-    )
-
-    a, b = (serve(policies.bf16(policy), scheme) for policy in "ab")
-    assert answer["runner"] == "vllm.v1.worker.gpu.model_runner"
-    assert answer["scheduler"] == "AsyncScheduler"
-    assert answer["before"][0] == a.start.digest
-    assert answer["before"] != answer["after"] == answer["undone"] == answer["fresh"]
-    assert answer["fresh"][0] == b.start.digest
-    assert answer["on its way"]
-    assert 0 < answer["out"] < 7
-    assert answer["went on"] == answer["expected"]
-    assert answer["refused"][0] == "TornWeights"
-
-
-@pytest.mark.parametrize(
-    "scheme", ["int8", "fp8_vllm", pytest.param("fp8_channel", marks=FP8_CHANNEL)]
-)
-def test_two_workers_commit_together_or_not_at_all(policies: Policies, scheme: str) -> None:
-    """Tensor parallel: rank 1 fails alone, and is then killed in the middle of an update."""
-    answer = _run(
-        "tensor_parallel",
-        policies,
-        FLASHRL_CONFIG=scheme,
-        VLLM_ENABLE_V1_MULTIPROCESSING="1",
-        VLLM_ALLOW_INSECURE_SERIALIZATION="1",  # to send the workers a fault
-        VLLM_CPU_OMP_THREADS_BIND=CORES,
-    )
-
-    steps = answer["steps"]
-    assert answer["reported"] == steps["pushed b"] != steps["started on a"]
-    assert len(set(steps["pushed b"])) == 2  # each rank holds a shard of its own
-    assert answer["failed"][:2] == ["ReloadError", "rank 1: MemoryError: injected"]
-    assert steps["rank 1 failed"] == steps["pushed b"]
-    assert steps["pushed a"] == steps["started on a"]  # equal to a fresh start, per rank
-    assert "rank 1 did not commit this update (MemoryError" in answer["refused"][1]
-    assert steps["rank 1 failed in vLLM's reload"] == steps["started on a"]
-    assert steps["pushed b by vLLM's reload"] == steps["pushed b"]
-    assert_lost(answer["lost"], rank=1)
-
-
-@pytest.mark.parametrize("scheme", ["int8", "fp8_vllm"])
-def test_ranks_of_their_own_commit_together_or_not_at_all(policies: Policies, scheme: str) -> None:
-    """external_launcher: no front end in common, each program pushes to its own worker."""
-    answer = _run(
-        "external_launcher",
-        policies,
-        TORCHRUN,
-        FLASHRL_CONFIG=scheme,
-        VLLM_CPU_OMP_THREADS_BIND=CORES,
-        GLOO_SOCKET_IFNAME="lo",
-    )
-
-    assert len(set(answer["pushed b"])) == 2  # each rank holds a shard of its own
-    assert answer["pushed b"] != answer["started on a"]
-    (followed, why), (failed, _) = answer["raised"]
-    assert (followed, failed) == ("PeerFailed", "MemoryError")
-    assert "rank 1 did not commit this update (MemoryError: injected)" in why
-    assert answer["rank 1 failed"] == answer["pushed b"]
-    assert answer["pushed a"] == answer["started on a"]  # equal to a fresh start, per rank
-
-
 def test_replicas_take_the_entries_of_a_file_in_turn(policies: Policies, tmp_path: Path) -> None:
     """One front end, two data-parallel ranks, int8 and bf16; one push reaches both."""
     file = tmp_path / "mixed.yaml"
     file.write_text("configs: [{fn: int8}, {fn: bf16}]")
-    answer = _run(
+    answer = run_program(
         "replicas",
         policies,
         FLASHRL_CONFIG=str(file),
@@ -235,7 +117,7 @@ def test_an_engine_in_a_ray_actor_is_patched_and_so_is_rays_worker(
 ) -> None:
     """Set by the environment alone; every process says so in the log."""
     log = tmp_path / "flashquant.log"
-    answer = _run(
+    answer = run_program(
         "ray_actors",
         policies,
         FLASHRL_CONFIG="int8",
@@ -253,12 +135,3 @@ def test_an_engine_in_a_ray_actor_is_patched_and_so_is_rays_worker(
     assert len(processes) == 4  # the driver, the actor, its engine core, the worker
     patched = re.findall(r"\[(\d+)\].*: patched \d+ points", log.read_text())
     assert processes <= set(map(int, patched))
-
-
-def assert_lost(raised: list[Any], *, rank: int) -> None:
-    """Within 30 s, the call said who died, and what remains."""
-    kind, says, seconds = raised
-    assert kind == "WorkerLost"
-    assert f"rank {rank} (process" in says
-    assert "Nothing of the update is served" in says
-    assert seconds < 30

@@ -45,15 +45,19 @@ ENGINE_TESTS = tuple(
         "test_one_engine",
         "test_engine_state",
         "test_processes",
+        "test_compiled",
+        "test_ranks",
         "test_server",
         "test_experiments",
     )
 )
 # With --all only: what takes most of the time, and shows little that depends on the version.
-LONG_ENGINE_TESTS = ("tests/engine/test_faults.py", "tests/engine/test_beside_vllm.py")
-# And a real model, where tiny ones have its shape; the second scheme where each takes minutes.
+# Among them a real model, where tiny ones have its shape.
+LONG_ENGINE_TESTS = tuple(
+    f"tests/engine/{name}.py" for name in ("test_faults", "test_beside_vllm", "test_real_weights")
+)
+# And the second scheme where each takes minutes.
 LONG_CASES = (
-    "smollm2",
     "(test_a_compiled_engine and fp8_channel)",
     "(test_ranks_of_their_own and fp8_vllm)",
     "(test_two_workers and fp8_vllm)",

@@ -1,0 +1,123 @@
+"""Which of vLLM's CPU kernels this machine has, and which of them an engine gets.
+
+`tests.isa` says what the CPU is, or pretends to be; here is what follows from it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+NO_AMX_KERNELS = "vLLM has no AMX kernels in its build for CPUs without AVX512-BF16"
+
+
+def has_amx_kernels() -> bool:
+    """Whether vLLM's build for this CPU has them: for one with AVX512-BF16, they run on that."""
+    from vllm import _custom_ops  # noqa: F401  (loads the build that fits this CPU)
+
+    return hasattr(torch.ops._C, "convert_weight_packed")
+
+
+def packs_heads() -> bool:
+    """Whether vLLM packs a copy of a bf16 head, in whatever kernel it takes for it."""
+    return torch.cpu._is_avx512_supported()
+
+
+@functools.cache
+def multiply_fp8_as_everywhere() -> None:
+    """Keep torch from multiplying fp8 in oneDNN, in this process.
+
+    On a CPU with AMX torch does so, and oneDNN has no kernel for it there: 60 to 300 ms a tiny
+    layer, instead of one in float32, as on every other CPU. No promise depends on which it is.
+    """
+    multiply = torch._scaled_mm
+
+    @functools.wraps(multiply)
+    def without_onednn(*args: Any, **kwargs: Any) -> Any:
+        before = torch._C._get_mkldnn_enabled()
+        torch._C._set_mkldnn_enabled(False)
+        try:
+            return multiply(*args, **kwargs)
+        finally:
+            torch._C._set_mkldnn_enabled(before)
+
+    torch._scaled_mm = without_onednn
+
+
+@contextmanager
+def choosing(kernels: str) -> Iterator[None]:
+    """Make vLLM choose its CPU linears as on a machine with, or without, AMX.
+
+    Args:
+        kernels: `native` as this machine chooses; `amx` and `portable` make the
+            capability checks of vLLM's CPU linears answer yes and no. (Without AMX
+            the AMX kernels run on AVX-512: slower, from the same bytes.)
+
+    """
+    if kernels == "native":
+        yield
+        return
+    if kernels == "amx" and not has_amx_kernels():
+        pytest.skip(NO_AMX_KERNELS)
+    from vllm.model_executor.kernels.linear.scaled_mm import cpu
+    from vllm.model_executor.layers import utils
+
+    def check(n: int, k: int, dtype: torch.dtype) -> bool:
+        return kernels == "amx" and k % 32 == 0 and n % 16 == 0 and dtype != torch.float16
+
+    answer = (kernels == "amx", None if kernels == "amx" else "the test says there is no AMX")
+    with ExitStack() as stack:
+        for module in (cpu, utils):
+            stack.enter_context(mock.patch.object(module, "check_cpu_sgl_kernel", check))
+        for name in ("CPUFp8PerTensorScaledMMLinearKernel", "CPUFp8BlockScaledMMKernel"):
+            if (kernel := getattr(cpu, name, None)) is not None:  # the first, since 0.31
+                says = classmethod(lambda *_: answer)
+                stack.enter_context(mock.patch.object(kernel, "is_supported", says))
+        stack.enter_context(_experts_and_mla(kernels == "amx"))
+        yield
+
+
+@contextmanager
+def _experts_and_mla(has_amx: bool) -> Iterator[None]:
+    """The same for experts of codes, and for the attention that DeepSeek has.
+
+    Not for experts in bf16: their kernel has AMX instructions of its own.
+    """
+    from vllm.platforms import cpu as platform
+
+    try:
+        from vllm.model_executor.layers.fused_moe.experts import cpu_moe
+    except ImportError:  # until 0.31
+        yield
+        return
+    with ExitStack() as stack:
+        for name in ("CPUExpertsInt8", "CPUExpertsFp8"):
+            if (experts := getattr(cpu_moe, name, None)) is not None:
+                says = staticmethod(lambda: has_amx)
+                stack.enter_context(mock.patch.object(experts, "_supports_current_device", says))
+        stack.enter_context(mock.patch.object(platform, "torch", _Torch(has_amx)))
+        yield
+
+
+class _Torch:
+    """torch as the platform sees it, on a machine with or without AMX."""
+
+    def __init__(self, has_amx: bool) -> None:
+        self.cpu = _TorchCpu(has_amx)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+
+class _TorchCpu:
+    def __init__(self, has_amx: bool) -> None:
+        self._is_amx_tile_supported = lambda: has_amx
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch.cpu, name)
