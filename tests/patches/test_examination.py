@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from flashquant.cli import main
-from flashquant.patches import bench
-from flashquant.patches.examination import engines, front, policies
+from flashquant.patches import bench, doctor
+from flashquant.patches.examination import engines, front, policies, speed
 from flashquant.patches.examination.front import Serving
 from flashquant.patches.examination.programs import last_words
 from flashquant.patches.examination.speed import timings
@@ -236,6 +236,24 @@ def test_an_engine_leaves_room_on_a_gpu_for_others(monkeypatch: pytest.MonkeyPat
         bench.start(Path("x"), None)
 
     assert sum(options["gpu_memory_utilization"] for options in shares) < 0.9
+
+
+def test_a_kernel_that_does_not_run_is_a_finding_and_not_the_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def broken(*_: object) -> Any:
+        raise RuntimeError("no kernel image is available")
+
+    monkeypatch.setitem(doctor._DEFINITIONS, "int8", broken)
+    monkeypatch.setattr(speed, "int8_channel", broken)
+
+    found = [*doctor._kernels(), *timings(torch.device("cpu"))]
+
+    failed = [finding for finding in found if finding.verdict == "fails"]
+    assert {finding.name for finding in failed} == {"int8 on cpu"}
+    assert {finding.topic for finding in failed} == {"kernels", "speed"}
+    assert "no kernel image" in failed[0].detail
+    assert any(finding.name == "fp8_channel on cpu" for finding in found)
 
 
 def test_speeds_are_beside_the_copy_limit() -> None:
