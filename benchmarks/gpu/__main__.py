@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks.gpu import parts
+from benchmarks.gpu import parts, scratch
 from benchmarks.gpu.facts import Facts
 from benchmarks.gpu.parts import Part
 from benchmarks.results import save_text
@@ -50,7 +50,7 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--small", action="store_true", help="tiny models and shapes: a rehearsal")
     parser.add_argument("--rounds", type=int, default=5, help="turns that count (5)")
     parser.add_argument("--budget", type=float, default=1800, metavar="SECONDS", help="(1800)")
-    parser.add_argument("--scratch", type=Path, default=parts.scratch_folder(), metavar="FOLDER")
+    parser.add_argument("--scratch", type=Path, default=scratch.folder(), metavar="FOLDER")
     parser.add_argument("--keep", action="store_true", help="the checkpoints in it")
     parser.add_argument("--lines", action="store_true", help="a line of JSON a fact")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/out"))

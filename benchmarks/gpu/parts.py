@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from dataclasses import dataclass, replace
@@ -121,11 +120,3 @@ def _check_room(model: str, folder: Path) -> None:
             f"{folder} has {free / 1e9:.1f} GB free, and the checkpoint of {model} with room to "
             f"spare takes {_MARGIN * need / 1e9:.1f}. Name another folder with --scratch."
         )
-
-
-def scratch_folder() -> Path:
-    """In memory where there is much of it, for a restart reads its checkpoint; else on disk."""
-    shared = Path("/dev/shm")
-    is_roomy = shared.is_dir() and shutil.disk_usage(shared).free > 40e9
-    parent = shared if is_roomy else Path(tempfile.gettempdir())
-    return parent / f"flashquant-benchmarks-{os.getuid()}"

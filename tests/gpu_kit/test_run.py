@@ -105,7 +105,7 @@ def test_only_neighbours_of_a_group_run_at_once_and_what_measures_never() -> Non
 def test_every_benchmark_is_a_step_and_names_are_unique(device: str, tmp_path: Path) -> None:
     from benchmarks.gpu.parts import PARTS
 
-    found = steps.steps(device, tmp_path)
+    found = steps.steps(device, tmp_path, tmp_path)
 
     assert len({one.name for one in found}) == len(found)
     there = {one.command[3] for one in found if one.command[1] == "benchmarks.gpu"}

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from benchmarks.gpu import scratch
 from tools.gpu import environment, unpack
 from tools.gpu.page import Fact, page, verdict
 from tools.gpu.runner import Runner
@@ -27,7 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """0 where nothing failed."""
     options = _options(argv)
     options.work.mkdir(parents=True, exist_ok=True)
-    found = chosen(steps(options.device, options.work), options.only, options.skip)
+    every = steps(options.device, options.work, scratch.folder())
+    found = chosen(every, options.only, options.skip)
     if options.list:
         print("\n".join(f"{step.name:<36} at most {step.seconds} s" for step in found))
         return 0
@@ -93,7 +95,7 @@ def _run(found: list, env: dict[str, str], options: argparse.Namespace) -> int:
     try:
         runner.run(found)
     finally:
-        shutil.rmtree(options.work / "checkpoints", ignore_errors=True)
+        shutil.rmtree(scratch.folder(), ignore_errors=True)
         _keep(runner, options)
     print(f"\n{(options.out / 'report.md').read_text()}")
     print(f"{verdict(runner.facts)}; {options.out}/report.md, facts.json, all.log, tables.json")

@@ -62,12 +62,13 @@ class Step:
         return self.command[0] == "-c"
 
 
-def steps(device: str, work: Path) -> list[Step]:
+def steps(device: str, work: Path, scratch: Path) -> list[Step]:
     """All of them.
 
     Args:
         device: cuda, or cpu for a rehearsal, which takes longer.
-        work: a folder for what is measured, and for checkpoints.
+        work: a folder for what is measured.
+        scratch: one for checkpoints.
 
     """
     found = [
@@ -75,7 +76,7 @@ def steps(device: str, work: Path) -> list[Step]:
         Step("libraries", ("-m", "tools.gpu.libraries", "--device", device), 150, is_alone=True),
         Step("kernels", ("-c", _DOCTOR, "doctor", "--lines"), 150, is_alone=True),
         *_doctors(device),
-        *_benchmarks(device, work),
+        *_benchmarks(device, work, scratch),
         *_more(device),
     ]
     found.sort(key=lambda step: _RANK.get(step.group, 0))
@@ -118,7 +119,7 @@ def _doctors(device: str) -> Iterator[Step]:
         yield doctor(f"experts-deepseek-v2-{scheme}", device, scheme, "eager", "deepseek-v2")
 
 
-def _benchmarks(device: str, work: Path) -> Iterator[Step]:
+def _benchmarks(device: str, work: Path, scratch: Path) -> Iterator[Step]:
     """`bench`, what matters most; `speed`, all the rest."""
     first = {
         "kernels": 120,
@@ -145,7 +146,7 @@ def _benchmarks(device: str, work: Path) -> Iterator[Step]:
     for group, parts in (("bench", first), ("speed", rest)):
         for part, seconds in parts.items():
             command = ("-m", "benchmarks.gpu", "--part", part, "--lines", "--device", device)
-            command += ("--scratch", str(work / "checkpoints"), "--out", str(work / "tables"))
+            command += ("--scratch", str(scratch), "--out", str(work / "tables"))
             yield Step(f"{group}-{part}", command + small, seconds, is_alone=True)
 
 
