@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from benchmarks.results import described, machine, save_json, save_text
+from flashquant.errors import UnsupportedEngine
 
 Verdict = Literal["ok", "skipped", "fails"]
 
@@ -34,7 +35,9 @@ class Facts:
     def fails(self, name: str, failure: Exception) -> None:
         """One thing could not be measured; the others can."""
         said = " ".join(str(failure).split())[:300]
-        self.tell(name, f"{type(failure).__name__}: {said}", "fails")
+        # What flashquant refuses by name is no failure.
+        verdict: Verdict = "skipped" if isinstance(failure, UnsupportedEngine) else "fails"
+        self.tell(name, f"{type(failure).__name__}: {said}", verdict)
 
     def guarded(self, name: str, work: Callable[[], Any]) -> Any:
         """What the work returns, or None after it has been told that it failed."""
