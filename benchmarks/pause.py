@@ -17,100 +17,15 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import median
 from typing import Any
 
-from benchmarks import environment, models
-from benchmarks.results import described, machine, markdown, milliseconds, save_json, save_text
+from benchmarks import environment, models, under_load
+from benchmarks.results import described, machine, markdown, save_json, save_text
 
 SCHEMES = ("bf16", "int8", "fp8_vllm", "fp8_channel")
 _RESULT = "RESULT "
-
-
-def copy_of_codes(worker: Any) -> list[float]:
-    """Seconds to copy what this worker's kernels read, five times, and its bytes. Runs there."""
-    from flashquant.patches.loading import session_of
-
-    layers = session_of(worker.get_model())._engine.layers
-    live = [t for layer in layers for _, t in layer.tensors() if t.numel()]
-    copies = [t.detach().clone() for t in live]
-    seconds = []
-    for _ in range(5):
-        start = time.perf_counter()
-        for into, tensor in zip(copies, live, strict=True):
-            into.copy_(tensor.detach())
-        seconds.append(time.perf_counter() - start)
-    return [median(seconds), float(sum(t.nbytes for t in live))]
-
-
-async def measure(model: str, updates: int, clients: int) -> dict[str, Any]:
-    """One engine, under load."""
-    from vllm import AsyncEngineArgs, SamplingParams
-    from vllm.v1.engine.async_llm import AsyncLLM
-
-    import flashquant
-    from benchmarks.pause import copy_of_codes as codes  # not of __main__: others import it too
-
-    path = models.checkpoint(model)
-    policies = models.both_policies(path)
-    engine = AsyncLLM.from_engine_args(
-        AsyncEngineArgs(
-            str(path),
-            skip_tokenizer_init=True,
-            enforce_eager=True,
-            max_model_len=512,
-            kv_cache_memory_bytes=64 << 20,
-            dtype="bfloat16",
-        )
-    )
-    busy, tokens = True, [0]
-
-    async def client(number: int) -> None:
-        turn = 0
-        while busy:
-            turn += 1
-            sampling = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
-            prompt = {"prompt_token_ids": list(range(5 + number, 45 + number))}
-            async for _ in engine.generate(prompt, sampling, f"{number}-{turn}"):
-                tokens[0] += 1
-
-    working = [asyncio.create_task(client(number)) for number in range(clients)]
-    reports, copies, meanwhile = [], [], []
-    for update in range(updates + 1):
-        await asyncio.sleep(0.3)
-        before = tokens[0]
-        report = await flashquant.reload_weights(engine, policies[1 - update % 2], prepare=True)
-        meanwhile.append(tokens[0] - before)
-        (copied,) = await engine.collective_rpc(codes)
-        if update:  # the first makes the plans
-            reports.append(report)
-            copies.append(copied)
-    busy = False
-    await asyncio.gather(*working)
-    return {
-        "prepare": [report.prepare_seconds for report in reports],
-        "pause": [report.pause_seconds for report in reports],
-        "bytes": reports[-1].bytes_out,
-        "copy": [seconds for seconds, _ in copies],
-        "held": copies[-1][1],
-        "tokens": meanwhile[1:],
-    }
-
-
-def row(scheme: str, found: dict[str, Any]) -> list[str]:
-    pause, copy = median(found["pause"]), median(found["copy"])
-    return [
-        scheme,
-        milliseconds(median(found["prepare"])),
-        milliseconds(pause),
-        milliseconds(copy),
-        f"{pause / copy:.2f}x",
-        f"{found['bytes'] / 1e6:.0f} of {found['held'] / 1e6:.0f} MB",
-        f"{median(found['tokens']):.0f}",
-    ]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -125,12 +40,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.here:
-        found = asyncio.run(measure(options.model, options.updates, options.clients))
+        path = models.checkpoint(options.model)
+        policies = models.both_policies(path)
+        found = asyncio.run(under_load.measure(path, policies, options.updates, options.clients))
         sys.stdout.write(f"{_RESULT}{json.dumps(found)}\n")
         return 0
     results = {scheme: _elsewhere(options, scheme) for scheme in options.schemes}
-    header = ["scheme", "prepare", "pause", "copy", "pause / copy", "written", "tokens meanwhile"]
-    table = markdown(header, [row(scheme, found) for scheme, found in results.items()])
+    rows = [under_load.row(scheme, found) for scheme, found in results.items()]
+    table = markdown(under_load.TITLES, rows)
     said = f"{options.model}, {options.clients} clients, medians of {options.updates} updates"
     text = f"{described(machine())}\n\n{said}\n\n{table}\n"
     sys.stdout.write(text)

@@ -57,7 +57,11 @@ def measure(shape: str, rounds: int, *, slow: bool) -> list[Row]:
     """Everybody in turn, for one shape."""
     rows, columns = (int(part) for part in shape.split("x"))
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)).bfloat16()
-    work: dict[tuple[str, str], Work] = {(COPY, "torch"): copy(weight), **contenders(weight)}
+    work: dict[tuple[str, str], Work] = {
+        (COPY, "torch"): copy(weight),
+        **contenders(weight),
+        **vllms(weight),
+    }
     seconds: dict[tuple[str, str], list[float]] = {key: [] for key in work}
     for turn in range(rounds + 2):
         for (scheme, by), call in work.items():
@@ -79,10 +83,10 @@ def copy(weight: Tensor) -> Work:
 
 
 def contenders(weight: Tensor) -> Mapping[tuple[str, str], Work]:
-    """By scheme, and by what does it."""
-    codes8 = torch.zeros(weight.shape, dtype=torch.int8)
-    codes_fp8 = torch.zeros(weight.shape, dtype=torch.float8_e4m3fn)
-    columns = torch.rand(weight.shape[1]) + 0.5
+    """By scheme, and by what does it; on the device of the weight."""
+    codes8 = torch.zeros_like(weight, dtype=torch.int8)
+    codes_fp8 = torch.zeros_like(weight, dtype=torch.float8_e4m3fn)
+    columns = torch.rand(weight.shape[1], device=weight.device) + 0.5
     scale = weight.float().mul(columns).abs().amax(1, keepdim=True) / 127
     factors = {"int8_frozen": (columns, scale.flatten().reciprocal())}
     factors["int8_refreshed"] = (*factors["int8_frozen"], scale)
@@ -93,15 +97,15 @@ def contenders(weight: Tensor) -> Mapping[tuple[str, str], Work]:
         for by, function in (("quick", quick), ("definition", room)):
             call, extra = getattr(function, scheme), factors.get(scheme, ())
             found[scheme, by] = _bound(call, weight, extra, into)
-    return found | vllms(weight, codes_fp8)
+    return found
 
 
 def _bound(call: Callable[..., object], weight: Tensor, extra: tuple, into: Tensor) -> Work:
     return lambda: call(weight, *extra, into)
 
 
-def vllms(weight: Tensor, codes: Tensor) -> dict[tuple[str, str], Work]:
-    """Those of its CPU ops that quantize rows; each makes its own codes, or is given ours."""
+def vllms(weight: Tensor) -> dict[tuple[str, str], Work]:
+    """Those of its CPU ops that quantize rows."""
     environment.prepare()
     import vllm._custom_ops  # noqa: F401  (registers them)
 
@@ -128,9 +132,13 @@ def table(rows: list[Row]) -> str:
         cells = []
         for shape in shapes:
             (row,) = [r for r in rows if (r.shape, r.scheme, r.by) == (shape, scheme, by)]
-            cells.append(f"{row.ratio:.2f} ({median(row.rounds) * 1e3:.1f} ms)")
+            cells.append(f"{row.ratio:.2f} ({_time(median(row.rounds))})")
         lines.append((scheme, by, *cells))
     return markdown(("of the copy limit", "by", *shapes), lines)
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds * 1e6:.0f} us" if seconds < 1e-3 else f"{seconds * 1e3:.1f} ms"
 
 
 def plot(rows: list[Row], path: Path) -> None:

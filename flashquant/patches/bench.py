@@ -120,7 +120,16 @@ def start(path: Path, config: str | None, **options: Any) -> LLM:
         "dtype": "bfloat16",
     }
     with _flashrl_config(config):
-        return LLM(str(path), **(defaults | options))
+        return LLM(str(path), **(defaults | room_for_others() | options))
+
+
+def room_for_others() -> dict[str, float]:
+    """What a small engine is told of a GPU that it shares with others.
+
+    Where `kv_cache_memory_bytes` is given, vLLM takes what it needs and no more. But it does not
+    start unless this share of the memory is free, and its default is nearly all of it.
+    """
+    return {"gpu_memory_utilization": 0.05} if torch.cuda.is_available() else {}
 
 
 @contextmanager
@@ -177,20 +186,39 @@ def _wait() -> None:
 
 
 def take_turns(
-    syncs: Mapping[str, Sync], policies: Sequence[Mapping[str, Tensor]], rounds: int
+    syncs: Mapping[str, Sync],
+    policies: Sequence[Mapping[str, Tensor]],
+    rounds: int,
+    lost: Callable[[str, Exception], None] | None = None,
 ) -> list[Timing]:
-    """Time A B C A B C ..., after one turn that nobody counts; the policies alternate."""
+    """Time A B C A B C ..., after one turn that nobody counts; the policies alternate.
+
+    Args:
+        syncs: everybody who takes a turn, by name.
+        policies: what they bring in.
+        rounds: how often each takes a turn that counts.
+        lost: called with what a sync raises, which is then left out; else that is raised.
+
+    """
+    syncs = dict(syncs)
     seconds: dict[str, list[float]] = {name: [] for name in syncs}
     phases: dict[str, list[Mapping[str, float]]] = {name: [] for name in syncs}
     for turn in range(rounds + 1):
-        for name, sync in syncs.items():
-            took, report = timed(sync, policies[(turn + 1) % len(policies)])
+        for name, sync in list(syncs.items()):
+            try:
+                took, report = timed(sync, policies[(turn + 1) % len(policies)])
+            except Exception as failure:
+                if lost is None:
+                    raise
+                lost(name, failure)
+                del syncs[name]
+                continue
             seconds[name].append(took)
             if isinstance(report, ReloadReport) and turn:
                 phases[name].append(report.phases)
     return [
         Timing(name, first, rest, _medians(phases[name]))
-        for name, (first, *rest) in seconds.items()
+        for name, (first, *rest) in ((name, seconds[name]) for name in syncs)
     ]
 
 

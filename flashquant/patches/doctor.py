@@ -12,6 +12,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -25,6 +26,7 @@ from flashquant.patches import engine_args, guard
 from flashquant.schemes import fp8_channel, fp8_tensor, int8_channel
 
 Verdict = Literal["ok", "skipped", "fails"]
+_WORDS = 400  # shown of what a kernel raises
 Quantize = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
@@ -103,10 +105,19 @@ def _kernels() -> Iterator[Finding]:
     devices = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
     for device in devices:
         for name, quantize in _DEFINITIONS.items():
-            yield _as_on_the_cpu(name, quantize, weight, device)
-            yield _as_vllms(name, quantize, weight, device)
+            for look in (_as_on_the_cpu, _as_vllms):
+                yield _looked(f"{name} on {device}", partial(look, name, quantize, weight, device))
         if device != "cpu":
-            yield _triton(device)
+            yield _looked(f"triton on {device}", partial(_triton, device))
+
+
+def _looked(name: str, look: Callable[[], Finding]) -> Finding:
+    """A kernel that does not run is a finding, and the others are still looked at."""
+    try:
+        return look()
+    except Exception as failure:  # whatever a compiler or a device raises
+        said = " ".join(str(failure).split())
+        return Finding("kernels", name, "fails", f"{type(failure).__name__}: {said}"[:_WORDS])
 
 
 def _triton(device: str) -> Finding:

@@ -16,15 +16,26 @@ from torch import Tensor, nn
 from vllm import LLM, SamplingParams
 
 from flashquant.patches import kernel_state, patch
+from flashquant.patches.bench import room_for_others
 from flashquant.patches.engine_args import ONLINE
 from flashquant.patches.examination import policies
 from flashquant.patches.examination.layouts import describe
 from flashquant.patches.loading import session_of
+from flashquant.patches.target import reload_weights
 from flashquant.report import ReloadReport
 from flashquant.session import Session
 from flashquant.verify import footprints
 
 SCHEMES = ("bf16", "int8", *ONLINE)
+Mode = Literal["eager", "graphs", "compiled"]
+# What is given to vLLM for each: nothing is captured or compiled; CUDA graphs of layers that are
+# not compiled, which start in seconds; both, as engines serve in production.
+_OPTIONS: dict[Mode, dict[str, Any]] = {
+    "eager": {"enforce_eager": True},
+    "graphs": {"compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}},
+    "compiled": {},
+}
+MODES = tuple(_OPTIONS)
 _PROMPTS = [list(range(start, start + 40)) for start in (5, 8, 16, 205)]
 
 
@@ -43,24 +54,29 @@ class Step:
     detail: str = ""
 
 
-VLLM_ALONE = "vllm"
+VLLM_ALONE, FRESH = "vllm", "fresh"  # what a push is compared with
+RUNNER = "runner"
 _alive: list[object] = []  # until the process ends, see above
 
 
-def examine(scheme: str, folder: Path, *, compiled: bool) -> Iterator[Step]:
+def examine(
+    scheme: str, folder: Path, *, mode: Mode = "eager", attention: str | None = None
+) -> Iterator[Step]:
     """Start both engines in a scheme, push, compare, and push back.
 
     Args:
         scheme: one of `SCHEMES`.
         folder: where `policies.write` has written.
-        compiled: with torch.compile and, on a GPU, CUDA graphs; else eager.
+        mode: one of `MODES`; a CPU has no graphs.
+        attention: vLLM's name of a backend; its own choice, if not given.
 
     """
-    engines = _Engines(scheme, folder, compiled=compiled)
+    engines = _Engines(scheme, folder, mode, attention)
     _alive.append(engines)
     looks = {
-        VLLM_ALONE: engines.start_vllm_alone,
+        engines.compared_with: engines.start_fresh,
         "start": engines.start,
+        RUNNER: engines.compare_runners,
         "bytes": engines.push_b,
         "addresses": engines.compare_addresses,
         "outputs": engines.compare_outputs,
@@ -78,27 +94,38 @@ class _Engines:
     Each look returns what is wrong, or nothing, and what it saw.
     """
 
-    def __init__(self, scheme: str, folder: Path, *, compiled: bool) -> None:
-        self._scheme, self._folder, self._compiled = scheme, folder, compiled
+    def __init__(self, scheme: str, folder: Path, mode: Mode, attention: str | None) -> None:
+        self._scheme, self._folder, self._mode, self._attention = scheme, folder, mode, attention
         self._fresh: Any = None
         self._live: Any = None
         self._session: Session
 
-    def start_vllm_alone(self) -> tuple[str, str]:
-        checkpoint = self._folder / ("b-int8" if self._scheme == "int8" else "b")
-        self._fresh = _serve(checkpoint, self._compiled, quantization=ONLINE.get(self._scheme))
+    @property
+    def compared_with(self) -> str:
+        """VLLM alone; or a fresh start of flashquant, where vLLM stores other layers as codes."""
+        online = self._scheme in ONLINE
+        routed = policies.has_routers_that_vllm_quantizes(self._folder / "b")
+        return FRESH if online and routed else VLLM_ALONE
+
+    def start_fresh(self) -> tuple[str, str]:
+        if self.compared_with == FRESH:
+            self._fresh = self._serve_patched("b")
+        else:
+            checkpoint = self._folder / ("b-int8" if self._scheme == "int8" else "b")
+            self._fresh = self._serve(checkpoint, quantization=ONLINE.get(self._scheme))
         self._said = outputs(self._fresh)
         return "", "serves the scheme"
 
     def start(self) -> tuple[str, str]:
-        os.environ["FLASHRL_CONFIG"] = self._scheme
-        try:
-            self._live = _serve(self._folder / "a", self._compiled)
-        finally:
-            del os.environ["FLASHRL_CONFIG"]
+        self._live = self._serve_patched("a")
         self._session = session_of(_model(self._live))
         self._at_first = self._session.digest()
         return "", describe(_model(self._live))
+
+    def compare_runners(self) -> tuple[str, str]:
+        """CUDA's default for dense models is vLLM's second model runner, a CPU's the first."""
+        alone, ours = served_by(self._fresh), served_by(self._live)
+        return "" if alone == ours else f"{ours}, and {self._words()} by {alone}", ours
 
     def push_b(self) -> tuple[str, str]:
         outputs(self._live)  # what is captured or compiled has run with the old weights
@@ -108,7 +135,7 @@ class _Engines:
         different = [n for n in live.keys() | fresh.keys() if not _same(live.get(n), fresh.get(n))]
         size = sum(tensor.nbytes for tensor in fresh.values())
         wrong = f"{len(different)} of {len(fresh)} differ: {', '.join(sorted(different)[:3])}"
-        right = f"{len(fresh)} tensors, {size:,} bytes, as vLLM alone loads them"
+        right = f"{len(fresh)} tensors, {size:,} bytes, as {self._words()} loads them"
         return wrong if different else "", f"{right}; {report.seconds * 1000:.1f} ms"
 
     def compare_addresses(self) -> tuple[str, str]:
@@ -119,11 +146,10 @@ class _Engines:
 
     def compare_outputs(self) -> tuple[str, str]:
         if outputs(self._fresh) != self._said:
-            return "", "not comparable: vLLM alone does not say the same thing twice here"
-        graphs = self._live.llm_engine.vllm_config.compilation_config.cudagraph_mode
-        how = f"{'compiled' if self._compiled else 'eager'}, CUDA graphs: {graphs.name}"
-        wrong = "" if outputs(self._live) == self._said else "other tokens or log-probs than vLLM's"
-        return wrong, f"every token and log-prob as vLLM alone ({how})"
+            return "", f"not comparable: {self._words()} does not say the same thing twice here"
+        same = outputs(self._live) == self._said
+        wrong = "" if same else f"other tokens or log-probs than {self._words()}"
+        return wrong, f"every token and log-prob as {self._words()} ({self._mode})"
 
     def push_a(self) -> tuple[str, str]:
         self._push("a")
@@ -136,7 +162,36 @@ class _Engines:
         """As a trainer on the same device would."""
         device = next(_model(self._live).parameters()).device
         sent = policies.tensors(self._folder / policy).items()
-        return self._session.reload({name: tensor.to(device) for name, tensor in sent})
+        weights = {name: tensor.to(device) for name, tensor in sent}
+        report: ReloadReport = reload_weights(self._live, weights)
+        return report
+
+    def _words(self) -> str:
+        return "vLLM alone" if self.compared_with == VLLM_ALONE else "a fresh start"
+
+    def _serve_patched(self, policy: str) -> Any:
+        os.environ["FLASHRL_CONFIG"] = self._scheme
+        try:
+            return self._serve(self._folder / policy)
+        finally:
+            del os.environ["FLASHRL_CONFIG"]
+
+    def _serve(self, checkpoint: Path, **options: Any) -> Any:
+        options |= _OPTIONS[self._mode] | {"attention_backend": self._attention}
+        return _serve(checkpoint, options)
+
+
+def served_by(llm: Any) -> str:
+    """Which model runner, attention and CUDA graphs vLLM has chosen for an engine."""
+    runner = llm.collective_rpc(_runner)[0]
+    generation = "V2" if runner.startswith("vllm.v1.worker.gpu.") else "V1"
+    attention = {type(m.impl).__name__ for m in _model(llm).modules() if hasattr(m, "impl")}
+    graphs = llm.llm_engine.vllm_config.compilation_config.cudagraph_mode
+    return f"{generation} ({runner}), {', '.join(sorted(attention))}, CUDA graphs {graphs.name}"
+
+
+def _runner(worker: Any) -> str:
+    return type(worker.model_runner).__module__
 
 
 def outputs(llm: Any) -> list[tuple[list[int], list[float]]]:
@@ -158,21 +213,20 @@ def tensors(model: nn.Module) -> dict[str, Tensor]:
     return {
         f"{name}.{path}": leaf
         for name, module in model.named_modules()
-        if not name.endswith(".attn")  # the KV cache
+        if not name.endswith(".attn")
         for path, leaf in kernel_state.leaves(module).items()
-        if isinstance(leaf, Tensor)
+        # A compressed attention holds weights beside its cache.
+        if isinstance(leaf, Tensor) and not path.startswith("kv_cache")
     }
 
 
-def _serve(checkpoint: Path, compiled: bool, **options: Any) -> Any:
+def _serve(checkpoint: Path, options: dict[str, Any]) -> Any:
     """A small engine in this process."""
     patch()
-    # Others may be at work on the same GPU; what is served here is tiny.
-    options |= {"gpu_memory_utilization": 0.05} if torch.cuda.is_available() else {}
+    options |= room_for_others()
     return LLM(
         str(checkpoint),
         skip_tokenizer_init=True,
-        enforce_eager=not compiled,
         kv_cache_memory_bytes=16 << 20,
         max_model_len=128,
         max_num_seqs=8,
@@ -192,4 +246,5 @@ def _same(one: Tensor | None, other: Tensor | None) -> bool:
         return False
     if (one.shape, one.stride(), one.dtype) != (other.shape, other.stride(), other.dtype):
         return False
-    return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
+    # Flat, for a scalar has no last dimension to be bytes of.
+    return torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))

@@ -1,62 +1,85 @@
-"""One program a scheme, one after another, and a verdict in a line."""
+"""One program a scheme, one after another, and a verdict in a line that can be pasted."""
 
 from __future__ import annotations
 
-import json
 import os
 import platform
-import re
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import vllm
 from vllm.platforms import current_platform
 
 from flashquant import __version__
+from flashquant.errors import UnsupportedEngine
 from flashquant.patches.doctor import Finding
 from flashquant.patches.examination import policies
-from flashquant.patches.examination.engines import SCHEMES, VLLM_ALONE
+from flashquant.patches.examination.engines import FRESH, RUNNER, SCHEMES, VLLM_ALONE, Mode
+from flashquant.patches.examination.programs import NO_END, Program, last_words
 from flashquant.patches.examination.speed import timings
 
 _PROGRAM = "flashquant.patches.examination"
 _TOPIC = "engine in "
-_RANK = re.compile(r"^\[rank\d+\]:")  # before each line of a worker
-_EXCEPTION = re.compile(r"[\w.]+(Error|Exception|Interrupt|Exit|Engine): ")
-_WORDS = 600  # shown of what a program said last
-_SECONDS = 900  # for one scheme: two engines, perhaps compiled
+
+
+@dataclass(frozen=True)
+class Serving:
+    """How the engines are served that are looked at.
+
+    Attributes:
+        model: one of `policies.MODELS`.
+        mode: eager, with CUDA graphs, or compiled with them as in production.
+        attention: vLLM's name of a backend; its own choice, if not given.
+        seconds: after which the program of one scheme is ended: two engines, perhaps compiled.
+
+    """
+
+    model: str = policies.DENSE
+    mode: Mode = "eager"
+    attention: str | None = None
+    seconds: float = 600
 
 
 def examine_engines(
+    serving: Serving,
     *,
     gpu: bool,
-    compiled: bool,
     schemes: Sequence[str] = SCHEMES,
+    with_speed: bool = True,
     tell: Callable[[str], None] = lambda _: None,
-) -> list[Finding]:
+) -> Iterator[Finding]:
     """Serve a tiny model in each scheme, on whatever vLLM serves on here.
 
     Args:
+        serving: which model, and how.
         gpu: nothing but a GPU will do.
-        compiled: engines as they serve in production; else eager, which is quicker.
         schemes: which ones.
+        with_speed: time the quantization kernels first.
         tell: called with a line before each of them, which may take a minute.
+
+    Yields:
+        Each finding as soon as there is one; last, the verdict.
 
     """
     if gpu and (missing := _why_no_gpu()):
-        return [Finding("engines", "gpu", "fails", missing)]
+        yield Finding("engines", "gpu", "fails", missing)
+        return
     device = torch.device("cuda" if current_platform.is_cuda_alike() else "cpu")
-    findings = list(timings(device))
+    if with_speed:
+        yield from timings(device)
+    found: list[Finding] = []
     with tempfile.TemporaryDirectory(prefix="flashquant-") as folder:
-        policies.write(Path(folder))
+        policies.write(Path(folder), serving.model)
         for scheme in schemes:
-            tell(f"serving a tiny model in {scheme}, by vLLM alone and by flashquant ...")
-            findings += _examine(scheme, Path(folder), compiled=compiled)
-    return [*findings, _verdict(findings, device)]
+            tell(f"serving a tiny {serving.model} in {scheme}, by vLLM alone and by flashquant ...")
+            for finding in _examine(scheme, Path(folder), serving):
+                found.append(finding)
+                yield finding
+    yield _verdict(found, device, serving)
 
 
 def _why_no_gpu() -> str:
@@ -73,43 +96,32 @@ def _why_no_gpu() -> str:
     return ""
 
 
-def _examine(scheme: str, folder: Path, *, compiled: bool) -> list[Finding]:
-    """Run the program of one scheme, and take down what it found, however it ended."""
+def _examine(scheme: str, folder: Path, serving: Serving) -> Iterator[Finding]:
+    """Run the program of one scheme, and take down what it finds, however it ends."""
     answer, log = folder / f"{scheme}.jsonl", folder / f"{scheme}.log"
     command = [sys.executable, "-m", _PROGRAM, scheme, str(folder), str(answer)]
-    with log.open("w") as output:
-        try:
-            ended = subprocess.run(
-                [*command, *(["--compiled"] if compiled else [])],
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=_environment(compiled=compiled),
-                timeout=_SECONDS,
-                check=False,
-            )
-            end = "" if ended.returncode == 0 else f"exit code {ended.returncode}"
-        except subprocess.TimeoutExpired:
-            end = f"no end after {_SECONDS} seconds"
-    steps = (
-        [json.loads(line) for line in answer.read_text().splitlines()] if answer.exists() else []
-    )
-    return list(_findings(scheme, steps, end, _last_words(log)))
-
-
-def _findings(
-    scheme: str, steps: Sequence[dict[str, Any]], end: str, last_words: str
-) -> Iterator[Finding]:
-    topic = f"{_TOPIC}{scheme}"
-    for step in steps:
+    command += ["--mode", serving.mode]
+    command += ["--attention", serving.attention] if serving.attention else []
+    env = _environment(compiled=serving.mode == "compiled")
+    program = Program(command, env=env, log=log, seconds=serving.seconds)
+    last = "import"
+    for step in program.answers(answer):
+        last = step["name"]
         if step["verdict"] != "begun":
-            yield Finding(topic, step["name"], step["verdict"], step["detail"])
-    if not end:
-        return
-    last = steps[-1]["name"] if steps else "import"
-    if last == VLLM_ALONE:
-        yield Finding(topic, last, "skipped", f"vLLM alone does not serve it here: {last_words}")
-    else:
-        yield Finding(topic, last, "fails", f"{end}: {last_words}")
+            yield Finding(f"{_TOPIC}{scheme}", last, step["verdict"], step["detail"])
+    if program.ended:
+        yield _cut_short(scheme, last, program.ended, log)
+
+
+def _cut_short(scheme: str, last: str, end: str, log: Path) -> Finding:
+    """The program of a scheme came to an end in a step."""
+    said = last_words(log)
+    if last == VLLM_ALONE and not end.startswith(NO_END):
+        said = f"vLLM alone does not serve it here: {said}"
+        return Finding(f"{_TOPIC}{scheme}", last, "skipped", said)
+    if last == FRESH and UnsupportedEngine.__name__ in said:
+        return Finding(f"{_TOPIC}{scheme}", last, "skipped", said)
+    return Finding(f"{_TOPIC}{scheme}", last, "fails", f"{end}: {said}")
 
 
 def _environment(*, compiled: bool) -> dict[str, str]:
@@ -127,25 +139,17 @@ def _environment(*, compiled: bool) -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in without} | ours
 
 
-def _last_words(log: Path) -> str:
-    """What the last exception says; of a program that raised none, its last line."""
-    written = log.read_text(errors="replace").splitlines()
-    lines = [said for line in written if (said := _RANK.sub("", line).strip())]
-    raised = [index for index, line in enumerate(lines) if _EXCEPTION.match(line)]
-    last = lines[raised[-1] :] if raised else lines[-1:]
-    return " ".join(last)[:_WORDS] or "it said nothing"
-
-
-def _verdict(findings: Sequence[Finding], device: torch.device) -> Finding:
+def _verdict(findings: Sequence[Finding], device: torch.device, serving: Serving) -> Finding:
     """Everything in a line that can be pasted."""
     by_scheme: dict[str, set[str]] = {}
     for finding in findings:
-        if finding.topic.startswith(_TOPIC):
-            by_scheme.setdefault(finding.topic.removeprefix(_TOPIC), set()).add(finding.verdict)
+        by_scheme.setdefault(finding.topic.removeprefix(_TOPIC), set()).add(finding.verdict)
     said = ", ".join(f"{scheme} {_in_a_word(seen)}" for scheme, seen in by_scheme.items())
+    runners = {f.detail.split(" ")[0] for f in findings if f.name == RUNNER and f.verdict == "ok"}
     line = (
         f"flashquant {__version__} on {_name(device)}, vllm {vllm.__version__}, "
-        f"torch {torch.__version__}: {said}"
+        f"torch {torch.__version__}, {serving.model}, {serving.mode}, "
+        f"runner {' and '.join(sorted(runners)) or 'unknown'}: {said}"
     )
     fails = any("fails" in seen for seen in by_scheme.values())
     return Finding("verdict", "engines", "fails" if fails else "ok", line)

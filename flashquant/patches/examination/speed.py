@@ -16,6 +16,7 @@ from flashquant.schemes import fp8_channel, fp8_tensor, int8_channel
 _ROWS = {"cpu": 2048, "cuda": 8192}
 _COLUMNS = 4096
 _RUNS = 9
+_WORDS = 400  # shown of what a kernel raises
 _BYTES_A_WEIGHT = 3  # two are read, one is written
 _FP8 = torch.float8_e4m3fn
 Quantizers = dict[str, tuple[Callable[[Tensor, Tensor], object], torch.dtype]]
@@ -27,7 +28,13 @@ def timings(device: torch.device) -> Iterator[Finding]:
     limit = _copy_limit(weight)
     for name, (quantize, dtype) in _quantizers(device).items():
         codes = torch.empty_like(weight, dtype=dtype)
-        seconds = _median(functools.partial(quantize, weight, codes), device)
+        try:
+            seconds = _median(functools.partial(quantize, weight, codes), device)
+        except Exception as failure:  # whatever a compiler or a device raises
+            said = " ".join(str(failure).split())[:_WORDS]
+            found = f"{type(failure).__name__}: {said}"
+            yield Finding("speed", f"{name} on {device.type}", "fails", found)
+            continue
         detail = (
             f"{seconds * 1e3:.3f} ms for {weight.shape[0]} x {weight.shape[1]} bf16, "
             f"{seconds / limit:.1f} times the copy limit of {limit * 1e3:.3f} ms"

@@ -1,0 +1,178 @@
+"""What is run on a GPU machine, most valuable facts first; each step a program with a limit."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+_DENSE = ("fp8_channel", "int8", "fp8_vllm", "fp8_block", "bf16")
+_V1 = {"VLLM_USE_V2_MODEL_RUNNER": "0"}
+_TRITON = ("--attention", "TRITON_ATTN")
+_IMPORT = 20  # seconds of a doctor's own, before it looks at a scheme
+_PATIENCE = 4  # times the limits, on a CPU
+_DOCTOR = "import sys; from flashquant.cli import main; sys.exit(main())"
+
+
+@dataclass(frozen=True)
+class Way:
+    """How engines are served, where vLLM's own choice does not run."""
+
+    arguments: tuple[str, ...] = ()
+    env: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        settings = [f"{name}={value}" for name, value in self.env.items()]
+        return " ".join((*settings, *self.arguments)) or "vLLM's own choice"
+
+
+# Tried in order by the step `serve`; what works is kept for the doctor's steps after it.
+WAYS = (Way(), Way(_TRITON), Way(env=_V1), Way(_TRITON, _V1))
+
+
+@dataclass(frozen=True)
+class Step:
+    """One program.
+
+    Attributes:
+        name: unique; what is before the first dash is its group.
+        command: without the interpreter.
+        seconds: after which it is ended.
+        is_alone: it measures, so nothing else runs meanwhile. Others of a group may run together.
+        env: beside everything else.
+        tries_ways: run again, another way, until vLLM serves.
+
+    """
+
+    name: str
+    command: tuple[str, ...]
+    seconds: int
+    is_alone: bool = False
+    env: dict[str, str] = field(default_factory=dict)
+    tries_ways: bool = False
+
+    @property
+    def group(self) -> str:
+        return self.name.split("-")[0]
+
+    @property
+    def serves(self) -> bool:
+        """Whether it starts engines that may have to be served another way."""
+        return self.command[0] == "-c"
+
+
+def steps(device: str, work: Path, scratch: Path) -> list[Step]:
+    """All of them.
+
+    Args:
+        device: cuda, or cpu for a rehearsal, which takes longer.
+        work: a folder for what is measured.
+        scratch: one for checkpoints.
+
+    """
+    found = [
+        Step("machine", ("-m", "tools.gpu.machine", "--device", device), 120, is_alone=True),
+        Step("libraries", ("-m", "tools.gpu.libraries", "--device", device), 150, is_alone=True),
+        Step("kernels", ("-c", _DOCTOR, "doctor", "--lines"), 150, is_alone=True),
+        *_doctors(device),
+        *_benchmarks(device, work, scratch),
+        *_more(device),
+    ]
+    found.sort(key=lambda step: _RANK.get(step.group, 0))
+    if device == "cuda":
+        return found
+    return [replace(step, seconds=step.seconds * _PATIENCE) for step in found]
+
+
+# Doctors in the first half, speed after it; what few people run, at the end.
+_RANK = {"eager": 1, "graphs": 2, "bench": 3, "experts": 4, "speed": 5, "more": 6}
+
+
+def doctor(
+    name: str,
+    device: str,
+    scheme: str,
+    mode: str,
+    model: str = "llama",
+    seconds: int = 180,
+    arguments: tuple[str, ...] = (),
+    **env: str,
+) -> Step:
+    """Engines of one scheme: vLLM's on B beside flashquant's that goes from A to B and back."""
+    where = "--gpu" if device == "cuda" else "--engine"
+    limit = (seconds - _IMPORT) * (1 if device == "cuda" else _PATIENCE)
+    command = ("-c", _DOCTOR, "doctor", where, "--lines", "--engines-only", "--scheme", scheme)
+    command += ("--mode", mode, "--model", model, "--limit", str(limit), *arguments)
+    return Step(name, command, seconds, env=env, tries_ways=name == "serve")
+
+
+def _doctors(device: str) -> Iterator[Step]:
+    yield doctor("serve", device, "bf16", "eager", seconds=120)
+    for mode in ("eager", "graphs"):
+        for scheme in _DENSE:
+            if (scheme, mode) != ("bf16", "eager"):  # that was `serve`
+                yield doctor(f"{mode}-{scheme}", device, scheme, mode)
+    for scheme in ("bf16", "int8", "fp8_block"):
+        yield doctor(f"experts-qwen3-moe-{scheme}", device, scheme, "eager", "qwen3-moe")
+    for scheme in ("bf16", "int8", "fp8_channel"):
+        yield doctor(f"experts-deepseek-v2-{scheme}", device, scheme, "eager", "deepseek-v2")
+
+
+def _benchmarks(device: str, work: Path, scratch: Path) -> Iterator[Step]:
+    """`bench`, what matters most; `speed`, all the rest."""
+    first = {
+        "kernels": 120,
+        "reload-0.5b-eager": 180,
+        "reload-1.5b-graphs": 240,
+        "pause-1.5b-graphs": 240,
+    }
+    rest = {
+        "reload-7b-eager-fp8_channel": 240,
+        "reload-7b-eager-int8": 240,
+        "reload-qwen3-moe-eager": 180,
+        "reload-deepseek-v2-eager": 180,
+        "reload-7b-eager-fp8_vllm": 240,
+        "reload-7b-eager-fp8_block": 240,
+        "reload-7b-eager-bf16": 240,
+        "reload-7b-graphs-fp8_channel": 240,
+        "reload-0.5b-graphs": 180,
+        "reload-1.5b-eager": 240,
+        "pause-0.5b-eager": 300,
+        "reload-qwen3-moe-graphs": 180,
+        "reload-deepseek-v2-graphs": 180,
+    }
+    small = () if device == "cuda" else ("--small", "--rounds", "2")
+    for group, parts in (("bench", first), ("speed", rest)):
+        for part, seconds in parts.items():
+            command = ("-m", "benchmarks.gpu", "--part", part, "--lines", "--device", device)
+            command += ("--scratch", str(scratch), "--out", str(work / "tables"))
+            yield Step(f"{group}-{part}", command + small, seconds, is_alone=True)
+
+
+def _more(device: str) -> Iterator[Step]:
+    """Other ways of running."""
+    yield doctor("more-compiled-fp8_channel", device, "fp8_channel", "compiled", seconds=300)
+    yield doctor("more-compiled-int8", device, "int8", "compiled", seconds=300)
+    yield doctor("more-runner-v1", device, "fp8_channel", "graphs", **_V1)
+    yield doctor("more-triton-attention", device, "fp8_channel", "eager", arguments=_TRITON)
+    deep = {"VLLM_USE_DEEP_GEMM": "1", "VLLM_MOE_USE_DEEP_GEMM": "1"}
+    yield doctor("more-deep-gemm", device, "fp8_block", "eager", seconds=300, **deep)
+    for model in ("qwen3-moe", "deepseek-v2"):
+        yield doctor(f"more-graphs-{model}", device, "int8", "graphs", model)
+
+
+def chosen(found: list[Step], only: list[str], skip: list[str]) -> list[Step]:
+    """By the beginnings of names; the machine is always looked at."""
+    wanted = ("machine", *only) if only else ("",)
+    return [
+        step
+        for step in found
+        if step.name.startswith(wanted) and not (skip and step.name.startswith(tuple(skip)))
+    ]
+
+
+def interpreted(step: Step, way: Way) -> list[str]:
+    """The whole command of a step, another way if it serves."""
+    is_doctor = step.serves and "--engines-only" in step.command
+    return [sys.executable, *step.command, *(way.arguments if is_doctor else ())]
