@@ -134,6 +134,7 @@ def _forget(worker: Any) -> None:
 # Where a worker keeps what is under way between two calls.
 _FEED, _DIGESTING = "_flashquant_feed", "_flashquant_digesting"
 
+PREFIX = "flashquant_"
 RELOAD = "flashquant_reload"
 TRY_RELOAD = "flashquant_try_reload"
 PREPARE = "flashquant_prepare"

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,15 +13,12 @@ import pytest
 
 import flashquant
 from flashquant.patches import derived
-from tests.engine import sounds
+from tests.engine import elsewhere, sounds
 from tests.engine.checkpoints import Policies
 from tests.engine.programs import heard
-from tests.engine.programs.engine import RESULT_FILE
 from tests.engine.serving import serve
 
 pytestmark = pytest.mark.engine
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -54,34 +48,23 @@ def hearing(checkpoint: Path) -> Any:
     return _KEPT[-1]
 
 
-def elsewhere(ears: dict[str, Path], how: str, scratch: Path) -> dict[str, Any]:
-    """The same conversation with an engine core in another process."""
-    file = scratch / "result.json"
-    environment = {"FLASHRL_CONFIG": "bf16", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    program = ("-m", "tests.engine.programs.heard", str(ears["a"]), str(ears["b"]), how)
-    ended = subprocess.run(
-        [sys.executable, *program],
-        cwd=ROOT,
-        env={**os.environ, **environment, RESULT_FILE: str(file)},
-        capture_output=True,
-        text=True,
-        timeout=500,
-        check=False,
-    )
-    assert file.exists(), f"exit code {ended.returncode}\n{ended.stderr[-4000:]}"
-    return dict(json.loads(file.read_text()))
-
-
 @pytest.mark.parametrize("where", ["in this process", "in another process"])
 @pytest.mark.parametrize("how", ["flashquant", "rpc"])
 def test_what_was_heard_by_the_old_encoder_is_heard_again(
-    ears: dict[str, Path], fresh: Any, how: str, where: str, tmp_path: Path
+    ears: dict[str, Path], fresh: Any, how: str, where: str
 ) -> None:
     """The same sound, by a request in flight and by later ones; and the engine lives."""
     if where == "in this process":
         answer = heard.converse(hearing(ears["a"]), ears["b"], how)
     else:
-        answer = elsewhere(ears, how, tmp_path)
+        answer = elsewhere.run(
+            "heard",
+            ears["a"],
+            ears["b"],
+            how,
+            FLASHRL_CONFIG="bf16",
+            VLLM_ENABLE_V1_MULTIPROCESSING="1",
+        )
 
     assert answer["after"] == answer["again"] == heard.said(fresh) != answer["before"]
     tokens = tuple(int(token) for token, _ in answer["in flight"])

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.engine import elsewhere
 from tests.engine.checkpoints import Policies
-from tests.engine.programs.engine import RESULT_FILE
 from tests.engine.serving import WEIGHT_VERSIONS, Serving, serve
 
 pytestmark = pytest.mark.engine
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -35,26 +29,8 @@ def _run(
     program: str, policies: Policies, launcher: tuple[str, ...] = (), **environment: str
 ) -> dict[str, Any]:
     """What a program of `tests/engine/programs` answers in a process of its own."""
-    with tempfile.TemporaryDirectory() as scratch:
-        file = Path(scratch, "result.json")
-        ended = subprocess.run(
-            [
-                sys.executable,
-                *launcher,
-                "-m",
-                f"tests.engine.programs.{program}",
-                str(policies.bf16("a")),
-                str(policies.bf16("b")),
-            ],
-            cwd=ROOT,
-            env={**os.environ, **environment, RESULT_FILE: str(file)},
-            capture_output=True,
-            text=True,
-            timeout=500,
-            check=False,
-        )
-        assert file.exists(), f"exit code {ended.returncode}\n{ended.stderr[-4000:]}"
-        return dict(json.loads(file.read_text()))
+    checkpoints = (policies.bf16("a"), policies.bf16("b"))
+    return elsewhere.run(program, *checkpoints, launcher=launcher, **environment)
 
 
 def test_workers_in_other_processes_hold_what_an_engine_in_this_one_holds(
