@@ -11,11 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from torch import Tensor
 
 SAMPLING_RATE = 16000
 OPTIONS: dict[str, Any] = {
@@ -57,15 +56,28 @@ def make(path: Path, *, policy: int, tower: int) -> Path:
         audio_token_index=_WORDS + 1,
         dtype=torch.bfloat16,
     )
-    model = transformers.Qwen2AudioForConditionalGeneration(config)
+    with torch.device("meta"):
+        model = transformers.Qwen2AudioForConditionalGeneration(config)
+    weights = {}
     for number, (name, parameter) in enumerate(sorted(model.named_parameters())):
         heard = "audio_tower" in name or "multi_modal_projector" in name
         dice = torch.Generator().manual_seed(1000 * (tower if heard else policy) + number)
         values = torch.randn(parameter.shape, generator=dice) * 0.06
-        parameter.data = values + (1 if "norm" in name else 0)
-    model.bfloat16().save_pretrained(path)
+        weights[_published(name)] = (values + (1 if "norm" in name else 0)).bfloat16()
+    path.mkdir(parents=True)
+    config.architectures = ["Qwen2AudioForConditionalGeneration"]
+    config.save_pretrained(path)
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
     _add_processor(path)
     return path
+
+
+def _published(name: str) -> str:
+    """As the checkpoints of this architecture call it, from before transformers had moved it."""
+    if name == "lm_head.weight":
+        return "language_model.lm_head.weight"
+    name = name.removeprefix("model.")
+    return name.replace("language_model.", "language_model.model.", 1)
 
 
 def _add_processor(path: Path) -> None:
@@ -82,11 +94,6 @@ def _add_processor(path: Path) -> None:
             additional_special_tokens=list(_SPECIAL),
         ),
     ).save_pretrained(path)
-
-
-def tensors(path: Path) -> dict[str, Tensor]:
-    """Every tensor of a checkpoint, by its name in the file."""
-    return load_file(path / "model.safetensors")
 
 
 def prompt(seed: int = 0) -> dict[str, Any]:
