@@ -141,12 +141,15 @@ class Transactions:
         """
         if self.current is None or self.quiet is None or not 0 < seconds <= self.quiet:
             return
+        quiet, keeps = self.quiet, self.current.undo.can_restore
         logger.error(
             "an update was begun, and nothing has come of it for %.0f seconds "
-            "(FLASHQUANT_BRACKET_TIMEOUT=%g): its trainer is taken to be gone. The update is "
-            "rolled back; requests go on under the weights from before it.",
-            self.quiet,
+            "(FLASHQUANT_BRACKET_TIMEOUT=%g): its trainer is taken to be gone. %s",
+            quiet,
             seconds,
+            "It is rolled back; requests go on under the weights from before it."
+            if keeps
+            else "It kept no undo log, so requests are refused until a complete update.",
         )
         self._roll_back(self.current, ReloadError("its trainer was gone"))
 

@@ -155,7 +155,8 @@ def _take_note(core: Any) -> None:
     standings = [Standing(*answer) for answer in answers]
     version = max(standing.version for standing in standings)
     drafts = max(standing.drafts for standing in standings)
-    if (version, drafts) != (noted.version, noted.drafts) or any(s.forgot for s in standings):
+    half = derived.has_encoder(core) and any(standing.forgot for standing in standings)
+    if (version, drafts) != (noted.version, noted.drafts) or half:
         derived.drop(core)
     if version != noted.version:
         core.set_weight_version(str(version))
