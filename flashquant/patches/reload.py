@@ -102,7 +102,9 @@ def _finish_weight_update(original: Any, worker: Any) -> None:
 def _end_weight_update(worker: Any) -> None:
     """vLLM waits for no end of it any more."""
     worker._weight_update_active = False
-    worker.weight_transfer_engine.reset_weight_update_target()
+    engine = worker.weight_transfer_engine
+    if hasattr(engine, "reset_weight_update_target"):  # since 0.26, with updates of drafts
+        engine.reset_weight_update_target()
 
 
 def _session_of_update(worker: Any) -> Session | None:
@@ -111,11 +113,13 @@ def _session_of_update(worker: Any) -> Session | None:
     return None if engine is None else find_session(engine.model)
 
 
-def _execute_model(original: Any, runner: Any, scheduled: Any, *args: Any, **kwargs: Any) -> Any:
+def _execute_model(
+    original: Any, runner: Any, scheduler_output: Any, *args: Any, **kwargs: Any
+) -> Any:
     """A step of no tokens only tells the worker which requests are over: nothing is computed."""
-    if scheduled.total_num_scheduled_tokens:
+    if scheduler_output.total_num_scheduled_tokens:
         check_servable(runner.get_model())
-    return original(runner, scheduled, *args, **kwargs)
+    return original(runner, scheduler_output, *args, **kwargs)
 
 
 def _reset_encoder_cache(original: Any, runner: Any) -> None:

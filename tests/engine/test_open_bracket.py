@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
 
+from flashquant.errors import TornWeights
+from flashquant.patches.loading import check_servable
 from tests.engine import elsewhere
 from tests.engine.checkpoints import Policies
 from tests.engine.programs.open_bracket import LONG, SHORT
@@ -82,6 +85,23 @@ def test_an_update_that_its_trainer_has_left_is_rolled_back_in_time(
 ) -> None:
     """By itself; the request that waited is answered by the old weights."""
     assert told["a"] == told["ways"]["nobody"] == [fresh["a"].start.digest, says(fresh["a"])]
+
+
+def test_in_the_callers_own_process_the_next_step_takes_it_back(
+    policies: Policies, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where nothing waits, nothing else could."""
+    monkeypatch.setenv("FLASHQUANT_BRACKET_TIMEOUT", "0.5")
+    live = serve(policies.bf16("a"), SCHEME, seed=4)  # an engine of its own
+    weights = list(policies.tensors("b").items())
+    live.session.begin()
+    live.session.push(weights[: len(weights) // 2])
+    with pytest.raises(TornWeights):
+        check_servable(live.model)
+
+    time.sleep(0.6)
+
+    live.snapshot().assert_same(live.start)
 
 
 def test_a_trainer_that_was_taken_to_be_gone_cannot_go_on_in_the_middle(
