@@ -107,6 +107,10 @@ def server(
     found = Server(f"http://127.0.0.1:{port}", request.param, folder, log)
     try:
         _wait_for(found, process)
+        for policy in "ab":
+            weights = policies.bf16(policy) / "model.safetensors"
+            shutil.copy(weights, folder / f"{policy}.safetensors")
+        found.post("init_weight_transfer_engine", init_info={"folder": str(folder)})
         yield found
     finally:
         process.terminate()
@@ -128,10 +132,6 @@ def test_fifty_updates_over_http_while_eight_clients_generate(
     server: Server, policies: Policies
 ) -> None:
     """No request fails, and both replicas end on what a fresh engine serves."""
-    for policy in "ab":
-        weights = policies.bf16(policy) / "model.safetensors"
-        shutil.copy(weights, server.folder / f"{policy}.safetensors")
-    server.post("init_weight_transfer_engine", init_info={"folder": str(server.folder)})
     enough = Event()
 
     def client() -> int:
