@@ -72,7 +72,7 @@ def patch_from_env() -> None:
     if not os.environ.get("FLASHRL_CONFIG"):
         from flashquant.late import ask_again
 
-        ask_again(patch_from_env)
+        ask_again(patch_from_env, is_patched)
         return
     from flashquant.config import config_from_env
     from flashquant.logs import set_up_logging

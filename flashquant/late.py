@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 _LOADER = "load_general_plugins"
 
 
-def ask_again(hook: Callable[[], None]) -> None:
+def ask_again(hook: Callable[[], None], is_patched: Callable[[], bool]) -> None:
     """Call `hook` as the next engine begins after FLASHRL_CONFIG has been set.
 
     Without effect where vLLM has not been imported: it will load its plugins yet.
@@ -34,11 +34,13 @@ def ask_again(hook: Callable[[], None]) -> None:
         loaded = load()
         if os.environ.get("FLASHRL_CONFIG"):
             setattr(plugins, _LOADER, load)
-            logger.warning(
-                "FLASHRL_CONFIG was set after vLLM had loaded its plugins in this process. Engines "
-                "from now on are patched; those made before are not, and cannot be reloaded."
-            )
+            before = is_patched()
             hook()
+            if not before:  # now, for the hook has set up the log
+                logger.warning(
+                    "FLASHRL_CONFIG was set after vLLM had loaded its plugins in this process. "
+                    "Engines from now on are patched; those made before cannot be reloaded."
+                )
         return loaded
 
     load_and_ask.__flashquant__ = _LOADER  # type: ignore[attr-defined]

@@ -28,8 +28,8 @@ def test_an_engine_that_begins_after_the_variable_was_set_is_patched_and_the_log
     asked: list[str] = []
     kept = plugins.load_general_plugins
 
-    ask_again(lambda: asked.append("patch"))
-    ask_again(lambda: asked.append("patch"))
+    for _ in range(2):
+        ask_again(lambda: asked.append("patch"), lambda: False)
     plugins.load_general_plugins()
     assert asked == []
     monkeypatch.setenv("FLASHRL_CONFIG", "int8")
@@ -41,6 +41,18 @@ def test_an_engine_that_begins_after_the_variable_was_set_is_patched_and_the_log
     (warning,) = caplog.messages
     assert "set after vLLM had loaded its plugins" in warning
     assert plugins.load_general_plugins is kept
+
+
+def test_whoever_patched_by_hand_hears_nothing(
+    plugins: ModuleType, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Their engines are patched already."""
+    ask_again(lambda: None, lambda: True)
+    monkeypatch.setenv("FLASHRL_CONFIG", "int8")
+
+    plugins.load_general_plugins()
+
+    assert caplog.messages == []
 
 
 def test_a_misspelt_configuration_stops_that_engine(
