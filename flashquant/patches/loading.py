@@ -29,7 +29,7 @@ class _Attached:
 
     def __init__(self, model: nn.Module, vllm_config: Any, own: Any) -> None:
         self.engine = LiveEngine(model, vllm_config, quantized=own.quantization is not None)
-        self.is_draft = own is not vllm_config.model_config
+        self.is_draft = _is_draft(own, vllm_config)
         self.session = Session(
             self.engine,
             checks=self.engine.checks,
@@ -64,6 +64,18 @@ class _Attached:
                 "llm.llm_engine.reset_encoder_cache() after each update, or push by "
                 "llm.collective_rpc or flashquant.reload_weights(llm, ...), which do."
             )
+
+
+def _is_draft(own: Any, vllm_config: Any) -> bool:
+    """Whether a model of this configuration drafts for the one that is served.
+
+    Some drafters put their own into a copy of the whole configuration; one that has no model
+    (n-grams) calls the target its own.
+    """
+    speculative = vllm_config.speculative_config
+    if speculative is None or own is speculative.target_model_config:
+        return False
+    return own is speculative.draft_model_config or own is not vllm_config.model_config
 
 
 def find_session(model: nn.Module) -> Session | None:
