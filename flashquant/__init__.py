@@ -63,13 +63,16 @@ def is_patched() -> bool:
 
 
 def patch_from_env() -> None:
-    """vLLM's plugin hook: patch when FLASHRL_CONFIG is set, else do nothing at all.
+    """vLLM's plugin hook: patch when FLASHRL_CONFIG is set, else do nothing until it is.
 
     Raises:
         ConfigError: FLASHRL_CONFIG or a logging variable says something impossible.
 
     """
     if not os.environ.get("FLASHRL_CONFIG"):
+        from flashquant.late import ask_again
+
+        ask_again(patch_from_env, is_patched)
         return
     from flashquant.config import config_from_env
     from flashquant.logs import set_up_logging

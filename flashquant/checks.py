@@ -1,14 +1,15 @@
-"""Which proofs every reload carries; all of them, unless the environment says otherwise.
+"""What every update is watched for; all of it, unless the environment says otherwise.
 
 FLASHQUANT_LEDGER=0   do not compare where every live tensor is, before and after
 FLASHQUANT_DIGEST=0   leave the digest out of reports (`status` still takes it)
+FLASHQUANT_BRACKET_TIMEOUT=600   roll an update back after so many seconds without its trainer
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from flashquant.errors import ConfigError
 
@@ -16,11 +17,13 @@ _PREFIX = "FLASHQUANT_"
 
 
 class Checks(BaseModel):
-    """What is looked at in every reload.
+    """What is looked at in every update.
 
     Attributes:
         ledger: no live tensor changed its address, shape, stride or dtype.
         digest: a fingerprint of everything the kernels read, in every report.
+        bracket_timeout: seconds after which an update that was begun, and into which nothing
+            has come since, is rolled back; 0 for never.
 
     """
 
@@ -28,13 +31,14 @@ class Checks(BaseModel):
 
     ledger: bool = True
     digest: bool = True
+    bracket_timeout: float = Field(default=600.0, ge=0, allow_inf_nan=False)
 
 
 def checks_from_env(environ: Mapping[str, str]) -> Checks:
-    """Read FLASHQUANT_LEDGER and FLASHQUANT_DIGEST; unset means on.
+    """Read FLASHQUANT_LEDGER, FLASHQUANT_DIGEST (unset means on), FLASHQUANT_BRACKET_TIMEOUT.
 
     Raises:
-        ConfigError: a value that is neither yes nor no.
+        ConfigError: a value that is neither yes nor no, or no number of seconds.
 
     """
     variables = {field: f"{_PREFIX}{field.upper()}" for field in Checks.model_fields}
@@ -43,6 +47,9 @@ def checks_from_env(environ: Mapping[str, str]) -> Checks:
         return Checks.model_validate(said)
     except ValidationError as wrong:
         field = str(wrong.errors()[0]["loc"][0])
-        raise ConfigError(
-            f"{variables[field]}={said[field]!r} is neither yes nor no; set it to 1 or 0"
-        ) from wrong
+        says = f"{variables[field]}={said[field]!r}"
+        if field == "bracket_timeout":
+            raise ConfigError(
+                f"{says} is no number of seconds; set it to one, or to 0 to wait for ever"
+            ) from wrong
+        raise ConfigError(f"{says} is neither yes nor no; set it to 1 or 0") from wrong

@@ -168,6 +168,8 @@ class Status:
             own code, then carried into it.
         fallback: layers of which a tensor is placed by the engine's own loader at every
             push, because it does more than copy.
+        drafts: speculative drafts beside the model, and how many updates each has committed: they
+            take pushes of their own.
 
     """
 
@@ -183,6 +185,7 @@ class Status:
     direct: tuple[str, ...]
     staged: tuple[str, ...]
     fallback: tuple[str, ...]
+    drafts: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
     def of_workers(cls, statuses: Sequence[Status]) -> Status:
@@ -226,6 +229,7 @@ class Status:
         if self.asleep:
             parts.append("asleep")
         parts += [f"{layer} waits for {some_of(names)}" for layer, names in self.pending.items()]
+        parts += [f"draft {name} at version {version}" for name, version in self.drafts.items()]
         if self.digest is not None:
             parts.append(f"digest {self.digest[:_DIGEST_SHOWN]}")
         return ", ".join(parts)

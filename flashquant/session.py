@@ -185,6 +185,15 @@ class Session:
         update = self._transactions.current
         return update is not None and self.in_bracket and not update.prepares
 
+    @property
+    def quiet(self) -> float | None:
+        """Seconds since anything came into the bracket that is open; None where none is."""
+        return self._transactions.quiet
+
+    def take_back_what_was_left(self) -> None:
+        """Roll back an update whose trainer is gone, by `Checks.bracket_timeout`."""
+        self._transactions.take_back_what_was_left(self._checks.bracket_timeout)
+
     def check_nothing_waits(self) -> None:
         """The trainer has sent everything it wanted to, in pushes outside a bracket.
 

@@ -8,6 +8,7 @@ for long: whoever comes next finds a busy update, and takes it back.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -128,6 +129,30 @@ class Transactions:
             self._roll_back(self.current, ReloadError("the update was abandoned"))
         self.current = None
 
+    @property
+    def quiet(self) -> float | None:
+        """Seconds since anything came into the bracket that is open; None where none is."""
+        return time.monotonic() - self.current.touched if self.current and self.in_bracket else None
+
+    def take_back_what_was_left(self, seconds: float) -> None:
+        """Roll back a bracket into which nothing has come for so long; 0 for never.
+
+        What its trainer may still send of it is refused, until it begins anew.
+        """
+        if self.current is None or self.quiet is None or not 0 < seconds <= self.quiet:
+            return
+        quiet, keeps = self.quiet, self.current.undo.can_restore
+        logger.error(
+            "an update was begun, and nothing has come of it for %.0f seconds "
+            "(FLASHQUANT_BRACKET_TIMEOUT=%g): its trainer is taken to be gone. %s",
+            quiet,
+            seconds,
+            "It is rolled back; requests go on under the weights from before it."
+            if keeps
+            else "It kept no undo log, so requests are refused until a complete update.",
+        )
+        self._roll_back(self.current, ReloadError("its trainer was gone"))
+
     def take_back_what_was_cut_off(self) -> None:
         """Roll back an update whose own call could not, as when it was interrupted twice."""
         if self.current is not None and self.current.busy:
@@ -153,7 +178,7 @@ class Transactions:
             with uninterrupted():
                 if stands:
                     self._stand(update)
-                update.busy = False
+                update.busy, update.touched = False, time.monotonic()
         except BaseException as failure:
             self._roll_back(update, failure)
             raise

@@ -27,6 +27,7 @@ class Update:
         busy: something is being done for it right now, or was cut off.
         at_stake: the parameters that are lost if it fails and keeps no undo log.
         over: it stands, or it has been rolled back.
+        touched: when its trainer was last heard of, by `time.monotonic`.
 
     """
 
@@ -34,6 +35,7 @@ class Update:
     bracket: bool = False
     prepares: bool = False
     start: float = field(default_factory=time.perf_counter)
+    touched: float = field(default_factory=time.monotonic)
     round: int | None = None
     busy: bool = False
     over: bool = False

@@ -24,6 +24,18 @@ def test_anything_else_is_refused_with_the_name_of_the_variable():
         checks_from_env({"FLASHQUANT_DIGEST": "maybe"})
 
 
+def test_an_unfinished_update_waits_ten_minutes_unless_something_else_is_said():
+    assert checks_from_env({}).bracket_timeout == 600
+    assert checks_from_env({"FLASHQUANT_BRACKET_TIMEOUT": "2.5"}).bracket_timeout == 2.5
+    assert checks_from_env({"FLASHQUANT_BRACKET_TIMEOUT": "0"}).bracket_timeout == 0
+
+
+@pytest.mark.parametrize("wrong", ["soon", "-1", "inf", "nan"])
+def test_what_is_no_number_of_seconds_is_refused(wrong):
+    with pytest.raises(ConfigError, match=r"FLASHQUANT_BRACKET_TIMEOUT=.*no number of seconds"):
+        checks_from_env({"FLASHQUANT_BRACKET_TIMEOUT": wrong})
+
+
 def test_they_travel_as_plain_data():
     checks = Checks(ledger=False)
 

@@ -110,6 +110,12 @@ class ModelBlueprint:
             if is_deferred_attention_layer(module)
         ]
         self._borrowed = tuple(borrowed(model, names))
+        self._model = model
+        self._places = [
+            (parent, name, child)
+            for parent in model.modules()
+            for name, child in parent.named_children()
+        ]
         self.targets: dict[str, Tensor] = {names[key]: meta for key, meta in metas.items()}
         # Parameters are told apart by id; keeping them alive keeps the ids theirs.
         self._originals = list(model.parameters())
@@ -159,7 +165,11 @@ class ModelBlueprint:
         """
         values = values or {}
         kept = [(layer.module, layer.module._parameters) for layer in self.layers]
+        exchanged = self._exchanged()
+        children = [(parent, dict(parent._modules)) for parent, _, _ in exchanged]
         try:
+            for parent, name, child in exchanged:
+                parent._modules[name] = child
             for layer in self.layers:
                 layer.module.__dict__["_parameters"] = {
                     name: None if meta is None else _stand_in(layer.targets[name], meta, values)
@@ -169,6 +179,21 @@ class ModelBlueprint:
         finally:
             for module, parameters in kept:
                 module.__dict__["_parameters"] = parameters
+            for parent, live in children:
+                parent._modules.clear()
+                parent._modules.update(live)
+
+    def _exchanged(self) -> list[tuple[nn.Module, str, nn.Module]]:
+        """The children that were dropped for others since, as a draft's head for its target's.
+
+        A wrapper, such as an adapter's, still holds what was there.
+        """
+        live = set(self._model.modules())
+        return [
+            (parent, name, child)
+            for parent, name, child in self._places
+            if child not in live and parent in live
+        ]
 
 
 def _blueprint(

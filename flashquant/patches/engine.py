@@ -207,3 +207,9 @@ def asks_for_session(vllm_config: VllmConfig) -> bool:
     """Whether this engine was configured by flashquant."""
     additional = vllm_config.additional_config
     return isinstance(additional, dict) and ADDITIONAL_CONFIG_KEY in additional
+
+
+def bracket_timeout(vllm_config: VllmConfig) -> float:
+    """Seconds after which an update that its trainer has left is rolled back; 0 for never."""
+    decided = vllm_config.additional_config[ADDITIONAL_CONFIG_KEY]
+    return Checks(**decided["checks"]).bracket_timeout

@@ -4,11 +4,13 @@ What a stack pushes by RPC (its own worker methods included) passes
 `EngineCore.collective_rpc`, in the process that holds the scheduler. So there, in
 the same call and before the next step:
 
-    new weights             keys and values of the old ones are dropped, those of requests in
+    new weights             what was made of the old ones is dropped (`derived`), requests in
                             flight are computed anew, and outputs carry the new version
-    a bracket stays open    no step runs until it is closed: a forward pass would meet
-                            layers of two policies, and refuse; whoever pauses or resumes in the
-                            meantime has their way when it is closed
+    a bracket stays open    no token is scheduled until it is closed: a forward pass would meet
+                            layers of two policies, and refuse. Whatever is aborted, paused, resumed
+                            or asked for in the meantime; a step that only tells the workers which
+                            requests are over may run. A bracket whose trainer is gone is rolled
+                            back after FLASHQUANT_BRACKET_TIMEOUT
     the weights are torn    requests are refused until a complete update has healed them; a
                             forward pass would refuse too, but end the engine with it
 """
@@ -17,15 +19,18 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from vllm.v1.core.sched.interface import PauseState
+from vllm.v1.engine import EngineCoreRequestType
 from vllm.v1.engine.core import DPEngineCoreProc, EngineCoreProc
 from vllm.v1.request import RequestStatus
 
 from flashquant.errors import TornWeights
-from flashquant.patches import worker
-from flashquant.patches.engine import asks_for_session
+from flashquant.patches import derived, worker
+from flashquant.patches.engine import asks_for_session, bracket_timeout
 from flashquant.patches.guard import vllm_is
 from flashquant.patches.loading import Standing
 from flashquant.patches.point import PatchPoint
@@ -33,6 +38,8 @@ from flashquant.patches.point import PatchPoint
 logger = logging.getLogger(__name__)
 
 _HAS_VERSION = vllm_is(">=0.27")  # before, an engine core knows no version of its weights
+_LOOK_EVERY = 1.0  # seconds
+_AFTER = 0.05  # seconds, by which the clocks of workers may differ
 
 
 class _Noted:
@@ -40,9 +47,11 @@ class _Noted:
 
     def __init__(self) -> None:
         self.version = 0
+        self.drafts = 0  # the versions of its drafts, together
         self.in_bracket = False  # an update was begun, and not finished yet
-        self.paused = False  # by us, for that
         self.torn = ""  # why nothing may be generated
+        self.alarm: threading.Timer | None = None  # for an update that its trainer may have left
+        self.rang = False
 
 
 def _collective_rpc(
@@ -66,6 +75,12 @@ def _collective_rpc(
     return result
 
 
+def _init(original: Any, core: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+    original(core, vllm_config, *args, **kwargs)
+    if asks_for_session(vllm_config):
+        derived.warn(core)
+
+
 def _add_request(original: Any, core: Any, request: Any, request_wave: int = 0) -> None:
     torn = _noted(core).torn
     if not torn or not isinstance(core, EngineCoreProc):
@@ -83,21 +98,44 @@ def _add_request_here(original: Any, engine: Any, *args: Any, **kwargs: Any) -> 
     return original(engine, *args, **kwargs)
 
 
-def _pause_scheduler(original: Any, core: Any, *args: Any, **kwargs: Any) -> Any:
-    """Somebody else pauses, and will resume: closing the bracket must not."""
-    _noted(core).paused = False
-    return original(core, *args, **kwargs)
-
-
-def _resume_scheduler(original: Any, core: Any) -> Any:
-    """Somebody else resumes while a bracket is open: steps begin when it is closed."""
-    noted = _noted(core)
-    if not noted.in_bracket or not isinstance(core, EngineCoreProc):
+def _step(original: Any, core: Any) -> Any:
+    """While an update is under way, no token is scheduled: by whatever call a step begins."""
+    # In the caller's own process, waiting would be for ever: there a step refuses instead.
+    if not _noted(core).in_bracket or not isinstance(core, EngineCoreProc):
         return original(core)
-    core.scheduler.set_pause_state(PauseState.PAUSED_ALL)
-    noted.paused = True
-    logger.info("an update is under way; the engine resumes when it has been finished")
-    return None
+    with _nothing_scheduled(core.scheduler):
+        result = original(core)
+        idle = not (core.scheduler.has_requests() or core.batch_queue)
+    # Data-parallel ranks go on with dummy batches: the others may be in the middle of a step.
+    if idle and not isinstance(core, DPEngineCoreProc):
+        _wait_for_a_call(core.input_queue)
+    return result
+
+
+@contextlib.contextmanager
+def _nothing_scheduled(scheduler: Any) -> Iterator[None]:
+    """The scheduler is paused, and whoever has paused it, or resumed it, does not notice."""
+    # Not by `set_pause_state`, which tells the log each time.
+    theirs, scheduler._pause_state = scheduler._pause_state, PauseState.PAUSED_ALL
+    try:
+        yield
+    finally:
+        scheduler._pause_state = theirs
+
+
+def _wait_for_a_call(queue: Any) -> None:
+    """Requests wait, but nothing can be done for them before the next call comes in."""
+    with queue.not_empty:
+        if not queue.queue:
+            queue.not_empty.wait(_LOOK_EVERY)
+
+
+def _handle_client_request(original: Any, core: Any, kind: Any, request: Any) -> None:
+    noted = _noted(core)
+    if noted.rang:
+        noted.rang, noted.alarm = False, None
+        _take_note(core)
+    original(core, kind, request)
 
 
 def _wake_up(original: Any, core: Any, tags: list[str] | None = None) -> Any:
@@ -118,29 +156,40 @@ def _take_note(core: Any) -> None:
     answers = core.model_executor.collective_rpc(worker.STANDING)
     standings = [Standing(*answer) for answer in answers]
     version = max(standing.version for standing in standings)
-    if version != noted.version:
-        noted.version = version
-        if not core.reset_prefix_cache(reset_running_requests=True):
-            logger.warning("vLLM did not reset its prefix cache; its log says why")
-        if _HAS_VERSION:
-            core.set_weight_version(str(version))
-    # In the caller's own process, waiting would be for ever: there a step refuses instead.
-    if isinstance(core, EngineCoreProc) and not isinstance(core, DPEngineCoreProc):
-        _hold_steps(core, noted, any(standing.holds_steps for standing in standings))
+    drafts = max(standing.drafts for standing in standings)
+    half = derived.has_encoder(core) and any(standing.forgot for standing in standings)
+    if (version, drafts) != (noted.version, noted.drafts) or half:
+        derived.drop(core)
+    if version != noted.version and _HAS_VERSION:
+        core.set_weight_version(str(version))
+    noted.version, noted.drafts = version, drafts
+    noted.in_bracket = any(standing.holds_steps for standing in standings)
+    if isinstance(core, EngineCoreProc):
+        _set_alarm(core, noted, [s.quiet for s in standings if s.quiet is not None])
     was_torn, noted.torn = noted.torn, next((s.torn for s in standings if s.torn), "")
     if noted.torn and not was_torn and isinstance(core, EngineCoreProc):
         _end_requests(core)
 
 
-def _hold_steps(core: Any, noted: _Noted, under_way: bool) -> None:
-    """Pause the scheduler while an update is under way, unless somebody else has."""
-    noted.in_bracket = under_way
-    if under_way and not noted.paused and not core.is_scheduler_paused():
-        core.scheduler.set_pause_state(PauseState.PAUSED_ALL)
-        noted.paused = True
-    elif noted.paused and not under_way:
-        core.scheduler.set_pause_state(PauseState.UNPAUSED)
-        noted.paused = False
+def _set_alarm(core: Any, noted: _Noted, quiet: Sequence[float]) -> None:
+    """Look again when the trainer of an open bracket has been silent for too long.
+
+    Each worker then finds by itself that it has, and rolls back.
+    """
+    limit = bracket_timeout(core.vllm_config)
+    if not quiet or not limit:
+        if noted.alarm is not None:
+            noted.alarm.cancel()
+            noted.alarm = None
+    elif noted.alarm is None:
+
+        def wake() -> None:
+            noted.rang = True
+            core.input_queue.put_nowait((EngineCoreRequestType.WAKEUP, None))
+
+        noted.alarm = threading.Timer(limit - min(quiet) + _AFTER, wake)
+        noted.alarm.daemon = True
+        noted.alarm.start()
 
 
 def _end_requests(core: Any) -> None:
@@ -151,6 +200,11 @@ def _end_requests(core: Any) -> None:
 
 POINTS = (
     PatchPoint(
+        "vllm.v1.engine.core:EngineCore.__init__",
+        expects=("self", "vllm_config", ...),
+        wrapper=_init,
+    ),
+    PatchPoint(
         "vllm.v1.engine.core:EngineCore.collective_rpc",
         expects=("self", "method", "timeout", "args", "kwargs"),
         wrapper=_collective_rpc,
@@ -160,15 +214,14 @@ POINTS = (
         expects=("self", "request", "request_wave"),
         wrapper=_add_request,
     ),
-    PatchPoint(
-        "vllm.v1.engine.core:EngineCoreProc.pause_scheduler",
-        expects=("self", "mode", "clear_cache"),
-        wrapper=_pause_scheduler,
+    *(
+        PatchPoint(f"vllm.v1.engine.core:EngineCore.{name}", expects=("self",), wrapper=_step)
+        for name in ("step", "step_with_batch_queue")
     ),
     PatchPoint(
-        "vllm.v1.engine.core:EngineCore.resume_scheduler",
-        expects=("self",),
-        wrapper=_resume_scheduler,
+        "vllm.v1.engine.core:EngineCoreProc._handle_client_request",
+        expects=("self", "request_type", "request"),
+        wrapper=_handle_client_request,
     ),
     PatchPoint(
         "vllm.v1.engine.core:EngineCore.wake_up",

@@ -27,17 +27,18 @@ logger = logging.getLogger(__name__)
 class _Attached:
     """A model's `load_weights` while flashquant looks after it: an instance attribute."""
 
-    def __init__(self, model: nn.Module, vllm_config: Any, model_config: Any) -> None:
-        self.engine = LiveEngine(
-            model, vllm_config, quantized=model_config.quantization is not None
-        )
+    def __init__(self, model: nn.Module, vllm_config: Any, own: Any) -> None:
+        self.engine = LiveEngine(model, vllm_config, quantized=own.quantization is not None)
+        self.is_draft = _is_draft(own, vllm_config)
         self.session = Session(
             self.engine,
             checks=self.engine.checks,
             ballot=ballot_for(vllm_config),
             calibration=self.engine.calibration,
         )
-        self._caches_prefixes = bool(vllm_config.cache_config.enable_prefix_caching)
+        self._caches = bool(vllm_config.cache_config.enable_prefix_caching) or bool(
+            own.is_multimodal_model
+        )
         self._noted = 0
 
     def __call__(self, weights: Iterable[tuple[str, Tensor]]) -> object:
@@ -52,15 +53,29 @@ class _Attached:
 
     def check_servable(self) -> None:
         """Refuse to generate from a mixture; say once where old keys and values may be used."""
+        self.session.take_back_what_was_left()
         self.session.check_servable()
-        if self._caches_prefixes and self.session.version != self._noted:
-            self._caches_prefixes = False
+        if self._caches and self.session.version != self._noted:
+            self._caches = False
             logger.warning(
-                "weights were pushed straight into the model of a running engine, whose prefix "
-                "cache is out of reach from there: prompts that share a prefix may reuse keys and "
-                "values of the old weights. Call llm.reset_prefix_cache() after each update, or "
-                "push by llm.collective_rpc or flashquant.reload_weights(llm, ...), which do."
+                "weights were pushed straight into the model of a running engine, whose caches "
+                "are out of reach from there: prompts that share a prefix, or an image, may reuse "
+                "what was made of it by the old weights. Call llm.reset_prefix_cache() and "
+                "llm.llm_engine.reset_encoder_cache() after each update, or push by "
+                "llm.collective_rpc or flashquant.reload_weights(llm, ...), which do."
             )
+
+
+def _is_draft(own: Any, vllm_config: Any) -> bool:
+    """Whether a model of this configuration drafts for the one that is served.
+
+    Some drafters put their own into a copy of the whole configuration; one that has no model
+    (n-grams) calls the target its own.
+    """
+    speculative = vllm_config.speculative_config
+    if speculative is None or own is speculative.target_model_config:
+        return False
+    return own is speculative.draft_model_config or own is not vllm_config.model_config
 
 
 def find_session(model: nn.Module) -> Session | None:
@@ -88,20 +103,52 @@ def session_of(model: nn.Module) -> Session:
 class Standing(NamedTuple):
     """What the engine core wants to know of one worker's weights after every call."""
 
-    version: int
-    holds_steps: bool  # an update is under way that no step may run beside
-    torn: str  # why nothing may be generated, or nothing
+    version: int = 0
+    drafts: int = 0  # the versions of its speculative drafts, together
+    holds_steps: bool = False  # an update is under way that no step may run beside
+    torn: str = ""  # why nothing may be generated, or nothing
+    quiet: float | None = None  # seconds since anything came of an update under way
+    forgot: bool = False  # the worker has dropped its half of the encoder cache
 
 
-def standing_of(model: nn.Module) -> Standing:
-    """How a model's weights stand; the engine core will act on it."""
+def models_of(worker: Any) -> tuple[nn.Module, ...]:
+    """The model that a worker serves, and its speculative draft where there is one."""
+    draft = worker.get_draft_model() if hasattr(worker, "get_draft_model") else None
+    return tuple(model for model in (worker.get_model(), draft) if model is not None)
+
+
+def standing_of(worker: Any) -> Standing:
+    """How a worker's weights stand; the engine core will act on it."""
+    model, *drafts = models_of(worker)
     attached = _attached(model)
     if attached is None:
-        return Standing(0, False, "")
-    attached.session.look_around()
+        return Standing()
+    sessions = [attached.session, *(s for d in drafts if (s := find_session(d)) is not None)]
+    for session in sessions:
+        session.take_back_what_was_left()
+        session.look_around()
     return Standing(
-        attached.note_version(), attached.session.holds_steps, attached.session.health.complaint
+        version=attached.note_version(),
+        drafts=sum(session.version for session in sessions[1:]),
+        holds_steps=attached.session.holds_steps,
+        torn=attached.session.health.complaint,
+        quiet=next((s.quiet for s in sessions if s.quiet is not None), None),
+        forgot=take_forgotten(worker),
     )
+
+
+def note_forgotten(runner: Any) -> None:
+    """A worker's half of the encoder cache is empty; the scheduler's has to be emptied, too."""
+    vars(runner)[_FORGOT] = True
+
+
+def take_forgotten(worker: Any) -> bool:
+    """Whether it was emptied since this was last asked."""
+    forgot: bool = vars(worker.model_runner).pop(_FORGOT, False)
+    return forgot
+
+
+_FORGOT = "_flashquant_forgot"
 
 
 def check_servable(model: nn.Module) -> None:
@@ -136,6 +183,14 @@ def _process_weights_after_loading(
     attached.engine.note_processed()
     attached.session.open()
     logger.info("flashquant looks after %s: %s", type(model).__name__, attached.session.status())
+    if attached.is_draft:
+        logger.warning(
+            "%s drafts for the model that is served. It is not updated with it, also where a push "
+            "holds its weights (an MTP layer): drafts grow stale, and fewer of their tokens are "
+            "accepted; what is generated stays right. Push to it by start_draft_weight_update(), "
+            "or into the model that worker.get_draft_model() returns.",
+            type(model).__name__,
+        )
 
 
 def _attached(model: nn.Module) -> _Attached | None:

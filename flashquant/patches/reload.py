@@ -11,15 +11,18 @@ except the two calls that would take the live layers apart; between those they c
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from torch import nn
 
 from flashquant.errors import ReloadError
 from flashquant.patches.guard import vllm_is
-from flashquant.patches.loading import check_servable, find_session
+from flashquant.patches.loading import check_servable, find_session, note_forgotten
 from flashquant.patches.point import PatchPoint
 from flashquant.session import Session
+
+logger = logging.getLogger(__name__)
 
 
 def _initialize(original: Any, model: nn.Module) -> None:
@@ -64,6 +67,17 @@ def _reload_weights(
             session.abandon()
 
 
+def _start_weight_update(original: Any, worker: Any, *args: Any, **kwargs: Any) -> None:
+    """An update that its trainer never finished is over when the next one begins; vLLM would
+    refuse, for ever."""
+    session = _session_of_update(worker)
+    if session is not None and worker._weight_update_active:
+        logger.warning("a weight update was started and never finished; a new one begins instead")
+        session.abandon()
+        _end_weight_update(worker)
+    original(worker, *args, **kwargs)
+
+
 def _update_weights(original: Any, worker: Any, update_info: Any) -> None:
     """A chunk that fails, even before it reached the model, ends the update: vLLM says so too."""
     session = _session_of_update(worker)
@@ -82,10 +96,15 @@ def _finish_weight_update(original: Any, worker: Any) -> None:
         original(worker)
     except BaseException:
         if session is not None:
-            worker._weight_update_active = False
-            if _HAS_TARGETS:
-                worker.weight_transfer_engine.reset_weight_update_target()
+            _end_weight_update(worker)
         raise
+
+
+def _end_weight_update(worker: Any) -> None:
+    """vLLM waits for no end of it any more."""
+    worker._weight_update_active = False
+    if _HAS_TARGETS:
+        worker.weight_transfer_engine.reset_weight_update_target()
 
 
 def _session_of_update(worker: Any) -> Session | None:
@@ -112,6 +131,13 @@ def _execute_model(
         check_servable(runner.get_model())
     kwargs |= {"dummy_run": True} if dummy_run else {}  # the first runner has no such argument
     return original(runner, scheduler_output, intermediate_tensors, **kwargs)
+
+
+def _reset_encoder_cache(original: Any, runner: Any) -> None:
+    """By itself, as vLLM's own reload does it, it leaves the scheduler to believe in what is
+    gone, which ends the engine; so the engine core is told."""
+    original(runner)
+    note_forgotten(runner)
 
 
 _HAS_TARGETS = vllm_is(">=0.26")  # a draft can be updated by a transfer engine since then
@@ -151,6 +177,18 @@ POINTS = (
     PatchPoint(
         f"{_V2}:GPUModelRunner.reload_weights", expects=("self", ...), wrapper=_reload_weights
     ),
+    *(
+        PatchPoint(
+            f"vllm.v1.worker.gpu_worker:Worker.{name}",
+            expects=("self", ...),
+            wrapper=_start_weight_update,
+            within=versions,
+        )
+        for name, versions in {
+            "start_weight_update": "",
+            "start_draft_weight_update": ">=0.26",
+        }.items()
+    ),
     PatchPoint(
         "vllm.v1.worker.gpu_worker:Worker.update_weights",
         expects=("self", "update_info"),
@@ -170,5 +208,13 @@ POINTS = (
         f"{_V2}:GPUModelRunner.execute_model",
         expects=("self", "scheduler_output", "intermediate_tensors", "dummy_run", ...),
         wrapper=_execute_model,
+    ),
+    *(
+        PatchPoint(
+            f"{module}:GPUModelRunner.reset_encoder_cache",
+            expects=("self",),
+            wrapper=_reset_encoder_cache,
+        )
+        for module in (_V1, _V2)
     ),
 )

@@ -140,6 +140,23 @@ async def call(engine: Any, method: str, *args: Any, **kwargs: Any) -> list[Any]
     return [answer for replica in answers for answer in replica]
 
 
+@contextmanager
+def explaining_unpatched() -> Iterator[None]:
+    """Say what to do where workers do not know flashquant's methods."""
+    try:
+        yield
+    except Exception as failure:  # vLLM raises a bare one, or what the worker raised
+        says = str(failure)
+        unknown = "is not implemented" in says or "has no attribute" in says
+        if isinstance(failure, ReloadError) or not unknown or worker.PREFIX not in says:
+            raise
+        raise ReloadError(
+            "this engine is not looked after by flashquant: FLASHRL_CONFIG was not set when it was "
+            "created, or not in the processes of its workers. Set it before vLLM is first used, in "
+            "every process, and create the engine again."
+        ) from failure
+
+
 def _answers(answers: Sequence[Mapping[str, Any]]) -> list[Any]:
     """What the workers answered, or the one error that matters."""
     failures = {rank: answer for rank, answer in enumerate(answers) if "error" in answer}

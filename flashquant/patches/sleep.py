@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from flashquant.patches.loading import find_session
+from flashquant.patches.loading import find_session, models_of
 from flashquant.patches.point import PatchPoint
 from flashquant.session import Session
 
@@ -37,8 +37,7 @@ def _wake_up(original: Any, worker: Any, tags: list[str] | None = None) -> None:
 
 def _sessions(worker: Any) -> list[Session]:
     """Those of the model, and of its speculative draft."""
-    models = (worker.get_model(), worker.get_draft_model())
-    found = (find_session(model) for model in models if model is not None)
+    found = (find_session(model) for model in models_of(worker))
     return [session for session in found if session is not None]
 
 

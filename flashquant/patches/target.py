@@ -64,11 +64,12 @@ def reload_weights(
     if _is_async(target):
         return _reload_async(target, weights, **options)
     _check_llm(target)
-    if isinstance(_executor(target), UniProcExecutor):  # this process holds the (or a) worker
-        (report,) = target.collective_rpc(worker.RELOAD, args=(weights,), kwargs=options)
-    else:
-        with _stored(weights) as path:
-            report = remote.reload(target, path, **options)
+    with remote.explaining_unpatched():
+        if isinstance(_executor(target), UniProcExecutor):  # this process holds the (or a) worker
+            (report,) = target.collective_rpc(worker.RELOAD, args=(weights,), kwargs=options)
+        else:
+            with _stored(weights) as path:
+                report = remote.reload(target, path, **options)
     return report
 
 
@@ -87,18 +88,21 @@ def status(target: Any) -> Any:
     if _is_async(target):
         return _status_async(target)
     _check_llm(target)
-    return _one_status(target.collective_rpc(worker.STATUS))
+    with remote.explaining_unpatched():
+        return _one_status(target.collective_rpc(worker.STATUS))
 
 
 async def _reload_async(engine: Any, weights: Weights, **options: bool) -> ReloadReport:
     with ExitStack() as stack:
         # Writing a model's tensors takes a while, in which the event loop serves others.
         path = await asyncio.to_thread(stack.enter_context, _stored(weights))
+        stack.enter_context(remote.explaining_unpatched())
         return await remote.reload_async(engine, path, **options)
 
 
 async def _status_async(engine: Any) -> Status:
-    return _one_status(await remote.call(engine, worker.STATUS))
+    with remote.explaining_unpatched():
+        return _one_status(await remote.call(engine, worker.STATUS))
 
 
 def _one_status(answers: Sequence[Mapping[str, Any]]) -> Status:

@@ -12,13 +12,19 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from torch import Tensor
 
 from flashquant.members import Member
-from flashquant.patches.loading import session_of, standing_of
+from flashquant.patches.loading import (
+    find_session,
+    models_of,
+    session_of,
+    standing_of,
+    take_forgotten,
+)
 from flashquant.patches.point import PatchPoint
 from flashquant.report import ReloadReport
 from flashquant.weights import Weights, named_tensors
@@ -104,7 +110,9 @@ def _digest(worker: Any, seconds: float, *, anew: bool = False) -> tuple[bool, s
 
 def _status(worker: Any) -> dict[str, Any]:
     """`flashquant.Status` of this worker's model, as plain data."""
-    return asdict(session_of(worker.get_model()).status())
+    model, *drafts = models_of(worker)
+    found = {type(d).__name__: s.version for d in drafts if (s := find_session(d)) is not None}
+    return asdict(replace(session_of(model).status(), drafts=found))
 
 
 def _member(worker: Any) -> tuple[Any, ...]:
@@ -114,12 +122,19 @@ def _member(worker: Any) -> tuple[Any, ...]:
 
 def _standing(worker: Any) -> tuple[Any, ...]:
     """How this worker's weights stand: a `Standing`, as plain data."""
-    return tuple(standing_of(worker.get_model()))
+    return tuple(standing_of(worker))
+
+
+def _forget(worker: Any) -> None:
+    """This worker's half of what was made of old weights; the engine core drops the other."""
+    worker.model_runner.reset_encoder_cache()
+    take_forgotten(worker)
 
 
 # Where a worker keeps what is under way between two calls.
 _FEED, _DIGESTING = "_flashquant_feed", "_flashquant_digesting"
 
+PREFIX = "flashquant_"
 RELOAD = "flashquant_reload"
 TRY_RELOAD = "flashquant_try_reload"
 PREPARE = "flashquant_prepare"
@@ -130,6 +145,7 @@ DIGEST = "flashquant_digest"
 STATUS = "flashquant_status"
 MEMBER = "flashquant_member"
 STANDING = "flashquant_standing"
+FORGET = "flashquant_forget"
 
 _METHODS: dict[str, Callable[..., Any]] = {
     RELOAD: _reload,
@@ -142,6 +158,7 @@ _METHODS: dict[str, Callable[..., Any]] = {
     STATUS: _status,
     MEMBER: _member,
     STANDING: _standing,
+    FORGET: _forget,
 }
 
 POINTS = tuple(

@@ -21,6 +21,14 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "
 def run_program(
     program: str, policies: Policies, launcher: tuple[str, ...] = (), **environment: str
 ) -> dict[str, Any]:
+    """What a program answers that is given the checkpoints of both policies."""
+    checkpoints = (policies.bf16("a"), policies.bf16("b"))
+    return run(program, *checkpoints, launcher=launcher, **environment)
+
+
+def run(
+    program: str, *arguments: object, launcher: tuple[str, ...] = (), **environment: str
+) -> dict[str, Any]:
     """What a program of `tests/engine/programs` answers in a process of its own."""
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch, "result.json")
@@ -30,8 +38,7 @@ def run_program(
                 *launcher,
                 "-m",
                 f"tests.engine.programs.{program}",
-                str(policies.bf16("a")),
-                str(policies.bf16("b")),
+                *map(str, arguments),
             ],
             cwd=ROOT,
             env={**os.environ, **environment, RESULT_FILE: str(file)},

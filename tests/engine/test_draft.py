@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from torch import Tensor, nn
 import flashquant
 from flashquant.errors import IncompleteUpdate
 from tests import tiny_models
+from tests.engine import multi_token as mtp
 from tests.engine.checkpoints import Policies
-from tests.engine.serving import Serving, serve
+from tests.engine.serving import Serving, same_bits, serve
 
 pytestmark = pytest.mark.engine
 
@@ -100,3 +102,43 @@ def update(live: Serving, weights: dict[str, Tensor], folder: Path) -> None:
     live.llm.start_draft_weight_update()
     live.llm.update_weights({"update_info": {"path": "draft.safetensors"}})
     live.llm.finish_weight_update()
+
+
+@pytest.fixture(scope="module")
+def multi_token(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Two policies of a model that drafts for itself, by a layer which shares its head."""
+    folder = tmp_path_factory.mktemp("multi-token")
+    return {name: mtp.make(folder / name, seed) for seed, name in enumerate("ab")}
+
+
+def drafting_for_itself(checkpoint: Path) -> Serving:
+    return serve(
+        checkpoint,
+        "bf16",
+        speculative_config={"method": "mtp", "num_speculative_tokens": 1},
+    )
+
+
+def test_a_draft_that_shares_the_head_of_its_target_is_told_of_and_takes_pushes(
+    multi_token: dict[str, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The warning comes as the engine starts; a push of the target leaves the draft as it was."""
+    with caplog.at_level(logging.WARNING, "flashquant"):
+        live = drafting_for_itself(multi_token["a"])
+    (warning,) = [r.message for r in caplog.records if "drafts grow stale" in r.message]
+    fresh = drafting_for_itself(multi_token["b"])
+    assert warning.startswith("Glm4MoeMTP drafts for the model")
+    assert flashquant.status(live.llm).drafts == {"Glm4MoeMTP": 0}
+    before, weights = digest_of_draft(live), tiny_models.tensors(multi_token["b"])
+    flashquant.reload_weights(live.llm, weights)
+    assert digest_of_draft(live) == before != digest_of_draft(fresh)
+    assert flashquant.status(live.llm).digest == fresh.start.digest
+    pushed = live.contents()
+
+    flashquant.reload_weights(draft_of(live), weights, strict=False)
+
+    assert digest_of_draft(live) == digest_of_draft(fresh)
+    assert flashquant.status(live.llm).drafts == {"Glm4MoeMTP": 1}
+    now = live.contents()
+    assert all(same_bits(now[name], pushed[name]) for name in pushed)  # the target's
+    assert live.outputs() == fresh.outputs()

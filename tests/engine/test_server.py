@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import requests
+from safetensors.torch import save_file
 
 from tests import tiny_models
 from tests.engine.checkpoints import Policies
@@ -106,6 +107,10 @@ def server(
     found = Server(f"http://127.0.0.1:{port}", request.param, folder, log)
     try:
         _wait_for(found, process)
+        for policy in "ab":
+            weights = policies.bf16(policy) / "model.safetensors"
+            shutil.copy(weights, folder / f"{policy}.safetensors")
+        found.post("init_weight_transfer_engine", init_info={"folder": str(folder)})
         yield found
     finally:
         process.terminate()
@@ -127,10 +132,6 @@ def test_fifty_updates_over_http_while_eight_clients_generate(
     server: Server, policies: Policies
 ) -> None:
     """No request fails, and both replicas end on what a fresh engine serves."""
-    for policy in "ab":
-        weights = policies.bf16(policy) / "model.safetensors"
-        shutil.copy(weights, server.folder / f"{policy}.safetensors")
-    server.post("init_weight_transfer_engine", init_info={"folder": str(server.folder)})
     enough = Event()
 
     def client() -> int:
@@ -204,6 +205,47 @@ def test_whoever_pauses_or_resumes_during_an_update_has_their_way(server: Server
         first, second = (answer.result() for answer in waiting)
     assert first == second != b
     assert not is_paused()
+
+
+TRAINER = """
+import requests, sys, time
+url = sys.argv[1]
+assert requests.post(f"{url}/start_weight_update", json={}, timeout=60).ok
+half = {"update_info": {"path": "half.safetensors"}}
+assert requests.post(f"{url}/update_weights", json=half, timeout=60).ok
+print("half", flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_trainer_that_is_killed_leaves_a_server_that_the_next_one_updates(
+    server: Server, policies: Policies
+) -> None:
+    """Clients that wait meanwhile give up, `status` is asked, and the engines live."""
+    weights = list(policies.tensors("b").items())
+    save_file(dict(weights[: len(weights) // 2]), server.folder / "half.safetensors")
+    server.update("b.safetensors")
+    expected = server.complete(16)
+    server.update("a.safetensors")
+    trainer = subprocess.Popen(
+        [sys.executable, "-c", TRAINER, server.url], stdout=subprocess.PIPE, text=True
+    )
+    assert trainer.stdout is not None
+    assert trainer.stdout.readline() == "half\n"
+    trainer.kill()
+    trainer.wait()
+
+    for _ in range(2):  # one for each replica
+        with pytest.raises(requests.Timeout):
+            requests.post(
+                f"{server.url}/v1/completions",
+                json={"model": "tiny", "prompt": PROMPT, "max_tokens": 16},
+                timeout=2,
+            )
+        server.post("collective_rpc", method="flashquant_status")
+    server.update("b.safetensors")
+
+    assert [server.complete(16) for _ in range(4)] == [expected] * 4
 
 
 def test_every_process_of_the_server_says_that_it_is_patched(server: Server) -> None:

@@ -1,0 +1,117 @@
+"""What an engine has made of old weights is not used under the new ones; or it is warned of."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import pytest
+
+import flashquant
+from flashquant.patches import derived
+from tests.engine import processes, sounds
+from tests.engine.checkpoints import Policies
+from tests.engine.programs import heard
+from tests.engine.serving import serve
+
+pytestmark = pytest.mark.engine
+
+
+@pytest.fixture(scope="module")
+def ears(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Two policies that differ only in the encoder of what they hear."""
+    folder = tmp_path_factory.mktemp("ears")
+    return {
+        name: sounds.make(folder / name, policy=0, tower=seed) for seed, name in enumerate("ab")
+    }
+
+
+@pytest.fixture(scope="module")
+def fresh(ears: dict[str, Path]) -> Any:
+    """An engine that started on policy B."""
+    return hearing(ears["b"])
+
+
+_KEPT: list[Any] = []  # vLLM's parallel state goes with the first engine that is collected
+
+
+def hearing(checkpoint: Path) -> Any:
+    from vllm import LLM
+
+    flashquant.patch()
+    with mock.patch.dict(os.environ, FLASHRL_CONFIG="bf16"):
+        _KEPT.append(LLM(str(checkpoint), **sounds.OPTIONS))
+    return _KEPT[-1]
+
+
+@pytest.mark.parametrize("where", ["in this process", "in another process"])
+@pytest.mark.parametrize("how", ["flashquant", "rpc"])
+def test_what_was_heard_by_the_old_encoder_is_heard_again(
+    ears: dict[str, Path], fresh: Any, how: str, where: str
+) -> None:
+    """The same sound, by a request in flight and by later ones; and the engine lives."""
+    if where == "in this process":
+        answer = heard.converse(hearing(ears["a"]), ears["b"], how)
+    else:
+        answer = processes.run(
+            "heard",
+            ears["a"],
+            ears["b"],
+            how,
+            FLASHRL_CONFIG="bf16",
+            VLLM_ENABLE_V1_MULTIPROCESSING="1",
+        )
+
+    assert answer["after"] == answer["again"] == heard.said(fresh) != answer["before"]
+    tokens = tuple(int(token) for token, _ in answer["in flight"])
+    tail = answer["in flight"][-8:]
+    assert tail == heard.said(fresh, tokens[:-8])
+
+
+def test_a_worker_that_forgets_by_itself_does_not_end_the_engine(ears: dict[str, Path]) -> None:
+    """vLLM resets one half of its encoder cache wherever only the worker is asked to."""
+    llm = hearing(ears["a"])
+    before = heard.said(llm)
+
+    llm.collective_rpc("reset_encoder_cache")
+
+    assert heard.said(llm) == before
+
+
+def test_a_connector_that_cannot_drop_old_keys_is_warned_of_as_the_engine_starts(
+    tmp_path_factory: pytest.TempPathFactory, caplog: pytest.LogCaptureFixture
+) -> None:
+    """vLLM takes its silence for a yes; one that can is told to, and there is no warning."""
+    policies = Policies(tmp_path_factory.mktemp("policies"), "qwen2")
+    storage = {"shared_storage_path": str(tmp_path_factory.mktemp("keys"))}
+    keeps = {
+        "kv_connector": "ExampleConnector",
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": storage,
+    }
+
+    with caplog.at_level(logging.WARNING, "flashquant"):
+        serve(policies.bf16("a"), "bf16", kv_transfer_config=keeps)
+
+    (warning,) = [r.message for r in caplog.records if r.name.endswith("derived")]
+    assert "ExampleConnector cannot be told to drop" in warning
+    assert "Empty its storage after each update" in warning
+
+
+def test_a_connector_that_can_is_told_to_drop_old_keys() -> None:
+    """With the prefix cache, in one call of vLLM's."""
+    core = mock.Mock()
+    core.vllm_config.model_config = SimpleNamespace(
+        is_multimodal_model=False, runner_type="generate"
+    )
+
+    derived.drop(core)
+
+    core.reset_prefix_cache.assert_called_once_with(
+        reset_running_requests=True, reset_connector=True
+    )
+    core.model_executor.collective_rpc.assert_not_called()
