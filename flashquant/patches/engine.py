@@ -75,6 +75,11 @@ class LiveEngine:
         return self._blueprint.targets
 
     @property
+    def tied(self) -> Mapping[str, str]:
+        """The other names of parameters that the model holds once, and under which it does."""
+        return self._blueprint.tied
+
+    @property
     def shared(self) -> Iterator[Tensor]:
         """The live parameters that several modules hold, as a tied head and the embeddings do."""
         return self._blueprint.shared()
@@ -86,13 +91,14 @@ class LiveEngine:
     @contextmanager
     def laid_out(self, values: Mapping[str, Tensor] | None = None) -> Iterator[None]:
         """Put checkpoint-format parameters under the model while its loader is watched."""
-        level = _LOADERS_LOG.level
-        _LOADERS_LOG.setLevel(logging.ERROR)
-        try:
-            with self._blueprint.laid_out(values), torch.no_grad():
-                yield
-        finally:
-            _LOADERS_LOG.setLevel(level)
+        with _loaders_are_quiet(), self._blueprint.laid_out(values), torch.no_grad():
+            yield
+
+    @contextmanager
+    def apart(self) -> Iterator[Mapping[str, Tensor]]:
+        """The same on meta, each name of a tied parameter with one of its own; all, by name."""
+        with _loaders_are_quiet(), self._blueprint.apart() as targets, torch.no_grad():
+            yield targets
 
     def note_loaded(self) -> None:
         """All weights are in, none is processed: take their digests."""
@@ -103,6 +109,8 @@ class LiveEngine:
     def note_processed(self) -> None:
         """The model serves: find out what processing made of each layer."""
         learned: Learned = {}
+        self._blueprint.tie()
+        self.stored = dict(self._blueprint.targets)
         # vLLM's online schemes are ours to the bit. By tensor, one has to see all of it; the
         # scale of a shard that another worker has the rest of, vLLM has to find.
         late = self.scheme == "fp8_vllm" and not self.shares_scales
@@ -139,6 +147,16 @@ class LiveEngine:
             torch.no_grad(),
         ):
             yield
+
+
+@contextmanager
+def _loaders_are_quiet() -> Iterator[None]:
+    level = _LOADERS_LOG.level
+    _LOADERS_LOG.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        _LOADERS_LOG.setLevel(level)
 
 
 def _refuse_late_parameters(blueprint: LayerBlueprint) -> None:
