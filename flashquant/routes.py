@@ -47,6 +47,11 @@ class Routes:
         if name not in self._checkpoint:
             self._made[name] = (tensor.shape, tensor.dtype)
 
+    def refused_of_made(self) -> str | None:
+        """The first name made of the checkpoint that the engine's loader does not take."""
+        self._learn_forms(self._made)
+        return next((name for name in self._made if name not in self.plan), None)
+
     def learn_together(self, tensors: NamedTensors) -> None:
         """Watch the loader take some tensors in one run; what it refuses is not learned."""
         self._learn_forms({name: (tensor.shape, tensor.dtype) for name, tensor in tensors})

@@ -24,7 +24,7 @@ from flashquant.calibration import Calibration
 from flashquant.checks import Checks
 from flashquant.drift import Drifts
 from flashquant.engine import Engine, Layer
-from flashquant.errors import MovedTensor, ReloadError
+from flashquant.errors import MovedTensor, ReloadError, UnsupportedEngine
 from flashquant.health import Health
 from flashquant.plan import WritePlan
 from flashquant.quantize import Recipe, as_stored
@@ -105,8 +105,22 @@ class Session:
         return self._transactions.health
 
     def first_load(self, weights: NamedTensors) -> object:
-        """Load the checkpoint the engine starts on: the same stream, the engine's own writes."""
-        return self._engine.load(self._first(weights))
+        """Load the checkpoint the engine starts on: the same stream, the engine's own writes.
+
+        Raises:
+            UnsupportedEngine: its loader knows a weight, and not the scales that are made of it.
+
+        """
+        try:
+            return self._engine.load(self._first(weights))
+        except (KeyError, ValueError) as refusal:
+            if (scales := self._routes.refused_of_made()) is None:
+                raise
+            raise UnsupportedEngine(
+                f"{scales.removesuffix('_scale')} becomes codes and scales in "
+                f"{self._engine.scheme}, and vLLM's loader of this model has no place for "
+                f"{scales} ({refusal}). Serve it in fp8_channel, fp8_vllm or bf16."
+            ) from refusal
 
     def open(self) -> None:
         """The first load is done and processed: from now on, every push is a reload.

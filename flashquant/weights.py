@@ -128,8 +128,8 @@ def _files(path: Path) -> list[Path]:
     listed = _listed(index)
     if missing := sorted(listed - {file.name for file in files}):
         raise ReloadError(
-            f"{index} lists files that are not there: {', '.join(missing[:3])}. Write the checkpoint "
-            "again, whole, or without an index."
+            f"{index} lists files that are not there: {', '.join(missing[:3])}. Write the "
+            "checkpoint again, whole, or without an index."
         )
     return [file for file in files if file.name in listed]
 

@@ -62,7 +62,7 @@ class LiveEngine:
         )
         self.layers: tuple[LiveLayer | DirectLayer | LateLayer, ...] = ()
         self.stored: dict[str, Tensor] = {}
-        self._model = model
+        self.model = model
         self._vllm_config = vllm_config
         self._blueprint = ModelBlueprint(model)
         self.stored |= self._blueprint.targets
@@ -174,3 +174,10 @@ def asks_for_session(vllm_config: VllmConfig) -> bool:
     """Whether this engine was configured by flashquant."""
     additional = vllm_config.additional_config
     return isinstance(additional, dict) and ADDITIONAL_CONFIG_KEY in additional
+
+
+def scheme_of(vllm_config: VllmConfig) -> str:
+    """What flashquant was asked to serve; bf16 where it was not asked."""
+    if not asks_for_session(vllm_config):
+        return "bf16"
+    return str(vllm_config.additional_config[ADDITIONAL_CONFIG_KEY]["scheme"])
