@@ -39,7 +39,9 @@ def reload_weights(
     Args:
         target: a vLLM `LLM` or `AsyncLLM`, a worker, or the model inside one.
         weights: `(name, tensor)` pairs, a dict, or a path to safetensors; full,
-            unsharded tensors under the names of the checkpoint, bf16, fp16 or fp32.
+            unsharded tensors under the names of the checkpoint, bf16, fp16 or fp32. Of a folder,
+            what its index lists, as vLLM's loader does. A tied head may come beside its
+            embeddings; it has to equal them.
         atomic: keep an undo log in host memory (one byte a weight in 8 bit), so
             that a failure leaves the complete old weights. Without it, a failure
             leaves the engine torn: it refuses to generate until a complete reload.

@@ -76,7 +76,7 @@ def test_what_int8_cannot_honour_is_refused_by_name(
 
 
 def test_an_online_scheme_takes_no_config_of_a_checkpoint(policies: Policies) -> None:
-    with pytest.raises(ConfigError, match="quantization_config=.'ignore'"):
+    with pytest.raises(ConfigError, match=r"quantization_config=\{'ignore'"):
         _ = Serving(policies.bf16("a"), "fp8_channel", ASKED["hf_overrides"]).llm
 
 
@@ -89,9 +89,15 @@ def odd(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("scheme", ["fp8_vllm", "fp8_block"])
 def test_a_start_that_fails_names_the_layer_and_what_helps(odd: Path, scheme: str) -> None:
     """Refused by name, or, on a machine whose kernels hold it, started."""
+    said = ""
     try:
         _ = Serving(odd, scheme).llm
     except UnsupportedEngine as refused:
-        assert "model.layers.0.mlp.down_proj" in str(refused)
-        assert scheme in str(refused)
-        _ = Serving(odd, scheme, {"quantization_config": {"ignore": ["re:.*down_proj.*"]}}).llm
+        said = str(refused)
+
+    if said:
+        kept = {"quantization_config": {"ignore": ["re:.*down_proj.*"]}}
+        _ = Serving(odd, scheme, kept).llm
+        assert "model.layers.0.mlp.down_proj" in said
+        assert f"served in {scheme}" in said
+        assert "'ignore': ['re:.*down_proj.*']" in said
