@@ -11,7 +11,7 @@ checkpoint format, ready for vLLM's own processing.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload.layerwise import _get_original_loader
 from vllm.model_executor.model_loader.reload.meta import to_meta_tensor
 
@@ -115,12 +116,8 @@ class ModelBlueprint:
         ]
         self._borrowed = tuple(borrowed(model, names))
         self.targets: dict[str, Tensor] = {names[key]: meta for key, meta in metas.items()}
-        # The other names of a parameter that the model holds twice, and its first one.
-        self.tied: dict[str, str] = {
-            path: names[id(parameter)]
-            for path, parameter in model.named_parameters(remove_duplicate=False)
-            if id(parameter) in names and path != names[id(parameter)]
-        }
+        # The other names of a parameter that several modules hold, and its first one.
+        self.tied = dict(_other_names(model, self.layers, names))
         # Parameters are told apart by id; keeping them alive keeps the ids theirs.
         self._originals = list(model.parameters())
 
@@ -226,6 +223,22 @@ class ModelBlueprint:
         finally:
             for module, parameters in kept:
                 module.__dict__["_parameters"] = parameters
+
+
+def _other_names(
+    model: nn.Module, layers: Sequence[LayerBlueprint], names: Mapping[int, str]
+) -> Iterator[tuple[str, str]]:
+    """Those of parameters that two modules hold, or of embeddings that the model holds twice."""
+    for layer in layers:
+        for name, target in layer.targets.items():
+            path = f"{layer.name}.{name}" if layer.name else name
+            if path != target:
+                yield path, target
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, VocabParallelEmbedding):
+            for name, parameter in module.named_parameters(prefix, recurse=False):
+                if names.get(id(parameter), name) != name:
+                    yield name, names[id(parameter)]
 
 
 def _blueprint(

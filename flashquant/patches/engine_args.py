@@ -211,32 +211,13 @@ def _serve_as_w8a8(args: Any) -> None:
         )
     overrides = dict(args.hf_overrides or {})
     theirs = overrides.get("quantization_config") or {}
-    ignored = [*_ignored_by(theirs), *_ignored_by_arguments(args)]
-    if ignored:
-        logger.info("layers that match %s stay in %s", ignored, args.dtype)
-    ours = {**W8A8, "ignore": [*W8A8["ignore"], *ignored]}
+    _check_same_scheme({**W8A8, **theirs}, "int8", "the model of hf_overrides")
+    asked = [*(theirs.get("ignore") or ()), *_ignored_by_arguments(args)]
+    if ignored := [pattern for pattern in asked if pattern not in W8A8["ignore"]]:
+        logger.info("layers that match %s are not quantized", ", ".join(ignored))
+    ours = {**W8A8, **theirs, "ignore": [*W8A8["ignore"], *ignored]}
     args.hf_overrides = {**overrides, "quantization_config": ours}
     _set_quantization(args, "compressed-tensors", "int8")
-
-
-def _ignored_by(theirs: Mapping[str, Any]) -> list[str]:
-    """What a quantization config in hf_overrides leaves in bf16.
-
-    Raises:
-        ConfigError: it asks for something else besides that int8 is not.
-
-    """
-    groups = theirs.get("config_groups")
-    if groups:
-        _check_same_scheme(theirs, "int8", "hf_overrides['quantization_config']")
-    known = {*W8A8, "quantization_status"}
-    if odd := sorted(theirs.keys() - known):
-        raise ConfigError(
-            f"FLASHRL_CONFIG asks for int8, and hf_overrides['quantization_config'] sets "
-            f"{', '.join(odd)}, which would have no effect. Leave it out; `ignore` names layers "
-            "that stay in bf16."
-        )
-    return [pattern for pattern in theirs.get("ignore") or () if pattern not in W8A8["ignore"]]
 
 
 def _ignored_by_arguments(args: Any) -> list[str]:
