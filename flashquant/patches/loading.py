@@ -134,11 +134,11 @@ def _process_weights_after_loading(
         # was processed as it went live, and a second time would spoil it.
         attached.session.check_nothing_waits()
         return
-    attached.engine.note_loaded()
-    naming = naming_the_layer(attached.engine.scheme, model)
-    with naming, packed_once(attached.engine.shared):
-        original(model, model_config, target_device)
-    attached.engine.note_processed()
+    with naming_the_layer(attached.engine.scheme, model):
+        attached.engine.note_loaded()
+        with packed_once(attached.engine.shared):
+            original(model, model_config, target_device)
+        attached.engine.note_processed()
     attached.session.open()
     logger.info("flashquant looks after %s: %s", type(model).__name__, attached.session.status())
 
