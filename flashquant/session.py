@@ -24,7 +24,7 @@ from flashquant.calibration import Calibration
 from flashquant.checks import Checks
 from flashquant.drift import Drifts
 from flashquant.engine import Engine, Layer
-from flashquant.errors import MovedTensor, ReloadError, UnsupportedEngine
+from flashquant.errors import FlashquantError, MovedTensor, ReloadError, UnsupportedEngine
 from flashquant.health import Health
 from flashquant.plan import WritePlan
 from flashquant.quantize import Recipe, as_stored
@@ -114,7 +114,8 @@ class Session:
         try:
             return self._engine.load(self._first(weights))
         except (KeyError, ValueError) as refusal:
-            if (scales := self._routes.refused_of_made()) is None:
+            ours = isinstance(refusal, FlashquantError)
+            if ours or (scales := self._routes.refused_of_made()) is None:
                 raise
             raise UnsupportedEngine(
                 f"{scales.removesuffix('_scale')} becomes codes and scales in "
