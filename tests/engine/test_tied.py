@@ -21,6 +21,7 @@ from torch import Tensor
 import flashquant
 from flashquant.errors import IncompleteUpdate, MisfitTensor
 from flashquant.patches.target import _each_its_own
+from tests import tiny_models
 from tests.engine.checkpoints import Policies
 from tests.engine.serving import Serving, choosing, serve
 
@@ -40,7 +41,7 @@ def with_head(source: Path, path: Path) -> Path:
     if not path.exists():
         shutil.copytree(source, path)
         save_file(
-            _each_its_own(state_dict(Policies(source.parent, "tied").tensors(source.name[-1]))),
+            _each_its_own(state_dict(tiny_models.tensors(source)).items()),
             path / "model.safetensors",
             metadata={"format": "pt"},
         )
