@@ -24,6 +24,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -46,6 +47,7 @@ class Engine:
     """Layers that gather `shards` tensors each, one below the other, in one parameter."""
 
     device, shares_scales = torch.device("cpu"), False
+    tied: Mapping[str, str] = MappingProxyType({})
 
     def __init__(self, tensors: int, shards: int, dtype: torch.dtype) -> None:
         self.scheme, self.shards = "int8" if dtype == torch.int8 else "bf16", shards

@@ -54,6 +54,11 @@ class Layer(Protocol):
         ...
 
     def stage(self, target: str) -> Stage: ...
+    def held(self, target: str) -> Tensor | str:
+        """What has arrived of a parameter, or else is live, in checkpoint format; its fingerprint
+        where no tensor shows it."""
+        ...
+
     def move_in(self, target: str, undo: UndoLog) -> bool:
         """Fill a parameter in its home until its layer is complete; an undo log keeps what is
         there. False where that is not to be, or it is being filled elsewhere."""
@@ -106,6 +111,11 @@ class Engine(Protocol):
         ...
 
     @property
+    def tied(self) -> Mapping[str, str]:
+        """The other names of parameters that the model holds once, and under which it does."""
+        ...
+
+    @property
     def layers(self) -> Sequence[Layer]: ...
     @property
     def shares_scales(self) -> bool:
@@ -116,3 +126,6 @@ class Engine(Protocol):
     def laid_out(
         self, values: Mapping[str, Tensor] | None = None
     ) -> AbstractContextManager[None]: ...
+    def apart(self) -> AbstractContextManager[Mapping[str, Tensor]]:
+        """While a loader is watched: all parameters on meta, a tied one under each of its names."""
+        ...

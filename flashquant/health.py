@@ -44,7 +44,8 @@ class Health:
         if self.stale:
             return (
                 "the live weights are a mixture of two policies, or were discarded: an update "
-                "without undo failed, or the engine slept at level 2. Push one complete update; "
+                "without undo failed, the engine slept at level 2, or vLLM's reset_weights zeroed "
+                "them. Push one complete update; "
                 f"generation resumes when {some_of(sorted(self.stale))} have arrived again."
             )
         return ""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 
 from torch import Tensor
 
@@ -30,6 +31,8 @@ class Recipe:
         name: of the tensor, as the trainer sends it.
         scale_name: of the scales that are made of it.
         dtypes: of the parameters it lands in.
+        loads: the dtype in which the engine's loader holds it until codes are made of it; None
+            where it is sent codes, which are then made of what the trainer sends.
         calibration: of an engine that is served through a profile, if that speaks of it.
 
     """
@@ -40,10 +43,12 @@ class Recipe:
         entry: TensorPlan,
         parameters: Mapping[str, Tensor],
         calibration: Calibration | None = None,
+        loaded: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> None:
         """Args:
         entry: its plan.
-        parameters: every checkpoint-format parameter, on meta.
+        parameters: every parameter as it is stored, on meta.
+        loaded: the same as the engine's loader fills them.
 
         """
         self.name, self.scale_name = name, f"{name}_scale"
@@ -51,6 +56,8 @@ class Recipe:
         self.calibration = calibration if calibration and name in calibration else None
         codes = (t for t in entry.targets if holds_codes(parameters[t].dtype))
         self._codes = next(codes, None)
+        form = loaded.get(self._codes) if self._codes else None
+        self.loads = form.dtype if form is not None and is_float(form) else None
         self._entry = entry
         self._parameters = parameters
 
@@ -112,6 +119,9 @@ def as_stored(
     if not (recipe.makes_codes and is_float(tensor)):
         check_finite(name, tensor, recipe.dtypes, doubts)
         return ((name, tensor),)
+    if recipe.loads is not None and recipe.loads != tensor.dtype:
+        check_finite(name, tensor, (recipe.loads,), doubts)
+        tensor = tensor.to(recipe.loads)
     codes, scales = recipe.quantize(tensor, into)
     # A row that holds NaN or Inf has such an absolute maximum, so its scale tells.
     check_finite(name, scales, (), doubts)

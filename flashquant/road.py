@@ -8,7 +8,7 @@ What an update is, and whether it stands, is the session's business.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 
 from torch import Tensor
@@ -19,14 +19,16 @@ from flashquant.drift import Drifts
 from flashquant.engine import Engine, Layer, Reach
 from flashquant.errors import MisfitTensor, ReloadError
 from flashquant.fit import check_finite
-from flashquant.plan import Replay, Write
+from flashquant.plan import Replay, View, Write
 from flashquant.quantize import as_stored, is_float
 from flashquant.schemes.quick import row_absmax
 from flashquant.shortcut import Shortcuts
+from flashquant.ties import Ties
 from flashquant.update import Update
 from flashquant.verify import Footprint, check_unmoved, footprints
 from flashquant.ways import Landing, Way, Ways
 from flashquant.weights import NamedTensors
+from flashquant.write import Stage
 
 
 class Road:
@@ -35,6 +37,7 @@ class Road:
     Args:
         engine: the model.
         ways: where every name lands.
+        ties: the parameters that have several names.
         drifts: who is told how codes move.
         calibration: the profile by which pushes are quantized; None where each row is by itself.
         checks: which proofs every update carries.
@@ -45,13 +48,15 @@ class Road:
         self,
         engine: Engine,
         ways: Ways,
+        ties: Ties,
         drifts: Drifts,
         calibration: Calibration | None,
         checks: Checks,
     ) -> None:
-        self._engine, self._ways, self._drifts = engine, ways, drifts
+        self._engine, self._ways, self._ties, self._drifts = engine, ways, ties, drifts
         self._calibration, self._checks = calibration, checks
         self._shortcuts = Shortcuts()
+        self.about_to_write: Callable[[str], object] = lambda layer: None
 
     def take(self, weights: NamedTensors, update: Update) -> set[str]:
         """Plan, quantize, write and commit, one tensor at a time."""
@@ -78,6 +83,9 @@ class Road:
         """Take one tensor of which nothing needs to be known."""
         way, tensor = self._admit(name, sent, update)
         start = update.since(start, "plan")
+        if not way.entry.steps:
+            self._leave_out(way, tensor, update)
+            return iter(())
         stored, made_there = self._quantize(way, tensor, update)
         start = update.since(start, "quantize")
         landings = [
@@ -85,7 +93,8 @@ class Road:
             for each, values in stored
         ]
         start = update.since(start, "write")
-        self._shortcuts.learn(way, tensor)
+        if not self._ties.hold(way.entry.targets):
+            self._shortcuts.learn(way, tensor)
         for landing in landings:
             self._commit(landing.layers, update)
         update.since(start, "commit")
@@ -100,9 +109,15 @@ class Road:
         update.tensors += 1
         update.bytes_in += tensor.nbytes
         update.names.add(name)
-        if not way.entry.steps:
-            update.ignored.append(name)
         return way, tensor
+
+    def _leave_out(self, way: Way, tensor: Tensor, update: Update) -> None:
+        """The engine stores nothing of it; but what it is tied to must hold the same."""
+        if way.tie is None:
+            update.ignored.append(way.name)
+            return
+        check_finite(way.name, tensor)
+        self._ties.take(way.tie, tensor.contiguous(), update.undo)
 
     def _quantize(
         self, way: Way, tensor: Tensor, update: Update
@@ -113,7 +128,7 @@ class Road:
         if landing is not None:
             for step, layer, stage in landing.steps:
                 if isinstance(step, Write):
-                    update.claim(stage, step.target_view)
+                    self._claim(layer, stage, step.target_view, update)
                     into = layer.window(step, update.undo, update.reach)
         stored = as_stored(way.recipe, tensor, into, update.doubts)
         clipping = {} if self._calibration is None else self._calibration.clipping
@@ -133,7 +148,7 @@ class Road:
         tensor = tensor.contiguous() if not landing.rows else tensor
         maxima = self._maxima(landing, tensor)
         for step, layer, stage in landing.steps:
-            update.claim(stage, step.target_view)
+            self._claim(layer, stage, step.target_view, update)
             if arrived:
                 stage.arrived(step.target_view, maxima)
             elif not isinstance(step, Replay):
@@ -142,7 +157,14 @@ class Road:
             update.waiting[layer.name] = layer
         if landing.entry.needs_loader:
             self._replay(landing, tensor)
+        self._ties.arrive(landing.entry.targets, update.undo)
         return landing
+
+    def _claim(self, layer: Layer, stage: Stage, view: View, update: Update) -> None:
+        if not update.bracket and layer.name not in update.touched:  # `begin` looks at all of them
+            self.about_to_write(layer.name)
+            update.touched.add(layer.name)
+        update.claim(stage, view)
 
     def _maxima(self, landing: Landing, tensor: Tensor) -> Tensor | None:
         """Those of the rows of the whole tensor, where other workers hold shards of its layer."""
@@ -150,8 +172,11 @@ class Road:
             return None
         sole = len(landing.entry.targets) == 1  # of a tensor that is cut up, each has its own
         # Codes have their scales already, and those are of whole rows.
-        wanted = sole and tensor.dim() == 2 and is_float(tensor)
-        return row_absmax(tensor) if wanted else None
+        if not (sole and tensor.dim() == 2 and is_float(tensor)):
+            return None
+        # Of what the parameter will hold: rounding keeps the order of magnitudes.
+        held = self._engine.targets[landing.entry.targets[0]].dtype
+        return row_absmax(tensor).to(held).float()
 
     def _replay(self, landing: Landing, tensor: Tensor) -> None:
         """The loader does more than copy: run it for real, on staged memory."""

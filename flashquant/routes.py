@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -28,6 +29,13 @@ class Routes:
         self._checkpoint: dict[str, tuple[torch.Size, torch.dtype]] = {}
         self._made: dict[str, tuple[torch.Size, torch.dtype]] = {}  # of it: scales, most of all
         self._wanted: dict[str, None] | None = None
+        self._ties: dict[str, TensorPlan] = {}
+
+    def open(self) -> None:
+        """The engine serves; what became one parameter while it loaded, has one name now."""
+        entries = (self.plan[name] for name in self.plan.names)
+        kept = (entry for entry in entries if self._engine.targets.keys() >= set(entry.targets))
+        self.plan, self._wanted = WritePlan(kept), None
 
     def note(self, name: str, tensor: Tensor) -> None:
         """The checkpoint that the engine starts on holds this tensor."""
@@ -38,6 +46,11 @@ class Routes:
         """A tensor of the checkpoint was stored as this one, or as several; so will pushes be."""
         if name not in self._checkpoint:
             self._made[name] = (tensor.shape, tensor.dtype)
+
+    def refused_of_made(self) -> str | None:
+        """The first name made of the checkpoint that the engine's loader does not take."""
+        self._learn_forms(self._made)
+        return next((name for name in self._made if name not in self.plan), None)
 
     def learn_together(self, tensors: NamedTensors) -> None:
         """Watch the loader take some tensors in one run; what it refuses is not learned."""
@@ -58,6 +71,9 @@ class Routes:
                 meta = _meta(tensor.shape, tensor.dtype)
                 self.plan.add(trace_one(self._engine.load, name, meta, self._engine.targets))
         except ReloadError as refusal:
+            if self.tie_of(name, tensor) is not None:
+                self.plan.add({name: TensorPlan(name, tuple(tensor.shape), tensor.dtype, ())})
+                return
             # What a loader says of a name it does not know depends on where it stumbles; that
             # the checkpoint had no such name is what the trainer can act on.
             if name in self._checkpoint or not (
@@ -83,6 +99,37 @@ class Routes:
                 self._learn_forms({**self._checkpoint, **self._made})
             self.learn(name, tensor)
         return self.plan[name]
+
+    def tie_of(self, name: str, tensor: Tensor) -> TensorPlan | None:
+        """Where a tensor belongs that the loader leaves out, for it takes it under another name.
+
+        None where it leaves it out for another reason.
+        """
+        found = self._ties.get(name)
+        if found is None and self._engine.tied:
+            found = self._tie_of(name, tensor)
+            if found is not None:
+                self._ties[name] = found
+        return found
+
+    def _tie_of(self, name: str, tensor: Tensor) -> TensorPlan | None:
+        tied, meta = self._engine.tied, _meta(tensor.shape, tensor.dtype)
+        try:
+            with self._engine.apart() as targets:
+                plan = trace_one(self._engine.load, name, meta, targets)[name]
+        except ReloadError:
+            return None
+        if plan.steps:
+            steps = tuple(replace(step, target=tied.get(step.target, "")) for step in plan.steps)
+            known = all(step.target and not isinstance(step, Replay) for step in steps)
+            return replace(plan, steps=steps) if known else None
+        # Before 0.31, vLLM's loaders leave them out by name, whatever they are tied to.
+        home = next((tied[path] for path in tied if f".{path}".endswith(f".{name}")), None)
+        self._learn_forms(self._checkpoint)
+        entries = (self.plan[known] for known in self.plan.names)
+        firsts = (e for e in entries if e.targets == (home,) and e.shape == tuple(tensor.shape))
+        first = next(firsts, None)
+        return None if first is None or first.needs_loader else replace(first, name=name)
 
     def _learn_forms(self, forms: Mapping[str, tuple[torch.Size, torch.dtype]]) -> None:
         new = {name: _meta(*form) for name, form in forms.items() if name not in self.plan}

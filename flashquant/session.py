@@ -23,8 +23,8 @@ from flashquant.arrivals import Arrivals
 from flashquant.calibration import Calibration
 from flashquant.checks import Checks
 from flashquant.drift import Drifts
-from flashquant.engine import Engine
-from flashquant.errors import MovedTensor, ReloadError
+from flashquant.engine import Engine, Layer
+from flashquant.errors import FlashquantError, MovedTensor, ReloadError, UnsupportedEngine
 from flashquant.health import Health
 from flashquant.plan import WritePlan
 from flashquant.quantize import Recipe, as_stored
@@ -32,12 +32,20 @@ from flashquant.report import ReloadReport, Status
 from flashquant.road import Road
 from flashquant.routes import Routes
 from flashquant.schemes.stored import holds_codes
+from flashquant.ties import Ties
 from flashquant.transaction import Transactions
 from flashquant.undo import UndoLog
 from flashquant.update import Update
 from flashquant.verify import Fingerprints, Footprint, digest, digests
 from flashquant.ways import Ways
-from flashquant.weights import NamedTensors, Offered, Weights, few_at_a_time, named_tensors
+from flashquant.weights import (
+    NamedTensors,
+    Offered,
+    Weights,
+    few_at_a_time,
+    named_tensors,
+    naming_the_file,
+)
 from flashquant.witness import Witness
 
 
@@ -69,8 +77,11 @@ class Session:
         self._arrivals = Arrivals(engine)
         self._witness = Witness({})
         self._unaudited: dict[str, Footprint] = {}
+        self._layers: dict[str, Layer] = {}
         self._drifts = Drifts(1.0 if calibration is None else calibration.warn_above)
-        self._road = Road(engine, self._ways, self._drifts, calibration, self._checks)
+        self._ties = Ties()
+        self._road = Road(engine, self._ways, self._ties, self._drifts, calibration, self._checks)
+        self._road.about_to_write = lambda layer: self._witness.look_at(layer)
         self._transactions = Transactions(ballot, self._settle)
 
     @property
@@ -94,8 +105,23 @@ class Session:
         return self._transactions.health
 
     def first_load(self, weights: NamedTensors) -> object:
-        """Load the checkpoint the engine starts on: the same stream, the engine's own writes."""
-        return self._engine.load(self._first(weights))
+        """Load the checkpoint the engine starts on: the same stream, the engine's own writes.
+
+        Raises:
+            UnsupportedEngine: its loader knows a weight, and not the scales that are made of it.
+
+        """
+        try:
+            return self._engine.load(self._first(weights))
+        except (KeyError, ValueError) as refusal:
+            ours = isinstance(refusal, FlashquantError)
+            if ours or (scales := self._routes.refused_of_made()) is None:
+                raise
+            raise UnsupportedEngine(
+                f"{scales.removesuffix('_scale')} becomes codes and scales in "
+                f"{self._engine.scheme}, and vLLM's loader of this model has no place for "
+                f"{scales} ({refusal}). Serve it in fp8_channel, fp8_vllm or bf16."
+            ) from refusal
 
     def open(self) -> None:
         """The first load is done and processed: from now on, every push is a reload.
@@ -106,7 +132,10 @@ class Session:
         """
         if self._calibration is not None:
             self._calibration.check_fit()
+        self._routes.open()
         self._ways.open()
+        self._layers = {layer.name: layer for layer in self._engine.layers}
+        self._ties.open(set(self._engine.tied.values()), self._ways.homes)
         self._witness = Witness(
             {layer.name: _parameters(layer.tensors()) for layer in self._engine.layers}
         )
@@ -167,12 +196,14 @@ class Session:
         """
         with self._transactions.finish() as update, torch.no_grad():
             self._road.finish(update)
+            self._ties.check_complete()
             self._arrivals.check_complete(update, self._routes.wanted, strict=strict)
             self._road.swap_in(update)
             if update.prepares:
                 self._unaudited = update.before
             else:
                 self._road.check_unmoved(update.before, *self._engine.layers)
+        self._ties.reset()
 
     @property
     def in_bracket(self) -> bool:
@@ -205,6 +236,7 @@ class Session:
 
         """
         if not self.in_bracket:
+            self._ties.check_complete()
             self._arrivals.check_nothing_waits(self._routes.wanted)
 
     def abandon(self) -> None:
@@ -218,7 +250,11 @@ class Session:
         start = time.perf_counter()
         self.begin(atomic=atomic, prepares=prepare)
         try:
-            self.push(named_tensors(weights))
+            tensors = named_tensors(weights)
+            try:
+                self.push(tensors)
+            except ReloadError as failure:
+                raise naming_the_file(failure, tensors) from failure.__cause__
             report = self.close(strict=strict)
         finally:
             self.abandon()
@@ -295,15 +331,25 @@ class Session:
         self.abandon()
         for layer in self._engine.layers:
             layer.drop()
+        self._ties.reset()
         self._transactions.sweep()
         self.free_reserve()
         self.health.asleep = True
         if not keeps_weights:
             self._drifts.forget()
-            self._witness.settle()
+            self._witness.forget()
             if self._calibration is not None:
                 self._calibration.forget_device()
             self.health.tear(self._routes.wanted)
+
+    def overwritten(self) -> None:
+        """Somebody has overwritten everything: it is nobody's policy until all of it was pushed."""
+        self.abandon()
+        for layer in self._engine.layers:
+            layer.drop()
+        self._ties.reset()
+        self._witness.forget()
+        self.health.tear(self._routes.wanted)
 
     def free_reserve(self) -> None:
         """Give back the host memory that is held for the next update's undo log."""
@@ -329,7 +375,7 @@ class Session:
             version=self.version,
             torn=self.health.torn,
             asleep=self.health.asleep,
-            pending=self._arrivals.waiting(),
+            pending={**self._ties.waiting(), **self._arrivals.waiting()},
             digest=whole,
             ranks=(whole,),
             parameters=parameters,
@@ -360,6 +406,7 @@ class Session:
                 update.at_stake = frozenset(self._routes.wanted)
             for layer in self._engine.layers:
                 layer.drop()
+            self._ties.reset()
             update.before = self._road.footprints(*self._engine.layers)
 
     def _first(self, weights: NamedTensors) -> Iterator[tuple[str, Tensor]]:
@@ -395,7 +442,21 @@ class Session:
             layer.drop()
         if stands:
             update.drift = self._drifts.settle(update.noted)
-        self._witness.settle(update.committed if stands else None)
+        if stands:
+            self._witness.settle(update.committed, self._unsent(update), update.live)
+            return
+        self._witness.rebase(None if update.bracket else update.touched)
+        if not update.undo.can_restore:
+            self._witness.forget()
+
+    def _unsent(self, update: Update) -> dict[str, set[str]]:
+        """Of layers that went live without some of their parameters: which those are."""
+        found = {}
+        for name in update.committed:
+            targets = set(self._layers[name].targets) & self._routes.wanted.keys()
+            if not targets <= update.live:
+                found[name] = targets - update.live
+        return found
 
     def _report(self, update: Update, now: float, *, pause: float) -> ReloadReport:
         seconds = now - update.start

@@ -20,7 +20,7 @@ from flashquant.drift import Noted, noted_in_place
 from flashquant.engine import Layer
 from flashquant.fit import check_peak
 from flashquant.plan import View, Write
-from flashquant.quantize import is_float
+from flashquant.quantize import Recipe, is_float
 from flashquant.schemes.quick import Storing, storing
 from flashquant.update import Update
 from flashquant.ways import Landing, Way
@@ -161,9 +161,18 @@ def _shortcut(way: Way, tensor: Tensor) -> Shortcut | None:
         parts=parts,
         targets=tuple(part.target for part in parts),
         layer=layer,
-        store=storing(None if codes is None else recipe.quantize, tensor.dtype, *rows),
+        store=storing(None, tensor.dtype, *rows)
+        if codes is None
+        else _as_loaded(recipe, tensor.dtype, *rows),
         noted=None if codes is None else noted_in_place(live),
     )
+
+
+def _as_loaded(recipe: Recipe, dtype: torch.dtype, *rows: Tensor) -> Storing:
+    """What stores codes of such a tensor, by way of what the engine's loader would hold of it."""
+    loads = recipe.loads or dtype
+    store = storing(recipe.quantize, loads, *rows)
+    return store if loads == dtype else lambda weight: store(weight.to(loads))
 
 
 def _parts(landing: Landing | None) -> Iterator[Part]:

@@ -132,7 +132,7 @@ class Transactions:
     @property
     def quiet(self) -> float | None:
         """Seconds since anything came into the bracket that is open; None where none is."""
-        return time.monotonic() - self.current.touched if self.current and self.in_bracket else None
+        return time.monotonic() - self.current.heard if self.current and self.in_bracket else None
 
     def take_back_what_was_left(self, seconds: float) -> None:
         """Roll back a bracket into which nothing has come for so long; 0 for never.
@@ -178,7 +178,7 @@ class Transactions:
             with uninterrupted():
                 if stands:
                     self._stand(update)
-                update.busy, update.touched = False, time.monotonic()
+                update.busy, update.heard = False, time.monotonic()
         except BaseException as failure:
             self._roll_back(update, failure)
             raise

@@ -27,7 +27,7 @@ class Update:
         busy: something is being done for it right now, or was cut off.
         at_stake: the parameters that are lost if it fails and keeps no undo log.
         over: it stands, or it has been rolled back.
-        touched: when its trainer was last heard of, by `time.monotonic`.
+        heard: when its trainer was last heard of, by `time.monotonic`.
 
     """
 
@@ -35,7 +35,7 @@ class Update:
     bracket: bool = False
     prepares: bool = False
     start: float = field(default_factory=time.perf_counter)
-    touched: float = field(default_factory=time.monotonic)
+    heard: float = field(default_factory=time.monotonic)
     round: int | None = None
     busy: bool = False
     over: bool = False
@@ -46,6 +46,7 @@ class Update:
     arrived: set[str] = field(default_factory=set)  # parameters
     live: set[str] = field(default_factory=set)  # parameters, arrived now or earlier
     committed: set[str] = field(default_factory=set)  # layers
+    touched: set[str] = field(default_factory=set)  # layers, of a push outside a bracket
     waiting: dict[str, Layer] = field(default_factory=dict)  # layers, of which something came
     doubts: Doubts = field(default_factory=Doubts)
     prepared: dict[str, Layer] = field(default_factory=dict)  # layers

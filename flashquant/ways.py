@@ -46,6 +46,7 @@ class Way:
     name: str
     entry: TensorPlan
     recipe: Recipe
+    tie: TensorPlan | None = None  # of what the engine holds under another name
     fits: set[torch.dtype] = field(default_factory=set)  # dtypes that may come
     landings: dict[str, Landing] = field(default_factory=dict)  # by the name of what is stored
 
@@ -105,8 +106,10 @@ class Ways:
         if way is None:
             check_plain(name, sent)
             entry = self._routes.of(name, sent)  # type: ignore[arg-type]  # it is a tensor
-            recipe = Recipe(name, entry, self._engine.stored, self._calibration)
-            way = self._ways[name] = Way(name, entry, recipe)
+            engine = self._engine
+            recipe = Recipe(name, entry, engine.stored, self._calibration, engine.targets)
+            tie = None if entry.steps else self._routes.tie_of(name, sent)  # type: ignore[arg-type]
+            way = self._ways[name] = Way(name, entry, recipe, tie)
             if recipe.makes_codes and entry.steps:
                 way.landings[name] = self._landing(entry)
         return way

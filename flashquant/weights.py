@@ -5,6 +5,7 @@ Nothing here is executed: a path means safetensors files, never a pickle.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -24,18 +25,52 @@ def named_tensors(weights: Weights) -> Iterator[tuple[str, Tensor]]:
     """Yield `(name, tensor)` from a dict, an iterable of pairs, or a path.
 
     A path is one `.safetensors` file or a folder of them (a Hugging Face
-    checkpoint); its tensors are read one at a time.
+    checkpoint); its tensors are read one at a time. Of a folder, those files are read that
+    vLLM's own loader reads: `consolidated*.safetensors` before any others, and of what there
+    is, only what the index lists, if there is an index.
 
     Raises:
-        ReloadError: the path holds no safetensors.
+        ReloadError: the path holds no safetensors, or not those that its index lists.
 
     """
     if isinstance(weights, str | os.PathLike):
-        yield from _stored(Path(weights))
-    elif isinstance(weights, Mapping):
-        yield from weights.items()
-    else:
-        yield from weights
+        return Stored(Path(weights))
+    return iter(weights.items() if isinstance(weights, Mapping) else weights)
+
+
+class Stored(Iterator[tuple[str, Tensor]]):
+    """The tensors that lie at a path.
+
+    Attributes:
+        file: which the last one came from.
+
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.file = path
+        self._tensors = self._read(path)
+
+    def __next__(self) -> tuple[str, Tensor]:
+        return next(self._tensors)
+
+    def _read(self, path: Path) -> Iterator[tuple[str, Tensor]]:
+        for self.file in _files(path):
+            try:
+                with safe_open(self.file, framework="pt") as tensors:
+                    for name in tensors.keys():  # noqa: SIM118  (safe_open is no mapping)
+                        yield name, tensors.get_tensor(name)
+            except (SafetensorError, OSError) as broken:
+                raise ReloadError(
+                    f"{self.file} is no safetensors file that can be read ({broken}); write it "
+                    "again"
+                ) from broken
+
+
+def naming_the_file(failure: ReloadError, weights: object) -> ReloadError:
+    """The same failure with the file in its words, where its tensor came from one."""
+    if not isinstance(weights, Stored) or str(weights.file) in str(failure):
+        return failure
+    return type(failure)(f"{failure} (The last tensor was read from {weights.file}.)")
 
 
 def few_at_a_time(weights: NamedTensors) -> Iterator[list[tuple[str, Tensor]]]:
@@ -77,20 +112,34 @@ class Offered:
             yield name, tensor
 
 
-def _stored(path: Path) -> Iterator[tuple[str, Tensor]]:
-    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+def _files(path: Path) -> list[Path]:
+    """The safetensors at a path that vLLM would load."""
+    consolidated = sorted(path.glob("consolidated*.safetensors"))  # Mistral's own format
+    files = consolidated or sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     if not files or not all(file.is_file() and file.suffix == ".safetensors" for file in files):
         raise ReloadError(
             f"{path} is neither a .safetensors file nor a folder that holds some. "
             "Save the weights with safetensors; pickled files are never loaded."
         )
-    for file in files:
-        try:
-            opened = safe_open(file, framework="pt")
-        except SafetensorError as broken:
-            raise ReloadError(
-                f"{file} is no safetensors file ({broken}); write it again"
-            ) from broken
-        with opened as tensors:
-            for name in tensors.keys():  # noqa: SIM118  (safe_open is no mapping)
-                yield name, tensors.get_tensor(name)
+    kind = "consolidated" if consolidated else "model"
+    index = path / f"{kind}.safetensors.index.json"
+    if not index.is_file():
+        return files
+    listed = _listed(index)
+    if missing := sorted(listed - {file.name for file in files}):
+        raise ReloadError(
+            f"{index} lists files that are not there: {', '.join(missing[:3])}. Write the "
+            "checkpoint again, whole, or without an index."
+        )
+    return [file for file in files if file.name in listed]
+
+
+def _listed(index: Path) -> set[str]:
+    """The names of the files that an index speaks of."""
+    try:
+        return set(json.loads(index.read_text())["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as broken:
+        raise ReloadError(
+            f"{index} is no index of safetensors ({type(broken).__name__}: {broken}); write it "
+            "again, or remove it"
+        ) from broken

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import logging
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from types import MappingProxyType
 
 from torch import Tensor
 
@@ -40,9 +41,9 @@ class Witness:
         self._flat = tuple(tensor for items in self._live.values() for _, tensor in items)
         self._known: tuple[int, ...] = ()  # the counters of all of them, as last looked at
         self._versions: dict[str, tuple[int, ...]] = {}
-        self._digests: Mapping[str, str] = {}
+        self._digests: dict[str, str] = {}
         self._foreign: set[str] = set()
-        self.settle()
+        self.rebase()
 
     @property
     def foreign(self) -> tuple[str, ...]:
@@ -55,17 +56,21 @@ class Witness:
         if now_all == self._known:  # before every forward pass: nothing but this
             return
         self._known = now_all
-        found = set()
-        for layer, items in self._live.items():
-            before, now = self._versions[layer], _versions(tensor for _, tensor in items)
-            if now != before:
-                self._versions[layer] = now
-                found |= {
-                    name
-                    for (name, _), old, new in zip(items, before, now, strict=True)
-                    if old != new
-                }
-        self._report(found)
+        self._report({name for layer in self._live for name in self._written(layer)})
+
+    def look_at(self, layer: str) -> None:
+        """The same of one layer, which is about to be written."""
+        self._report(set(self._written(layer)))
+
+    def _written(self, layer: str) -> Iterator[str]:
+        """The parameters of a layer whose counters have moved since they were last looked at."""
+        items, before = self._live.get(layer, ()), self._versions.get(layer, ())
+        now = _versions(tensor for _, tensor in items)
+        if now != before:
+            self._versions[layer] = now
+            for (name, _), old, new in zip(items, before, now, strict=True):
+                if old != new:
+                    yield name
 
     def compare(self, digests: Mapping[str, str]) -> None:
         """Compare fresh digests with those of the last time, if no update came in between."""
@@ -78,14 +83,37 @@ class Witness:
         }
         self._report({name for name, now in self._digests.items() if before.get(name, now) != now})
 
-    def settle(self, layers: Iterable[str] | None = None) -> None:
-        """An update of our own is over: these layers, or any, may have changed by it."""
-        self._digests = {}
+    def settle(
+        self,
+        layers: Iterable[str],
+        unsent: Mapping[str, Collection[str]] = MappingProxyType({}),
+        sent: Collection[str] = (),
+    ) -> None:
+        """An update of our own stands, and has changed these layers.
+
+        Args:
+            layers: that went live.
+            unsent: of those of which not everything was sent, the parameters that were not: what
+                somebody wrote into them is still there.
+            sent: the parameters that were.
+
+        """
+        self.rebase(layers := list(layers))
+        for layer in layers:
+            for name, _ in self._live.get(layer, ()):
+                if name not in unsent.get(layer, ()):
+                    self._digests.pop(name, None)  # what is derived from what was sent, too
+                if layer not in unsent or name in sent:
+                    self._foreign.discard(name)
+
+    def forget(self) -> None:
+        """The bytes are no longer what they were, and that is known."""
+        self._digests.clear()
+
+    def rebase(self, layers: Iterable[str] | None = None) -> None:
+        """Their counters, or those of all, have moved by our own doing; the bytes stay as noted."""
         for layer in self._live if layers is None else layers:
-            items = self._live[layer]
-            self._versions[layer] = _versions(tensor for _, tensor in items)
-            if layers is not None and self._foreign:
-                self._foreign.difference_update(name for name, _ in items)
+            self._versions[layer] = _versions(tensor for _, tensor in self._live.get(layer, ()))
 
     def _report(self, found: set[str]) -> None:
         new = found - self._foreign

@@ -28,6 +28,10 @@ class Stage:
         self._elements = 0  # of these windows, which never overlap
         self.numel = shape.numel()
 
+    def blank(self) -> Stage:
+        """One more of its form, in which nothing has arrived."""
+        return Stage(self._shape, self._stride, self._dtype)
+
     @property
     def shape(self) -> torch.Size:
         return self._shape

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flashquant.errors import UnsupportedEngine
+from flashquant.errors import MisfitTensor, UnsupportedEngine
 from flashquant.plan import Replay, Step, TensorPlan, View, Write
 from flashquant.quantize import Recipe, as_stored
 from flashquant.schemes import int8_channel
@@ -66,3 +66,28 @@ def test_codes_pass_through_whatever_the_loader_does():
     replay = Replay(NAME, TARGET, View((3, 6, 4), (24, 4, 1), 0), "aten.clone.default")
 
     assert torch.equal(stored(codes, replay)[NAME], codes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("loads", [torch.int8, torch.bfloat16])
+def test_codes_are_made_of_what_the_engines_loader_would_hold(dtype, loads):
+    """An online scheme loads bf16 and quantizes that; where codes are loaded, of what is sent."""
+    sent = torch.randn(3, 6, 4, generator=torch.Generator().manual_seed(1)).to(dtype)
+    plan = TensorPlan(NAME, tuple(sent.shape), dtype, tuple(write(e, sent[e]) for e in range(3)))
+    loaded = {TARGET: torch.empty(3, 6, 4, dtype=loads, device="meta")}
+
+    made = dict(as_stored(Recipe(NAME, plan, PARAMETERS, None, loaded), sent))
+
+    held = sent.bfloat16() if loads == torch.bfloat16 else sent
+    expected = [int8_channel(expert) for expert in held]
+    assert torch.equal(made[NAME], torch.stack([codes for codes, _ in expected]))
+    assert torch.equal(made[f"{NAME}_scale"], torch.stack([scales for _, scales in expected]))
+
+
+def test_what_is_infinite_once_loaded_is_refused_by_name():
+    sent = torch.full((3, 6, 4), torch.finfo(torch.float32).max)
+    plan = TensorPlan(NAME, (3, 6, 4), torch.float32, tuple(write(e, sent[e]) for e in range(3)))
+    loaded = {TARGET: torch.empty(3, 6, 4, dtype=torch.bfloat16, device="meta")}
+
+    with pytest.raises(MisfitTensor, match=NAME):
+        as_stored(Recipe(NAME, plan, PARAMETERS, None, loaded), sent)

@@ -90,7 +90,7 @@ class FakeEngine:
     `norm` is what the norm's loader does to the tensor before it copies it.
     """
 
-    scheme, device, shares_scales = "int8", CPU, False
+    scheme, device, shares_scales, tied = "int8", CPU, False, MappingProxyType({})
 
     def __init__(self, dtype: torch.dtype = torch.bfloat16, norm=lambda loaded: loaded) -> None:
         qkv = {"qkv.weight": torch.zeros(6, 4, dtype=dtype)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 
 import pytest
@@ -9,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from flashquant.errors import ReloadError
-from flashquant.weights import few_at_a_time, named_tensors
+from flashquant.errors import ReloadError, UnknownWeight
+from flashquant.weights import few_at_a_time, named_tensors, naming_the_file
 
 WEIGHTS = {"a.weight": torch.arange(6.0).view(2, 3), "b.bias": torch.ones(2).bfloat16()}
 
@@ -95,6 +96,65 @@ def test_a_broken_safetensors_file_is_named(tmp_path):
 
     with pytest.raises(ReloadError, match=r"model\.safetensors is no safetensors file"):
         list(named_tensors(tmp_path))
+
+
+@pytest.fixture
+def indexed(checkpoint):
+    """The same folder with an index of its two files."""
+    listed = {"a.weight": "model-00002.safetensors", "b.bias": "model-00001.safetensors"}
+    (checkpoint / "model.safetensors.index.json").write_text(json.dumps({"weight_map": listed}))
+    return checkpoint
+
+
+def test_what_an_index_does_not_list_is_not_read(indexed):
+    """An older, larger checkpoint was saved over; an adapter lies beside."""
+    save_file({"a.weight": torch.zeros(2, 3)}, indexed / "model-00003.safetensors")
+    save_file({"lora_A": torch.zeros(2)}, indexed / "adapter_model.safetensors")
+
+    assert equal(list(named_tensors(indexed)), WEIGHTS)
+
+
+def test_consolidated_files_come_before_others_as_in_vllm(indexed):
+    save_file(WEIGHTS, indexed / "consolidated.safetensors")
+    save_file({"a.weight": torch.zeros(2, 3)}, indexed / "model-00001.safetensors")
+
+    assert equal(list(named_tensors(indexed)), WEIGHTS)
+
+
+def test_a_file_that_an_index_lists_and_nobody_wrote_is_named(indexed):
+    (indexed / "model-00002.safetensors").unlink()
+
+    with pytest.raises(ReloadError, match=r"index\.json lists .* not there: model-00002"):
+        list(named_tensors(indexed))
+
+
+@pytest.mark.parametrize("says", ["{", "[]", "{}", '{"weight_map": 3}'])
+def test_a_broken_index_is_named(indexed, says):
+    (indexed / "model.safetensors.index.json").write_text(says)
+
+    with pytest.raises(ReloadError, match=r"index\.json is no index of safetensors"):
+        list(named_tensors(indexed))
+
+
+def test_a_refusal_names_the_file_that_its_tensor_came_from(checkpoint):
+    tensors = named_tensors(checkpoint)
+    next(tensors)
+
+    told = naming_the_file(UnknownWeight("no such weight."), tensors)
+
+    assert type(told) is UnknownWeight
+    assert "read from" in str(told)
+    assert str(checkpoint / "model-00001.safetensors") in str(told)
+    same = UnknownWeight("no such weight.")
+    assert naming_the_file(same, WEIGHTS) is same
+
+
+def test_a_file_that_ends_too_early_is_named(checkpoint):
+    whole = (checkpoint / "model-00002.safetensors").read_bytes()
+    (checkpoint / "model-00002.safetensors").write_bytes(whole[:-4])
+
+    with pytest.raises(ReloadError, match=r"model-00002\.safetensors is no safetensors file"):
+        list(named_tensors(checkpoint))
 
 
 def test_few_at_a_time_keeps_order_and_says_everything_once():

@@ -88,7 +88,53 @@ def test_a_roll_back_puts_nothing_right(witness, head):
     head.detach().copy_(torch.ones(2, 4))
     witness.look()
 
-    witness.settle()
+    witness.rebase()
+
+    assert witness.foreign == ("head.weight",)
+
+
+def test_bytes_that_were_noted_are_compared_whatever_was_pushed_or_taken_back_since(
+    witness, norm, head
+):
+    """A write through `.data`, a push of another layer and one that failed: it is seen all the
+    same."""
+    witness.compare(digests([("norm.weight", norm), ("head.weight", head)]))
+    head.data.copy_(torch.ones(2, 4))
+
+    witness.settle(["norm"])
+    witness.rebase()
+    witness.compare(digests([("norm.weight", norm), ("head.weight", head)]))
+
+    assert witness.foreign == ("head.weight",)
+
+
+def test_a_push_of_a_part_of_a_layer_leaves_the_rest_to_whoever_wrote_it(head):
+    """A bias goes live alone; the weight beside it is what somebody made of it."""
+    bias = Parameter(torch.zeros(2), requires_grad=False)
+    items = [("head.weight", head), ("head.bias", bias)]
+    witness = Witness({"head": items})
+    witness.compare(digests(items))
+    head.data.copy_(torch.ones(2, 4))
+    bias.detach().copy_(torch.ones(2))
+
+    witness.settle(["head"], {"head": {"head.weight"}}, {"head.bias"})
+    witness.compare(digests(items))
+    assert witness.foreign == ("head.weight",)
+    witness.settle(["head"], {"head": {"head.weight"}}, {"head.bias"})
+    assert witness.foreign == ("head.weight",)
+
+    witness.settle(["head"])
+    assert witness.foreign == ()
+
+
+def test_a_layer_is_looked_at_before_an_update_of_our_own_overwrites_it(witness, head):
+    """Or a push that fails would put back what somebody wrote, and call it its own."""
+    with torch.no_grad():
+        head.copy_(torch.ones(2, 4))
+
+    witness.look_at("head")
+    witness.rebase(["head"])
+    witness.look()
 
     assert witness.foreign == ("head.weight",)
 

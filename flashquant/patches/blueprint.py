@@ -11,13 +11,15 @@ checkpoint format, ready for vLLM's own processing.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload.layerwise import _get_original_loader
 from vllm.model_executor.model_loader.reload.meta import to_meta_tensor
 
@@ -117,6 +119,8 @@ class ModelBlueprint:
             for name, child in parent.named_children()
         ]
         self.targets: dict[str, Tensor] = {names[key]: meta for key, meta in metas.items()}
+        # The other names of a parameter that several modules hold, and its first one.
+        self.tied = dict(_other_names(model, self.layers, names))
         # Parameters are told apart by id; keeping them alive keeps the ids theirs.
         self._originals = list(model.parameters())
 
@@ -145,6 +149,25 @@ class ModelBlueprint:
                     yield parameter
                 seen.add(id(parameter))
 
+    def tie(self) -> None:
+        """What has become one parameter since the model was created, is one from now on.
+
+        vLLM ties a head once it has loaded one that equals the embeddings.
+        """
+        firsts: dict[int, tuple[str, Tensor]] = {}
+        for position, layer in enumerate(self.layers):
+            parameters, targets = dict(layer.parameters), dict(layer.targets)
+            for name, target in layer.targets.items():
+                live, meta = layer.module._parameters.get(name), parameters[name]
+                if live is None or meta is None or live.shape != meta.shape:
+                    continue  # processed away; what is left in its place may be anybody's
+                first, its_meta = firsts.setdefault(id(live), (target, meta))
+                if first != target and meta.dtype == its_meta.dtype:
+                    parameters[name], targets[name] = its_meta, first
+                    self.tied[target] = first
+                    self.targets.pop(target, None)
+            self.layers[position] = replace(layer, parameters=parameters, targets=targets)
+
     def stale(self) -> list[Borrowed]:
         """The windows that processing has left behind: the parameter is elsewhere now."""
         homes = {
@@ -164,15 +187,43 @@ class ModelBlueprint:
         (target name to real tensor) stand in for meta parameters.
         """
         values = values or {}
+        with self._exchanged(
+            lambda layer, name, meta: _stand_in(layer.targets[name], meta, values)
+        ):
+            yield
+
+    @contextmanager
+    def apart(self) -> Iterator[Mapping[str, Tensor]]:
+        """The same on meta, with a parameter of its own under each name of one that is tied.
+
+        So a loader that leaves such a name out shows where it would put what comes under it.
+        """
+        targets: dict[str, Tensor] = {}
+
+        def own(layer: LayerBlueprint, name: str, meta: Tensor) -> Tensor:
+            path = f"{layer.name}.{name}" if layer.name else name
+            first = layer.targets[name] not in targets
+            target = layer.targets[name] if first else path
+            alone = meta if first else _dressed(torch.empty_like(meta), meta)
+            return targets.setdefault(target, alone)
+
+        with self._exchanged(own):
+            yield targets
+
+    @contextmanager
+    def _exchanged(
+        self, parameter: Callable[[LayerBlueprint, str, Tensor], Tensor]
+    ) -> Iterator[None]:
+        """Other parameters under the model, by layer, name and checkpoint form."""
         kept = [(layer.module, layer.module._parameters) for layer in self.layers]
-        exchanged = self._exchanged()
+        exchanged = self._dropped_children()
         children = [(parent, dict(parent._modules)) for parent, _, _ in exchanged]
         try:
             for parent, name, child in exchanged:
                 parent._modules[name] = child
             for layer in self.layers:
                 layer.module.__dict__["_parameters"] = {
-                    name: None if meta is None else _stand_in(layer.targets[name], meta, values)
+                    name: None if meta is None else parameter(layer, name, meta)
                     for name, meta in layer.parameters.items()
                 }
             yield
@@ -183,7 +234,7 @@ class ModelBlueprint:
                 parent._modules.clear()
                 parent._modules.update(live)
 
-    def _exchanged(self) -> list[tuple[nn.Module, str, nn.Module]]:
+    def _dropped_children(self) -> list[tuple[nn.Module, str, nn.Module]]:
         """The children that were dropped for others since, as a draft's head for its target's.
 
         A wrapper, such as an adapter's, still holds what was there.
@@ -194,6 +245,22 @@ class ModelBlueprint:
             for parent, name, child in self._places
             if child not in live and parent in live
         ]
+
+
+def _other_names(
+    model: nn.Module, layers: Sequence[LayerBlueprint], names: Mapping[int, str]
+) -> Iterator[tuple[str, str]]:
+    """Those of parameters that two modules hold, or of embeddings that the model holds twice."""
+    for layer in layers:
+        for name, target in layer.targets.items():
+            path = f"{layer.name}.{name}" if layer.name else name
+            if path != target:
+                yield path, target
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, VocabParallelEmbedding):
+            for name, parameter in module.named_parameters(prefix, recurse=False):
+                if names.get(id(parameter), name) != name:
+                    yield name, names[id(parameter)]
 
 
 def _blueprint(

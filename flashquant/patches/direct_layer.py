@@ -74,6 +74,10 @@ class DirectLayer(StagedLayer):
         """Whether a step brings all of a parameter that needs no other."""
         return self._partners[step.target] is stage and step.target_view.numel == stage.numel
 
+    def _held_live(self, target: str) -> Tensor:
+        home = self.homes[target]
+        return home if self._prepared is None else self._prepared.to_be(home)
+
     def drop(self) -> None:
         self._prepared = None
         self._logs.clear()

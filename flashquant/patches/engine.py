@@ -75,7 +75,7 @@ class LiveEngine:
         _refuse_own_processing(model)
         self.layers: tuple[LiveLayer | DirectLayer | LateLayer, ...] = ()
         self.stored: dict[str, Tensor] = {}
-        self._model = model
+        self.model = model
         self._vllm_config = vllm_config
         self._blueprint = ModelBlueprint(model)
         self.stored |= self._blueprint.targets
@@ -86,6 +86,11 @@ class LiveEngine:
     def targets(self) -> Mapping[str, Tensor]:
         """Every checkpoint-format parameter, on meta."""
         return self._blueprint.targets
+
+    @property
+    def tied(self) -> Mapping[str, str]:
+        """The other names of parameters that the model holds once, and under which it does."""
+        return self._blueprint.tied
 
     @property
     def shared(self) -> Iterator[Tensor]:
@@ -99,13 +104,14 @@ class LiveEngine:
     @contextmanager
     def laid_out(self, values: Mapping[str, Tensor] | None = None) -> Iterator[None]:
         """Put checkpoint-format parameters under the model while its loader is watched."""
-        level = _LOADERS_LOG.level
-        _LOADERS_LOG.setLevel(logging.ERROR)
-        try:
-            with self._blueprint.laid_out(values), torch.no_grad():
-                yield
-        finally:
-            _LOADERS_LOG.setLevel(level)
+        with _loaders_are_quiet(), self._blueprint.laid_out(values), torch.no_grad():
+            yield
+
+    @contextmanager
+    def apart(self) -> Iterator[Mapping[str, Tensor]]:
+        """The same on meta, each name of a tied parameter with one of its own; all, by name."""
+        with _loaders_are_quiet(), self._blueprint.apart() as targets, torch.no_grad():
+            yield targets
 
     def note_loaded(self) -> None:
         """All weights are in, none is processed: take their digests."""
@@ -117,6 +123,8 @@ class LiveEngine:
     def note_processed(self) -> None:
         """The model serves: find out what processing made of each layer."""
         learned: Learned = {}
+        self._blueprint.tie()
+        self.stored = dict(self._blueprint.targets)
         # vLLM's online schemes are ours to the bit. By tensor, one has to see all of it; the
         # scale of a shard that another worker has the rest of, vLLM has to find.
         late = self.scheme == "fp8_vllm" and not self.shares_scales
@@ -161,6 +169,16 @@ class LiveEngine:
             torch.no_grad(),
         ):
             yield
+
+
+@contextmanager
+def _loaders_are_quiet() -> Iterator[None]:
+    level = _LOADERS_LOG.level
+    _LOADERS_LOG.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        _LOADERS_LOG.setLevel(level)
 
 
 def _makes_codes_of_experts(blueprint: LayerBlueprint, homes: Mapping[str, Tensor]) -> bool:
@@ -213,3 +231,10 @@ def bracket_timeout(vllm_config: VllmConfig) -> float:
     """Seconds after which an update that its trainer has left is rolled back; 0 for never."""
     decided = vllm_config.additional_config[ADDITIONAL_CONFIG_KEY]
     return Checks(**decided["checks"]).bracket_timeout
+
+
+def scheme_of(vllm_config: VllmConfig) -> str:
+    """What flashquant was asked to serve; bf16 where it was not asked."""
+    if not asks_for_session(vllm_config):
+        return "bf16"
+    return str(vllm_config.additional_config[ADDITIONAL_CONFIG_KEY]["scheme"])

@@ -7,6 +7,7 @@ the process that creates the engine. What was decided travels inside vLLM's
 
 from __future__ import annotations
 
+import fnmatch
 import logging
 import os
 from collections.abc import Mapping
@@ -125,11 +126,17 @@ def configure(args: Any, config: RolloutConfig, checks: Checks) -> None:
     elif scheme == "int8":
         _serve_as_w8a8(args)
     elif config.scheme in ONLINE:
+        _refuse_overrides(args, config.scheme)
         _set_quantization(args, ONLINE[config.scheme], config.scheme)
         # vLLM makes settings of the name when the arguments are created, which is over; where
         # they are missing, only 0.30 and later would make them once more.
         args.quantization_config = resolve_quantization_config(
             args.quantization, args.quantization_config
+        )
+    if config.params_to_ignore:
+        logger.warning(
+            "params_to_ignore has no effect: what a reload writes is learned from vLLM's loader. "
+            "To keep layers in bf16, give the engine quantization_config={'ignore': [...]}"
         )
     decided: dict[str, Any] = {
         "scheme": scheme,
@@ -199,6 +206,16 @@ def _set_quantization(args: Any, quantization: str, scheme: str) -> None:
     args.quantization = quantization
 
 
+def _refuse_overrides(args: Any, scheme: str) -> None:
+    """A quantization config in hf_overrides would make vLLM take the checkpoint for quantized."""
+    if isinstance(args.hf_overrides, Mapping) and args.hf_overrides.get("quantization_config"):
+        raise ConfigError(
+            f"FLASHRL_CONFIG asks for {scheme}, which quantizes while it loads, and hf_overrides "
+            "says that the checkpoint is quantized already. Leave its quantization_config out; to "
+            "keep layers in bf16, give the engine quantization_config={'ignore': [...]}."
+        )
+
+
 def _serve_as_w8a8(args: Any) -> None:
     """Give a bf16 checkpoint the quantization config of its W8A8 twin.
 
@@ -210,8 +227,42 @@ def _serve_as_w8a8(args: Any) -> None:
             "int8 on a bf16 checkpoint adds a quantization_config to hf_overrides, which was given "
             "as a function. Pass hf_overrides as a dict, or serve a W8A8 checkpoint."
         )
-    args.hf_overrides = {**(args.hf_overrides or {}), "quantization_config": dict(W8A8)}
+    overrides = dict(args.hf_overrides or {})
+    theirs = overrides.get("quantization_config") or {}
+    _check_same_scheme({**W8A8, **theirs}, "int8", "the model of hf_overrides")
+    asked = [*(theirs.get("ignore") or ()), *_ignored_by_arguments(args)]
+    if ignored := [pattern for pattern in asked if pattern not in W8A8["ignore"]]:
+        logger.info("layers that match %s are not quantized", ", ".join(ignored))
+    ours = {**W8A8, **theirs, "ignore": [*W8A8["ignore"], *ignored]}
+    args.hf_overrides = {**overrides, "quantization_config": ours}
     _set_quantization(args, "compressed-tensors", "int8")
+
+
+def _ignored_by_arguments(args: Any) -> list[str]:
+    """What vLLM's own argument leaves in bf16; it is taken over from there.
+
+    Raises:
+        ConfigError: it asks for something else, of which int8 knows nothing.
+
+    """
+    theirs = vars(args).get("quantization_config")
+    if theirs is None:
+        return []
+    settings = theirs if isinstance(theirs, Mapping) else vars(theirs)
+    if odd := sorted(name for name, value in settings.items() if value and name != "ignore"):
+        raise ConfigError(
+            f"FLASHRL_CONFIG asks for int8, and the engine was given a quantization_config with "
+            f"{', '.join(odd)}, which vLLM has for its online schemes only. Leave it out; `ignore` "
+            "names layers that stay in bf16."
+        )
+    args.quantization_config = None
+    return [_as_regex(pattern) for pattern in settings.get("ignore") or ()]
+
+
+def _as_regex(pattern: str) -> str:
+    """vLLM's online schemes know wildcards, compressed-tensors does not."""
+    wild = not pattern.startswith("re:") and any(sign in pattern for sign in "*?[")
+    return f"re:{fnmatch.translate(pattern)}" if wild else pattern
 
 
 def _check_same_scheme(own: Mapping[str, Any], scheme: str, model: str) -> None:

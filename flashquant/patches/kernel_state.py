@@ -175,6 +175,11 @@ class Carry:
         self._noted.add(addresses)
         self.copies.append((live.detach(), fresh.detach()))
 
+    def to_be(self, live: Tensor) -> Tensor:
+        """What a live tensor is going to hold."""
+        found = (fresh for into, fresh in self.copies if into.data_ptr() == live.data_ptr())
+        return next(found, live)
+
     def remember(self, undo: UndoLog, *, soon: bool = True) -> None:
         """Let an undo log keep what is live."""
         for live, _ in self.copies:

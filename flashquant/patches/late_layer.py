@@ -43,6 +43,10 @@ class LateLayer(StagedLayer):
         self._live, self._quantize = dict(live), quantize
         self._prepared: Carry | None = None
 
+    def _held_live(self, target: str) -> Tensor:
+        home = self._live[target]
+        return home if self._prepared is None else self._prepared.to_be(home)
+
     def drop(self) -> None:
         self._prepared = None
         super().drop()

@@ -136,6 +136,13 @@ class LiveLayer(StagedLayer):
             undo.remember(live)
             stage.adopt(live)
 
+    def _held_live(self, target: str) -> Tensor | str:
+        prepared = {} if self._prepared is None else self._prepared[1]
+        if target in prepared:
+            return prepared[target]
+        live = self._read_back(target)
+        return self._digests[target] if live is None else live
+
     def drop(self) -> None:
         """Forget whatever has arrived or was prepared; the live layer stays as it is."""
         self._prepared = None

@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from flashquant.errors import ReloadError
+from flashquant.patches.blame import naming_the_layer
 from flashquant.patches.cpu import packed_once
-from flashquant.patches.engine import LiveEngine, asks_for_session
+from flashquant.patches.engine import LiveEngine, asks_for_session, scheme_of
 from flashquant.patches.peers import ballot_for
 from flashquant.patches.point import PatchPoint
 from flashquant.session import Session
@@ -44,7 +45,8 @@ class _Attached:
     def __call__(self, weights: Iterable[tuple[str, Tensor]]) -> object:
         if self.session.live:
             return self.session.push(weights)
-        return self.session.first_load(weights)
+        with naming_the_layer(self.engine.scheme, self.engine.model):  # online, they process here
+            return self.session.first_load(weights)
 
     def note_version(self) -> int:
         """The scheduler asks, and will drop what it has cached of older weights."""
@@ -158,10 +160,12 @@ def check_servable(model: nn.Module) -> None:
 
 
 def _initialize_model(original: Any, vllm_config: Any, **kwargs: Any) -> nn.Module:
-    model: nn.Module = original(vllm_config, **kwargs)
-    if asks_for_session(vllm_config):
-        own = kwargs.get("model_config") or vllm_config.model_config  # a draft has its own
-        vars(model)["load_weights"] = _Attached(model, vllm_config, own)
+    if not asks_for_session(vllm_config):
+        return original(vllm_config, **kwargs)  # type: ignore[no-any-return]
+    with naming_the_layer(scheme_of(vllm_config)):
+        model: nn.Module = original(vllm_config, **kwargs)
+    own = kwargs.get("model_config") or vllm_config.model_config  # a draft has its own
+    vars(model)["load_weights"] = _Attached(model, vllm_config, own)
     return model
 
 
@@ -177,10 +181,11 @@ def _process_weights_after_loading(
         # was processed as it went live, and a second time would spoil it.
         attached.session.check_nothing_waits()
         return
-    attached.engine.note_loaded()
-    with packed_once(attached.engine.shared):
-        original(model, model_config, target_device)
-    attached.engine.note_processed()
+    with naming_the_layer(attached.engine.scheme, model):
+        attached.engine.note_loaded()
+        with packed_once(attached.engine.shared):
+            original(model, model_config, target_device)
+        attached.engine.note_processed()
     attached.session.open()
     logger.info("flashquant looks after %s: %s", type(model).__name__, attached.session.status())
     if attached.is_draft:

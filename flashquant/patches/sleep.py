@@ -2,6 +2,7 @@
 
 sleep(1)             weights move to host memory and come back as they were
 sleep(2), discard    their memory is given up; what comes back holds anything
+reset_weights        vLLM's weight checker sets them to zero, to see an update come
 """
 
 from __future__ import annotations
@@ -35,6 +36,13 @@ def _wake_up(original: Any, worker: Any, tags: list[str] | None = None) -> None:
             session.wake_up()
 
 
+def _reset_weights(original: Any, worker: Any) -> None:
+    session = find_session(worker.get_model())
+    if session is not None:
+        session.overwritten()
+    original(worker)
+
+
 def _sessions(worker: Any) -> list[Session]:
     """Those of the model, and of its speculative draft."""
     found = (find_session(model) for model in models_of(worker))
@@ -47,4 +55,7 @@ POINTS = (
     PatchPoint(f"{_WORKER}.sleep", expects=("self", "level"), wrapper=_sleep),
     PatchPoint(f"{_WORKER}.wake_up", expects=("self", "tags"), wrapper=_wake_up),
     PatchPoint(f"{_WORKER}.discard", expects=("self", "tags"), wrapper=_discard, within=">=0.31"),
+    PatchPoint(
+        f"{_WORKER}.reset_weights", expects=("self",), wrapper=_reset_weights, within=">=0.32"
+    ),
 )

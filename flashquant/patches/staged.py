@@ -58,6 +58,15 @@ class StagedLayer:
     def stage(self, target: str) -> Stage:
         return self._stages[target]
 
+    def held(self, target: str) -> Tensor | str:
+        """What has arrived of a parameter; else it, as it is live."""
+        stage = self._stages[target]
+        return stage.memory(self.device) if stage.started else self._held_live(target)
+
+    def _held_live(self, target: str) -> Tensor | str:
+        """What is live of a parameter, or prepared, in checkpoint format; or its fingerprint."""
+        return self.homes[target]
+
     def move_in(self, target: str, undo: UndoLog) -> bool:
         """Never, unless a layer knows better: what arrives in part waits."""
         return False

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 from flashquant.errors import ReloadError
 from flashquant.patches import remote, worker
 from flashquant.patches.loading import session_of
 from flashquant.report import ReloadReport, Status
-from flashquant.weights import Weights, named_tensors
+from flashquant.weights import NamedTensors, Weights, named_tensors
 
 
 def reload_weights(
@@ -39,7 +39,9 @@ def reload_weights(
     Args:
         target: a vLLM `LLM` or `AsyncLLM`, a worker, or the model inside one.
         weights: `(name, tensor)` pairs, a dict, or a path to safetensors; full,
-            unsharded tensors under the names of the checkpoint, bf16, fp16 or fp32.
+            unsharded tensors under the names of the checkpoint, bf16, fp16 or fp32. Of a folder,
+            what its index lists, as vLLM's loader does. A tied head may come beside its
+            embeddings; it has to equal them.
         atomic: keep an undo log in host memory (one byte a weight in 8 bit), so
             that a failure leaves the complete old weights. Without it, a failure
             leaves the engine torn: it refuses to generate until a complete reload.
@@ -145,8 +147,18 @@ def _stored(weights: Weights) -> Iterator[str]:
         return
     with tempfile.TemporaryDirectory(prefix="flashquant-", dir=_shared_memory()) as folder:
         file = Path(folder) / "weights.safetensors"
-        save_file({name: tensor.contiguous() for name, tensor in named_tensors(weights)}, file)
+        save_file(_each_its_own(named_tensors(weights)), file)
         yield str(file)
+
+
+def _each_its_own(weights: NamedTensors) -> dict[str, Tensor]:
+    """By name, contiguous; safetensors takes no memory twice, as a tied head's and embeddings'."""
+    found, seen = dict[str, Tensor](), set[int]()
+    for name, tensor in weights:
+        held = tensor.detach().contiguous()
+        found[name] = held.clone() if held.data_ptr() in seen else held
+        seen.add(held.data_ptr())
+    return found
 
 
 def _shared_memory() -> str | None:

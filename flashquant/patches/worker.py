@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
+from flashquant.errors import ReloadError
 from flashquant.members import Member
 from flashquant.patches.loading import (
     find_session,
@@ -27,7 +28,7 @@ from flashquant.patches.loading import (
 )
 from flashquant.patches.point import PatchPoint
 from flashquant.report import ReloadReport
-from flashquant.weights import Weights, named_tensors
+from flashquant.weights import Weights, named_tensors, naming_the_file
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +81,10 @@ def _feed(worker: Any, seconds: float) -> bool:
                 return
         left = False
 
-    session.push(some())
+    try:
+        session.push(some())
+    except ReloadError as failure:
+        raise naming_the_file(failure, feed) from failure.__cause__
     return left
 
 
