@@ -94,20 +94,20 @@ def checkpoint(model: str, device: torch.device, scratch: Path) -> Path:
 
     """
     path = scratch / model
-    if not path.exists():
-        scratch.mkdir(parents=True, exist_ok=True)
-        unfinished = Path(tempfile.mkdtemp(prefix=f".{model}-", dir=scratch))
-        if model in shapes.CONFIGS and model.startswith("qwen2.5"):
+    if path.exists():
+        return path
+    scratch.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{model}-", dir=scratch) as folder:
+        made = Path(folder) / "a"
+        if model.startswith("qwen2.5"):
             _check_room(model, scratch)
-            shapes.write(shapes.CONFIGS[model], unfinished, device)
+            made.mkdir()
+            shapes.write(shapes.CONFIGS[model], made, device)
         else:
             from flashquant.patches.examination import policies
 
-            policies.write(unfinished / "policies", model)
-            (unfinished / "policies" / "a").rename(unfinished / "a")
-            shutil.rmtree(unfinished / "policies")
-            unfinished = (unfinished / "a").rename(scratch / f".{model}")
-        unfinished.rename(path)
+            policies.write(Path(folder), model)
+        made.rename(path)
     return path
 
 
