@@ -172,7 +172,7 @@ def test_a_push_that_fails_forgets_the_head_that_it_brought(policies: Policies) 
         live.model.load_weights(
             [(HEAD, b[EMBEDDINGS]), ("model.norm.weight", torch.full((256,), torch.nan))]
         )
-    one_by_one(live, a)
+    one_by_one(live, state_dict(a))
 
     live.snapshot().assert_same(serve(policies.bf16("a"), "int8").start)
 
