@@ -70,6 +70,9 @@ class FakeLayer:
         for stage in self._stages.values():
             stage.clear()
 
+    def keep_rest(self):
+        pass
+
     def commit(self, undo):
         for target, live in self.live.items():
             undo.remember(live)

@@ -1,0 +1,110 @@
+"""Where one sync ends and the next begins, for trainers that open no bracket.
+
+A *pass* is what one trainer sends of one policy, each name at most once. Shards of two passes
+must never meet in one layer: an old q with a new k is a mixture that nobody would see. A pass
+that nobody begins or ends in so many words begins with the push in which
+
+    1  a name comes again that has come in this pass already, be it live or waiting
+    2  a name comes again that was refused in this pass, after others have come since
+       (right after it was refused, it is sent once more: the same pass)
+    3  the name comes that the last passes began with, though this one began with another
+
+and everything of the earlier pass that still waits is dropped. A bracket, a
+`process_weights_after_loading` and a sleep say by themselves that a pass is over. A push belongs
+to one pass as a whole.
+
+Stacks          what they do                                      what shows a new pass
+TRL, OpenRLHF   one tensor a call, the whole model, one order     1, with the first tensor
+AReaL           the same, and goes on after a refusal             1, 2
+verl, NeMo-RL,  buckets, then process_weights_after_loading       the call; 1 after a trainer
+checkpoint-e.                                                     that did not come so far
+SkyRL, vLLM     brackets                                          the bracket
+a trainer that died in a fused layer, and another that begins anew: 1; 3 if it left before
+                it had sent anything that the new one begins with
+
+Names that are never sent (frozen) show nothing and are not needed. Tied names are two names, each
+sent once or not at all.
+
+What cannot be told: two trainers, the first of which died, that send no name twice, are one
+trainer to the engine. If both send part of one layer and go on, the second one's own pass brings
+the first one's names again (1), and the layer is left waiting for the rest: `status().pending`
+names it. So after a whole pass, each layer is of that pass alone, or waits and is named; the next
+pass puts it right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Set as AbstractSet
+
+
+class Passes:
+    """Tells one pass from the next by the names that are pushed."""
+
+    def __init__(self) -> None:
+        self._seen: set[str] = set()  # in this pass
+        self._refused: set[str] = set()  # in this pass, and no other name has come since
+        self._early: set[str] = set()  # refused, and would have begun the next pass
+        self._first: str | None = None  # of this pass
+        self._before: str | None = None  # the first name of the pass before
+        self._usual: str | None = None  # with which two passes in a row began
+        self._push: list[str] = []  # names of the push under way
+        self._anew = False  # a new pass begins with it
+
+    def start(self) -> None:
+        """A push begins."""
+        self._push, self._anew = [], False
+
+    def begins_with(self, name: str) -> bool:
+        """A tensor of the push under way: whether it is the first to show that a pass begins."""
+        self._push.append(name)
+        if self._anew:
+            return False
+        unusual = self._first is not None and self._first != name == self._usual
+        self._anew = name in self._seen or unusual
+        return self._anew
+
+    def note_taken(self, names: AbstractSet[str]) -> None:
+        """The push under way stands.
+
+        Args:
+            names: all of its names.
+
+        """
+        if self._anew:
+            if self._seen.isdisjoint(self._push):
+                self._first = None  # what was left of a trainer says nothing of how passes begin
+            early, self._early = self._early, set()
+            self.close()
+            self._refused = early
+        if self._first is None and self._push:
+            self._first = self._push[0]
+        if not names <= self._refused:
+            self._seen |= self._refused
+            self._refused.clear()
+        self._refused -= names
+        self._seen |= names
+        self.start()
+
+    def note_refused(self, names: AbstractSet[str]) -> None:
+        """The push under way was rolled back."""
+        if self._anew:
+            self._early |= names
+        else:
+            self._refused |= names
+        self.start()
+
+    def close(self) -> None:
+        """The pass is over."""
+        if self._first is not None:
+            if self._first == self._before:
+                self._usual = self._first
+            self._before = self._first
+        self._seen.clear()
+        self._refused.clear()
+        self._early.clear()
+        self._first = None
+
+    def close_for_good(self) -> None:
+        """The trainer itself says when its passes end: how they begin need not be guessed."""
+        self.close()
+        self._before = self._usual = None
