@@ -148,14 +148,12 @@ class Arrivals:
     def _drop_earlier(self, update: Update) -> None:
         """Another sync begins: forget what earlier pushes have brought in part."""
         for layer in self._engine.layers:
-            missing = layer.missing
-            if not missing:
-                continue
             stages = [layer.stage(target) for target in layer.targets]
-            if any(stage.windows - update.staged.get(stage, set()) for stage in stages):
-                update.dropped[layer.name] = missing
-            for stage in stages:
-                stage.keep_only(update.staged.get(stage, set()), update.undo)
+            mine = [update.staged.get(stage, set()) for stage in stages]
+            if any(stage.windows - own for stage, own in zip(stages, mine, strict=True)):
+                update.dropped[layer.name] = layer.missing or layer.targets
+                for stage, own in zip(stages, mine, strict=True):
+                    stage.keep_only(own, update.undo)
 
     def _note_dropped(self, dropped: Waiting) -> None:
         """Say of each layer that a part of it came to nothing, and that it did again; no more."""
