@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from collections.abc import Set as AbstractSet
+from contextlib import contextmanager
 from itertools import chain
 
 from flashquant.arrivals import Arrivals
@@ -37,8 +39,26 @@ class Reporter:
         self._refusal: Refusal | None = None
         self._ignored: set[str] = set()
 
-    def note_refusal(self, failure: Exception, names: Iterable[str] = ()) -> None:
-        """Somebody was told no, and may not pass it on."""
+    @contextmanager
+    def refusing(self, names: AbstractSet[str] = frozenset()) -> Iterator[None]:
+        """Note what is refused in the block: whoever is told may not pass it on.
+
+        Args:
+            names: of a push; they may become more in the block.
+
+        """
+        before = self._transactions.current
+        was_over = before is not None and before.over  # what failed has been said
+        try:
+            yield
+        except BaseException as failure:
+            if before is None and names:  # a bracket takes everything back, and owes nothing
+                self._arrivals.note_refused(names)
+            if isinstance(failure, Exception) and not was_over:
+                self._note_refusal(failure, names)
+            raise
+
+    def _note_refusal(self, failure: Exception, names: AbstractSet[str]) -> None:
         self._refusal = Refusal(
             what=f"{type(failure).__name__}: {failure}",
             when=time.time(),
@@ -48,7 +68,7 @@ class Reporter:
         logger.error(
             "refused and rolled back: %s%s",
             self._refusal.what,
-            f" (with it: {some_of(self._refusal.names)})" if self._refusal.names else "",
+            f" (with it: {some_of(self._refusal.names)})" if names else "",
         )
 
     def note_ignored(self, names: Iterable[str]) -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -131,7 +130,11 @@ class Session:
         """
         self._transactions.take_back_what_was_cut_off()
         offered, alone = Offered(self._names.of(weights)), self._transactions.current is None
-        with self._refusing(offered), self._transactions.push() as update, torch.no_grad():
+        with (
+            self._reporter.refusing(offered.names),
+            self._transactions.push() as update,
+            torch.no_grad(),
+        ):
             if not alone:
                 return self._road.take(offered, update)
             update.offered = offered.names
@@ -140,8 +143,7 @@ class Session:
             return written
 
     def begin(self, *, atomic: bool = True, prepares: bool = False) -> None:
-        """Open a bracket: nothing stands until `finish`. What half arrived before is dropped,
-        and said in the log and by `status`.
+        """Open a bracket: nothing stands until `finish`. What waits is dropped, and said so.
 
         A bracket that is still open, because whoever began it went away, is rolled back.
 
@@ -151,8 +153,15 @@ class Session:
                 set of weights (two, if `atomic`), so that the engine may generate until `finish`.
 
         """
-        with self._refusing():
-            self._begin(atomic=atomic, prepares=prepares)
+        self.look_around()
+        self.audit()
+        undo = UndoLog(keep=atomic, reserve=self._transactions.reserve)
+        update = Update(undo, bracket=True, prepares=prepares)
+        with self._reporter.refusing(), self._transactions.begin(update):
+            if not atomic:
+                update.at_stake = frozenset(self._routes.wanted)
+            self._arrivals.drop()
+            update.before = self._road.footprints(*self._engine.layers)
 
     def finish(self, *, strict: bool = False, keeps: bool = False) -> None:
         """Close the bracket.
@@ -169,7 +178,7 @@ class Session:
             MovedTensor: a live tensor is not where it was. The engine is torn.
 
         """
-        with self._refusing(), self._transactions.finish() as update, torch.no_grad():
+        with self._reporter.refusing(), self._transactions.finish() as update, torch.no_grad():
             if keeps:
                 self._road.keep_rest(update, self.health.stale)
             self._road.finish(update)
@@ -202,7 +211,7 @@ class Session:
 
         """
         if not self.in_bracket:
-            with self._refusing():
+            with self._reporter.refusing():
                 self._arrivals.check_nothing_waits(self._routes.wanted)
 
     def abandon(self) -> None:
@@ -322,37 +331,6 @@ class Session:
         if self._transactions.current is None:
             self._witness.compare(taken)
         return taken
-
-    def _begin(self, *, atomic: bool, prepares: bool) -> None:
-        self.look_around()
-        self.audit()
-        undo = UndoLog(keep=atomic, reserve=self._transactions.reserve)
-        update = Update(undo, bracket=True, prepares=prepares)
-        with self._transactions.begin(update):
-            if not atomic:
-                update.at_stake = frozenset(self._routes.wanted)
-            self._arrivals.drop()
-            update.before = self._road.footprints(*self._engine.layers)
-
-    @contextmanager
-    def _refusing(self, offered: Offered | None = None) -> Iterator[None]:
-        """Note what is refused: who pushes may not pass it on.
-
-        Args:
-            offered: the tensors of a push.
-
-        """
-        before = self._transactions.current
-        was_over = before is not None and before.over
-        names = set() if offered is None else offered.names
-        try:
-            yield
-        except BaseException as failure:
-            if before is None and names:  # a bracket takes everything back, and owes nothing
-                self._arrivals.note_refused(names)
-            if isinstance(failure, Exception) and not was_over:
-                self._reporter.note_refusal(failure, names)
-            raise
 
     def _settle(self, update: Update, stands: bool) -> None:
         """An update is over: what is live is what it should be."""

@@ -9,11 +9,13 @@ layer equals that of a fresh engine, or an error or `status` names it.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -23,6 +25,9 @@ from torch import Tensor
 
 import flashquant
 from flashquant.errors import ReloadError
+from flashquant.passes import Passes
+from flashquant.report import Status
+from flashquant.write import Stage
 from tests import tiny_models
 from tests.engine.serving import serve
 
@@ -98,7 +103,7 @@ class Engine:
         self.seen: Counter[str] = Counter()
 
     @property
-    def status(self) -> flashquant.report.Status:
+    def status(self) -> Status:
         return flashquant.status(self.live.llm)
 
     @cached_property
@@ -274,3 +279,30 @@ def test_after_whatever_trainers_of_one_order_left_a_whole_sync_equals_a_fresh_s
     assert dict(engine.status.parameters) == engine.right["c"]
     assert engine.status.pending == engine.status.dropped == {}
     assert engine.status.refused == ()
+
+
+BROKEN: dict[str, tuple[type, str, Callable[..., Any]]] = {
+    "no sync ever begins": (Passes, "begins_with", lambda *_: False),
+    "what waits is not dropped": (Stage, "keep_only", lambda *_: None),
+}
+
+
+@pytest.mark.parametrize("broken", BROKEN)
+def test_a_rule_that_was_broken_on_purpose_is_seen(engine: Engine, broken: str) -> None:
+    """A trainer dies when its k has come; the next one never sends k."""
+    dead = Trainer("c", "one", "file", "nothing", False, False, frozenset(), False, 8)
+    partial = Trainer("b", "one", "file", "shards", False, False, frozenset(), False, None)
+    owner, name, replacement = BROKEN[broken]
+
+    engine.start()
+    engine.run(dead)
+    assert engine.run(partial)
+    engine.check(partial)
+
+    engine.start()
+    with mock.patch.object(owner, name, replacement):
+        engine.run(dead)
+        assert engine.run(partial)
+    with pytest.raises(AssertionError, match="nobody says so"):
+        engine.check(partial)
+    engine.start()
