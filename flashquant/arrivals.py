@@ -9,6 +9,7 @@ from collections.abc import Set as AbstractSet
 
 from torch import Tensor
 
+from flashquant.calibration import Calibration
 from flashquant.engine import Engine, Layer
 from flashquant.errors import IncompleteUpdate
 from flashquant.passes import Passes
@@ -24,6 +25,10 @@ Waiting = Mapping[str, tuple[str, ...]]
 class Arrivals:
     """What one engine still has to be sent, as far as can be told.
 
+    Args:
+        engine: the model.
+        calibration: the profile by which pushes are quantized, which looks at several at once.
+
     Attributes:
         refused: tensors of pushes that failed, which have not come again.
         dropped: layer -> what it lacked when the sync that it had half arrived from was over;
@@ -31,10 +36,10 @@ class Arrivals:
 
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, calibration: Calibration | None = None) -> None:
         self.refused: set[str] = set()
         self.dropped: dict[str, tuple[str, ...]] = {}
-        self._engine = engine
+        self._engine, self._calibration = engine, calibration
         self._passes = Passes()
         self._arrived: set[str] = set()  # parameters, since the trainer last said that it was done
         self._times_dropped: Counter[str] = Counter()  # layers, since each last went live
@@ -58,6 +63,8 @@ class Arrivals:
         self._note_dropped(self.waiting())
         for layer in self._engine.layers:
             layer.drop()
+        if self._calibration is not None:
+            self._calibration.begin_anew()
         self._passes.close()
 
     def note_refused(self, names: AbstractSet[str]) -> None:
@@ -154,6 +161,8 @@ class Arrivals:
                 update.dropped[layer.name] = layer.missing or layer.targets
                 for stage, own in zip(stages, mine, strict=True):
                     stage.keep_only(own, update.undo)
+        if self._calibration is not None:
+            self._calibration.begin_anew(update.names)
 
     def _note_dropped(self, dropped: Waiting) -> None:
         """Say of each layer that a part of it came to nothing, and that it did again; no more."""

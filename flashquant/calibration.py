@@ -14,6 +14,7 @@ Limits
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
@@ -192,6 +193,11 @@ class Calibration:
         """Let an undo log put back what pushes change here."""
         if self._pruning is not None:
             self._pruning.remember(undo)
+
+    def begin_anew(self, come: AbstractSet[str] = frozenset()) -> None:
+        """Another sync has begun, and these tensors have come with it."""
+        if self._pruning is not None:
+            self._pruning.begin_anew(come)
 
     def _weight_scale(self, name: str, entry: Entry) -> Tensor:
         """`[N, 1]`: that of the checkpoint, or of the profile where there is no other."""

@@ -66,7 +66,7 @@ class Session:
         self._checks = checks or Checks()
         self._routes = Routes(engine)
         self._ways = Ways(engine, self._routes, calibration)
-        self._arrivals = Arrivals(engine)
+        self._arrivals = Arrivals(engine, calibration)
         self._witness = Witness({})
         self._unaudited: dict[str, Footprint] = {}
         self._drifts = Drifts(1.0 if calibration is None else calibration.warn_above)
