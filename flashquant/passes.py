@@ -7,7 +7,10 @@ that nobody begins or ends in so many words begins with the push in which
     1  a name comes again that has come in this pass already, be it live or waiting
     2  a name comes again that was refused in this pass, after others have come since
        (right after it was refused, it is sent once more: the same pass)
-    3  the name comes that the last passes began with, though this one began with another
+    3  the name comes that the last passes began with, though this one began with another that
+       they hold, too: a trainer went away, and another begins as they did
+    4  a name comes again that was there before a guess by 3, out of the order which it was guessed
+       by: the guess was wrong, and is not made again
 
 and everything of the earlier pass that still waits is dropped. A bracket, a
 `process_weights_after_loading` and a sleep say by themselves that a pass is over. A push belongs
@@ -41,27 +44,32 @@ class Passes:
     """Tells one pass from the next by the names that are pushed."""
 
     def __init__(self) -> None:
-        self._seen: set[str] = set()  # in this pass
+        self._seen: dict[str, None] = {}  # in this pass, in order
         self._refused: set[str] = set()  # in this pass, and no other name has come since
         self._early: set[str] = set()  # refused, and would have begun the next pass
         self._first: str | None = None  # of this pass
         self._before: str | None = None  # the first name of the pass before
-        self._usual: str | None = None  # with which two passes in a row began
+        self._usual: dict[str, int] = {}  # places in a pass, of which two in a row began alike
+        self._left: set[str] = set()  # what somebody has left, by rule 3
         self._push: list[str] = []  # names of the push under way
-        self._anew = False  # a new pass begins with it
+        self._shown_by = 0  # the rule by which a new pass begins with it
 
     def start(self) -> None:
         """A push begins."""
-        self._push, self._anew = [], False
+        self._push, self._shown_by = [], 0
 
     def begins_with(self, name: str) -> bool:
         """A tensor of the push under way: whether it is the first to show that a pass begins."""
         self._push.append(name)
-        if self._anew:
+        if self._shown_by:
             return False
-        unusual = self._first is not None and self._first != name == self._usual
-        self._anew = name in self._seen or unusual
-        return self._anew
+        if name in self._seen:
+            self._shown_by = 1
+        elif self._is_usual_beginning(name):
+            self._shown_by = 3
+        elif name in self._left and self._is_out_of_order(name):
+            self._shown_by = 4
+        return self._shown_by > 0
 
     def note_taken(self, names: AbstractSet[str]) -> None:
         """The push under way stands.
@@ -70,24 +78,20 @@ class Passes:
             names: all of its names.
 
         """
-        if self._anew:
-            if self._seen.isdisjoint(self._push):
-                self._first = None  # what was left of a trainer says nothing of how passes begin
-            early, self._early = self._early, set()
-            self.close()
-            self._refused = early
+        if self._shown_by:
+            self._begin_anew()
         if self._first is None and self._push:
             self._first = self._push[0]
         if not names <= self._refused:
-            self._seen |= self._refused
+            self._seen |= dict.fromkeys(self._refused)
             self._refused.clear()
         self._refused -= names
-        self._seen |= names
+        self._seen |= dict.fromkeys(self._push)
         self.start()
 
     def note_refused(self, names: AbstractSet[str]) -> None:
         """The push under way was rolled back."""
-        if self._anew:
+        if self._shown_by:
             self._early |= names
         else:
             self._refused |= names
@@ -96,15 +100,40 @@ class Passes:
     def close(self) -> None:
         """The pass is over."""
         if self._first is not None:
-            if self._first == self._before:
-                self._usual = self._first
+            cut_short = self._usual.get(self._first) == 0 and self._seen.keys() < self._usual.keys()
+            if self._first == self._before and not cut_short:
+                self._usual = {name: place for place, name in enumerate(self._seen)}
             self._before = self._first
-        self._seen.clear()
-        self._refused.clear()
-        self._early.clear()
-        self._first = None
+        self._forget()
 
     def close_for_good(self) -> None:
         """The trainer itself says when its passes end: how they begin need not be guessed."""
-        self.close()
-        self._before = self._usual = None
+        self._forget()
+        self._before, self._usual = None, {}
+
+    def _begin_anew(self) -> None:
+        early, left = self._early.copy(), set(self._seen)
+        if self._shown_by == 3:
+            self._forget()  # what was left says nothing of how passes begin
+            self._left = left
+        else:
+            self.close()
+        if self._shown_by == 4:
+            self._usual = {}
+        self._refused = early
+
+    def _forget(self) -> None:
+        self._seen = {}
+        self._refused, self._early, self._left = set(), set(), set()
+        self._first = None
+
+    def _is_usual_beginning(self, name: str) -> bool:
+        return (
+            self._first is not None
+            and self._usual.get(name) == 0
+            and self._seen.keys() <= self._usual.keys()
+        )
+
+    def _is_out_of_order(self, name: str) -> bool:
+        place = self._usual.get(name, 0)
+        return any(self._usual.get(seen, place) > place for seen in self._seen)

@@ -90,6 +90,27 @@ def test_passes_that_always_begin_alike_tell_what_a_stranger_left(passes):
     assert begins(passes, MODEL) == ["embed"]
 
 
+def test_a_trainer_of_another_part_begins_as_it_likes(passes):
+    """It sends more than its predecessors, and their first name in the middle."""
+    for _ in range(3):
+        begins(passes, ["q", "v"])
+    passes.close()
+
+    assert begins(passes, MODEL) == []
+
+
+def test_a_wrong_guess_is_found_out_by_the_order_and_not_made_again(passes):
+    """Another order, after a bracket: it holds the old first name in the middle of a layer."""
+    for _ in range(3):
+        begins(passes, MODEL)
+    passes.close()
+    other = ("k", "embed", "q", "v", "norm")
+
+    assert begins(passes, other) == ["embed"]
+    assert begins(passes, other) == ["k"]
+    assert begins(passes, other) == ["k"]
+
+
 def test_a_trainer_that_says_when_it_is_done_may_begin_as_it_likes(passes):
     for _ in range(3):
         begins(passes, MODEL)

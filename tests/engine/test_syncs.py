@@ -31,11 +31,12 @@ def policies(tmp_path_factory: pytest.TempPathFactory) -> Policies:
 
 
 @pytest.fixture
-def live(scheme: str, policies: Policies) -> Serving:
-    """An engine that serves policy A, whole."""
+def live(scheme: str, policies: Policies) -> Iterator[Serving]:
+    """An engine that serves policy A, whole, and has learned nothing of trainers."""
     serving = serve(policies.served("a", scheme), config_name(scheme))
+    yield serving
     flashquant.reload_weights(serving.llm, policies.tensors("a"))
-    return serving
+    serving.session.check_nothing_waits()
 
 
 def sync(live: Serving, weights: dict[str, Tensor]) -> None:
@@ -97,7 +98,6 @@ def test_what_cannot_be_told_apart_is_named(live: Serving, policies: Policies) -
     assert QKV in flashquant.status(live.llm).pending
     sync(live, b)
     assert flashquant.status(live.llm).pending == {}
-    flashquant.reload_weights(live.llm, b)
 
 
 @pytest.mark.parametrize("kernels", ["native", "amx", "portable"])
@@ -210,14 +210,3 @@ def test_a_sync_of_which_some_names_match_is_named(live: Serving, policies: Poli
     assert f"actor.{K}" in status.refused
     assert status.refusal is not None
     assert "UnknownWeight" in status.refusal.what
-    flashquant.reload_weights(live.llm, b)
-
-
-@pytest.fixture(autouse=True)
-def _nothing_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
-    yield
-    if "live" in request.fixturenames:  # engines are shared
-        live: Serving = request.getfixturevalue("live")
-        weights: dict[str, Tensor] = request.getfixturevalue("policies").tensors("a")
-        flashquant.reload_weights(live.llm, weights)
-        live.session.check_nothing_waits()
