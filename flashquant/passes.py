@@ -31,8 +31,8 @@ sent once or not at all.
 What cannot be told: two trainers, the first of which died, that send no name twice, are one
 trainer to the engine. If both send part of one layer and go on, the second one's own pass brings
 the first one's names again (1), and the layer is left waiting for the rest: `status().pending`
-names it. So after a whole pass, each layer is of that pass alone, or waits and is named; the next
-pass puts it right.
+names it. So after a whole pass, each layer is of that pass alone, or waits and is named. The next
+pass puts it right, if the second one goes on otherwise than the first one did (`_look_back`).
 """
 
 from __future__ import annotations
@@ -51,6 +51,8 @@ class Passes:
         self._before: str | None = None  # the first name of the pass before
         self._usual: dict[str, int] = {}  # places in a pass, of which two in a row began alike
         self._left: set[str] = set()  # what somebody has left, by rule 3
+        self._last: list[str] = []  # the pass before, as long as this one is like it
+        self._alike = 0  # names at the beginning of both
         self._push: list[str] = []  # names of the push under way
         self._shown_by = 0  # the rule by which a new pass begins with it
 
@@ -86,7 +88,9 @@ class Passes:
             self._seen |= dict.fromkeys(self._refused)
             self._refused.clear()
         self._refused -= names
-        self._seen |= dict.fromkeys(self._push)
+        for name in self._push:
+            self._look_back(name)
+            self._seen[name] = None
         self.start()
 
     def note_refused(self, names: AbstractSet[str]) -> None:
@@ -112,20 +116,35 @@ class Passes:
         self._before, self._usual = None, {}
 
     def _begin_anew(self) -> None:
-        early, left = self._early.copy(), set(self._seen)
+        early, last = self._early.copy(), list(self._seen)
         if self._shown_by == 3:
             self._forget()  # what was left says nothing of how passes begin
-            self._left = left
+            self._left = set(last)
         else:
             self.close()
+            self._last = last
         if self._shown_by == 4:
             self._usual = {}
         self._refused = early
 
+    def _look_back(self, name: str) -> None:
+        """A pass began as the last one did. If it goes on otherwise, with a name that is new, that
+        one was two: what a stranger had left, and the beginning of this one, which is kept."""
+        last, place = self._last, self._alike
+        if not last:
+            return
+        if place < len(last) and name == last[place]:
+            self._alike += 1
+            return
+        self._last = []
+        if 0 < place < len(last) and name not in last:
+            self._seen = dict.fromkeys([*last[place:], *self._seen])
+            self._first = last[place]
+
     def _forget(self) -> None:
         self._seen = {}
         self._refused, self._early, self._left = set(), set(), set()
-        self._first = None
+        self._first, self._last, self._alike = None, [], 0
 
     def _is_usual_beginning(self, name: str) -> bool:
         return (

@@ -111,6 +111,22 @@ def test_a_wrong_guess_is_found_out_by_the_order_and_not_made_again(passes):
     assert begins(passes, other) == ["k"]
 
 
+def test_what_a_stranger_left_at_the_very_first_is_understood_afterwards(passes):
+    """Its q and v look like the beginning of a pass, until norm comes in the place of embed."""
+    take(passes, "q", "v")
+
+    assert begins(passes, MODEL) == ["q"]
+    assert begins(passes, MODEL) == ["embed"]
+    assert begins(passes, MODEL) == ["embed"]
+
+
+@pytest.mark.parametrize("died_after", range(1, len(MODEL)))
+def test_who_goes_on_where_another_died_is_no_stranger(passes, died_after):
+    begins(passes, MODEL[:died_after])
+
+    assert begins(passes, MODEL * 3) == ["embed"] * 3
+
+
 def test_a_trainer_that_says_when_it_is_done_may_begin_as_it_likes(passes):
     for _ in range(3):
         begins(passes, MODEL)

@@ -15,7 +15,7 @@ from torch import Tensor
 import flashquant
 from flashquant.errors import IncompleteUpdate, ReloadError
 from tests import tiny_models
-from tests.engine.checkpoints import SCHEMES, W8A8, Policies, config_name
+from tests.engine.checkpoints import FP8, SCHEMES, W8A8, Policies, config_name
 from tests.engine.serving import Serving, choosing, serve
 
 pytestmark = pytest.mark.engine
@@ -100,15 +100,19 @@ def test_what_cannot_be_told_apart_is_named(live: Serving, policies: Policies) -
     assert flashquant.status(live.llm).pending == {}
 
 
-@pytest.mark.parametrize("kernels", ["native", "amx", "portable"])
+CODES = [(W8A8, "native"), (W8A8, "amx"), (W8A8, "portable"), (FP8, "native")]
+
+
+@pytest.mark.parametrize(("scheme", "kernels"), CODES)
 @pytest.mark.parametrize("first", ["codes", "scales"])
-def test_codes_and_scales_go_live_together(policies: Policies, kernels: str, first: str) -> None:
-    """Whatever a kernel leaves alone: scales are read as they come by those for AMX."""
+def test_codes_and_scales_go_live_together(
+    policies: Policies, scheme: str, kernels: str, first: str
+) -> None:
+    """Whatever a kernel leaves alone: those for AMX read scales as they come."""
     with choosing(kernels):
-        live = serve(policies.served("a", W8A8), "int8", kernels)
-        a, b = (tiny_models.tensors(policies.served(policy, W8A8)) for policy in "ab")
-        flashquant.reload_weights(live.llm, a)
-        before = flashquant.status(live.llm).digest
+        live = serve(policies.served("a", scheme), config_name(scheme), kernels)
+        a, b = (tiny_models.tensors(policies.served(policy, scheme)) for policy in "ab")
+        before = flashquant.reload_weights(live.llm, a).digest
         names = [DOWN, f"{DOWN}_scale"][:: 1 if first == "codes" else -1]
 
         live.model.load_weights([(names[0], b[names[0]])])
@@ -120,6 +124,28 @@ def test_codes_and_scales_go_live_together(policies: Policies, kernels: str, fir
         mixed = flashquant.status(live.llm).digest
         report = flashquant.reload_weights(live.llm, {**a, **{name: b[name] for name in names}})
         assert report.digest == mixed != before
+
+
+@pytest.mark.parametrize("first", ["codes", "scales"])
+def test_codes_and_scales_of_experts_go_live_together(
+    tmp_path_factory: pytest.TempPathFactory, first: str
+) -> None:
+    moe = Policies(tmp_path_factory.mktemp("moe"), "qwen3-moe")
+    with choosing("amx"):
+        live = serve(moe.served("a", W8A8), "int8", "amx")
+        a, b = (tiny_models.tensors(moe.served(policy, W8A8)) for policy in "ab")
+        before = flashquant.reload_weights(live.llm, a).digest
+        experts = {name: t for name, t in b.items() if ".layers.0.mlp.experts." in name}
+        some = [n for n in experts if n.endswith("_scale") == (first == "scales")]
+
+        for name in some:
+            live.model.load_weights([(name, experts.pop(name))])
+
+        assert flashquant.status(live.llm).digest == before
+        assert flashquant.status(live.llm).pending
+        live.model.load_weights(list(experts.items()))
+        assert flashquant.status(live.llm).pending == {}
+        assert flashquant.status(live.llm).digest != before
 
 
 @pytest.mark.parametrize("kernels", ["amx", "portable"])
