@@ -25,7 +25,7 @@ SkyRL, vLLM     brackets                                          the bracket
 a trainer that died in a fused layer, and another that begins anew: 1; 3 if it left before
                 it had sent anything that the new one begins with
 
-Names that are never sent (frozen) show nothing and are not needed. Tied names are two names, each
+Names that are never sent (frozen) show nothing. Tied names are two names, each
 sent once or not at all.
 
 What cannot be told: two trainers, the first of which died, that send no name twice, are one
@@ -33,6 +33,8 @@ trainer to the engine. If both send part of one layer and go on, the second one'
 the first one's names again (1), and the layer is left waiting for the rest: `status().pending`
 names it. So after a whole pass, each layer is of that pass alone, or waits and is named. The next
 pass puts it right, if the second one goes on otherwise than the first one did (`_look_back`).
+One case stays unseen for one pass: the first one left a shard (k) that the second one never
+sends, and no name had come twice when the second one's q completed the layer.
 """
 
 from __future__ import annotations
