@@ -1,56 +1,116 @@
-"""Has everything arrived? What layers wait for, and what was refused and never came again."""
+"""Has everything arrived? What layers wait for, what was dropped, what was refused."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 
+from torch import Tensor
+
+from flashquant.calibration import Calibration
 from flashquant.engine import Engine, Layer
 from flashquant.errors import IncompleteUpdate
+from flashquant.passes import Passes
 from flashquant.report import some_of
 from flashquant.update import Update
+from flashquant.weights import NamedTensors
 
 logger = logging.getLogger(__name__)
 
+Waiting = Mapping[str, tuple[str, ...]]
+
 
 class Arrivals:
-    """What one engine still has to be sent, as far as can be told."""
+    """What one engine still has to be sent, as far as can be told.
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self._refused: set[str] = set()  # tensors
+    Args:
+        engine: the model.
+        calibration: the profile by which pushes are quantized, which looks at several at once.
+
+    Attributes:
+        refused: tensors of pushes that failed, which have not come again.
+        dropped: layer -> what it lacked when the sync that it had half arrived from was over;
+            until it goes live again.
+
+    """
+
+    def __init__(self, engine: Engine, calibration: Calibration | None = None) -> None:
+        self.refused: set[str] = set()
+        self.dropped: dict[str, tuple[str, ...]] = {}
+        self._engine, self._calibration = engine, calibration
+        self._passes = Passes()
         self._arrived: set[str] = set()  # parameters, since the trainer last said that it was done
+        self._times_dropped: Counter[str] = Counter()  # layers, since each last went live
 
     def waiting(self, layers: Iterable[Layer] | None = None) -> dict[str, tuple[str, ...]]:
         """Of these layers, or of all, those that have arrived in part, and what each waits for."""
         some = self._engine.layers if layers is None else layers
         return {layer.name: missing for layer in some if (missing := layer.missing)}
 
-    def note_refused(self, names: Iterable[str]) -> None:
+    def watched(self, weights: NamedTensors, update: Update) -> Iterator[tuple[str, Tensor]]:
+        """The tensors of a push outside a bracket; where they begin a new sync, nothing that was
+        left of the last one is there any more."""
+        self._passes.start()
+        for name, tensor in weights:
+            if self._passes.begins_with(name):
+                self._drop_earlier(update)
+            yield name, tensor
+
+    def drop(self) -> None:
+        """A bracket begins, or the weights are put away: forget what has arrived in part."""
+        self._note_dropped(self.waiting())
+        for layer in self._engine.layers:
+            layer.drop()
+        if self._calibration is not None:
+            self._calibration.begin_anew()
+        self._passes.close()
+
+    def note_refused(self, names: AbstractSet[str]) -> None:
         """A push outside a bracket failed, and its tensors with it."""
-        self._refused |= set(names)
+        self.refused |= names
+        self._passes.note_refused(names)
 
-    def note_taken(self, names: Iterable[str], parameters: Iterable[str]) -> None:
-        """These tensors came, again perhaps, and with them these parameters."""
-        self._refused -= set(names)
-        self._arrived |= set(parameters)
+    def settle(self, update: Update) -> None:
+        """An update stands."""
+        for layer in update.committed:
+            self.dropped.pop(layer, None)
+            self._times_dropped.pop(layer, None)
+        if update.bracket:
+            self.refused -= update.names
+            return
+        self._note_dropped(update.dropped)
+        self.refused -= update.offered
+        self._arrived |= update.arrived
+        self._passes.note_taken(update.offered)
 
-    def check_complete(self, update: Update, wanted: Iterable[str], *, strict: bool) -> None:
+    def check_complete(
+        self, update: Update, wanted: Iterable[str], *, strict: bool, keeps: bool
+    ) -> None:
         """Refuse to close a bracket on half of a layer, or on half of the parameters.
 
         Args:
             wanted: every parameter of the engine's checkpoint.
             strict: all of them must have arrived.
+            keeps: what is missing of a layer is taken from what is live, where that can be done.
 
         Raises:
             IncompleteUpdate: they have not; the bracket is rolled back.
 
         """
-        if waiting := self.waiting(update.waiting.values()):
+        waiting = self.waiting(update.waiting.values())
+        if waiting:
+            remedy = (
+                "What is live of them cannot be kept: it is packed, or shares a scale with what "
+                "was sent, or codes and scales did not come for the same rows. "
+                if keeps
+                else ""
+            )
             raise IncompleteUpdate(
                 f"the update ended with {len(waiting)} layers half arrived, first "
-                f"{_missing_parts(waiting)}. Send every shard of a fused layer; the old weights "
-                "are still served."
+                f"{_missing_parts(waiting)}. {remedy}Send every shard of a fused layer; the old "
+                "weights are still served."
             )
         missing = [target for target in wanted if target not in update.arrived]
         if strict and missing:
@@ -58,6 +118,8 @@ class Arrivals:
                 f"the update ended without {len(missing)} of the engine's parameters: "
                 f"{some_of(missing)}. Send all of them, or pass strict=False to keep the old ones."
             )
+        if not missing:
+            self.refused.clear()
         _warn_of(missing, update.arrived)
         self._arrived.clear()
 
@@ -79,8 +141,8 @@ class Arrivals:
                 "missing, or everything anew."
             )
         # Said once: a name that no engine knows cannot come again, and must not bar the rest.
-        if self._refused:
-            refused, self._refused = self._refused, set()
+        if self.refused:
+            refused, self.refused = self.refused, set()
             raise IncompleteUpdate(
                 f"{len(refused)} tensors were in pushes that failed and have not come again, "
                 f"{some_of(sorted(refused))}: the engine serves what it had of them, beside the "
@@ -88,6 +150,42 @@ class Arrivals:
             )
         _warn_of([target for target in wanted if target not in self._arrived], self._arrived)
         self._arrived.clear()
+        self._passes.close_for_good()
+
+    def _drop_earlier(self, update: Update) -> None:
+        """Another sync begins: forget what earlier pushes have brought in part."""
+        for layer in self._engine.layers:
+            stages = [layer.stage(target) for target in layer.targets]
+            mine = [update.staged.get(stage, set()) for stage in stages]
+            if any(stage.windows - own for stage, own in zip(stages, mine, strict=True)):
+                update.dropped[layer.name] = layer.missing or layer.targets
+                for stage, own in zip(stages, mine, strict=True):
+                    stage.keep_only(own, update.undo)
+        if self._calibration is not None:
+            self._calibration.begin_anew(update.names)
+
+    def _note_dropped(self, dropped: Waiting) -> None:
+        """Say of each layer that a part of it came to nothing, and that it did again; no more."""
+        self.dropped |= dropped
+        self._times_dropped.update(dropped.keys())
+        times = self._times_dropped
+        if first := {layer: dropped[layer] for layer in dropped if times[layer] == 1}:
+            logger.warning(
+                "a new update began while %d layers had arrived in part, of a push that failed or "
+                "a trainer that went away; what waited is dropped, and they serve their old "
+                "weights until all of their shards have come: %s",
+                len(first),
+                _missing_parts(first),
+            )
+        if second := {layer: dropped[layer] for layer in dropped if times[layer] == 2}:
+            logger.warning(
+                "%d layers have waited in two updates for shards that never came, and still "
+                "serve their old weights: %s. If the trainer sends only what it trains, let it "
+                "send by flashquant.reload_weights(..., strict=False), which keeps the rest; else "
+                "send every shard.",
+                len(second),
+                _missing_parts(second),
+            )
 
 
 def _warn_of(missing: Sequence[str], arrived: Collection[str]) -> None:
@@ -102,7 +200,7 @@ def _warn_of(missing: Sequence[str], arrived: Collection[str]) -> None:
         )
 
 
-def _missing_parts(waiting: Mapping[str, tuple[str, ...]]) -> str:
+def _missing_parts(waiting: Waiting) -> str:
     """The first layer that waits, and for what."""
     layer, parameters = next(iter(waiting.items()))
     return f"{layer}: {some_of(parameters)} is not complete"

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
@@ -222,6 +223,11 @@ class Calibration:
         """Let an undo log put back what pushes change here."""
         if self._pruning is not None:
             self._pruning.remember(undo)
+
+    def begin_anew(self, come: AbstractSet[str] = frozenset()) -> None:
+        """Another sync has begun, and these tensors have come with it."""
+        if self._pruning is not None:
+            self._pruning.begin_anew(come)
 
     def _vectors(self, name: str, device: torch.device) -> Entry:
         """Where the pushed tensor is: a trainer may push from the host."""

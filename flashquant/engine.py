@@ -80,6 +80,11 @@ class Layer(Protocol):
         """Forget what has arrived, and what was prepared."""
         ...
 
+    def keep_rest(self) -> None:
+        """Take what is missing of parameters that have arrived in part from what is live of them,
+        if their rows can be kept, codes with their scales; do nothing where they cannot."""
+        ...
+
     def prepare(self, undo: UndoLog) -> None:
         """Make everything that `commit` will need, and touch nothing that is live."""
         ...

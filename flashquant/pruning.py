@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from typing import Final
 
 import torch
@@ -61,6 +62,10 @@ class Pruning:
         """The weights are about to be lost: what is known of them is learned from the next."""
         for known in (self._norms, self._dead, self._masks, self._arrived):
             known.clear()
+
+    def begin_anew(self, come: AbstractSet[str] = frozenset()) -> None:
+        """Another sync has begun, and these tensors have come with it: no others count."""
+        self._arrived = {norm: readers & come for norm, readers in self._arrived.items()}
 
     def norm(self, name: str, stored: Tensor) -> Tensor:
         """A norm as it is to be written now."""

@@ -9,6 +9,7 @@ logs. Times are seconds, sizes are bytes; `str()` prints ms and MB (10^6 bytes).
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -53,6 +54,7 @@ class ReloadReport:
         layers_committed: layers that now serve the new weights.
         ignored: names the engine's own loader drops, such as a tied `lm_head.weight`.
         pending: parameters that have not arrived, so their layers still serve old weights.
+        kept: parameters of which a part arrived, and the rest stayed as it was (`strict=False`).
         digest: fingerprint of all live weights (hex), or None where it was not taken.
         ranks: the digest of each worker, by rank; they hold different shards.
         drift: of each weight that arrived as codes or was made into them here, by name; fp8
@@ -77,6 +79,7 @@ class ReloadReport:
     drift: Mapping[str, Drift] = field(default_factory=dict)
     prepare_seconds: float = 0.0
     pause_seconds: float = 0.0
+    kept: tuple[str, ...] = ()
 
     @property
     def changed(self) -> float | None:
@@ -111,6 +114,7 @@ class ReloadReport:
             pause_seconds=max(report.pause_seconds for report in reports),
             phases=slowest.phases,
             pending=tuple(dict.fromkeys(name for report in reports for name in report.pending)),
+            kept=tuple(dict.fromkeys(name for report in reports for name in report.kept)),
             digest=_digest_of(ranks),
             ranks=ranks,
         )
@@ -141,9 +145,34 @@ class ReloadReport:
             parts.append(f"ignored {some_of(self.ignored)}")
         if self.pending:
             parts.append(f"waiting for {some_of(self.pending)}")
+        if self.kept:
+            parts.append(f"kept a part of {some_of(self.kept)}")
         if self.digest is not None:
             parts.append(f"digest {self.digest[:_DIGEST_SHOWN]}")
         return ", ".join(parts)
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """The last push, or end of an update, that was refused.
+
+    Attributes:
+        what: the error and what it said.
+        when: seconds since 1970.
+        names: the tensors of the push, those that were at hand; none for the end of an update.
+        version: the one that was served then, and still is if nothing has gone live since.
+
+    """
+
+    what: str
+    when: float
+    names: tuple[str, ...]
+    version: int
+
+    def __str__(self) -> str:
+        """A part of one line for a log."""
+        when = time.strftime("%m-%d %H:%M:%S", time.localtime(self.when))
+        return f"last refusal {when}: {self.what}"
 
 
 @dataclass(frozen=True)
@@ -170,6 +199,12 @@ class Status:
             push, because it does more than copy.
         drafts: speculative drafts beside the model, and how many updates each has committed: they
             take pushes of their own.
+        dropped: layer -> parameters that were not complete when the sync ended that brought a
+            part of it; that part was dropped, and the layer serves its old weights until all
+            of it has come.
+        refused: tensors of pushes outside a bracket that failed, and have not come again: the
+            engine serves what it had of them, beside the new weights of others.
+        refusal: the last push, or end of an update, that was refused; None if none ever was.
 
     """
 
@@ -186,6 +221,9 @@ class Status:
     staged: tuple[str, ...]
     fallback: tuple[str, ...]
     drafts: Mapping[str, int] = field(default_factory=dict)
+    dropped: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    refused: tuple[str, ...] = ()
+    refusal: Refusal | None = None
 
     @classmethod
     def of_workers(cls, statuses: Sequence[Status]) -> Status:
@@ -194,14 +232,20 @@ class Status:
             return statuses[0]
         ranks = tuple(part for status in statuses for part in status.ranks)
         pending: dict[str, tuple[str, ...]] = {}
+        dropped: dict[str, tuple[str, ...]] = {}
         for status in statuses:
             pending |= status.pending
+            dropped |= status.dropped
+        refusals = [status.refusal for status in statuses if status.refusal is not None]
         return replace(
             statuses[0],
             scheme=", ".join(dict.fromkeys(status.scheme for status in statuses)),
             torn=any(status.torn for status in statuses),
             asleep=any(status.asleep for status in statuses),
             pending=pending,
+            dropped=dropped,
+            refused=tuple(dict.fromkeys(name for status in statuses for name in status.refused)),
+            refusal=max(refusals, key=lambda refusal: refusal.when, default=None),
             digest=_digest_of(ranks),
             ranks=ranks,
             foreign=tuple(dict.fromkeys(name for status in statuses for name in status.foreign)),
@@ -230,6 +274,12 @@ class Status:
             parts.append("asleep")
         parts += [f"{layer} waits for {some_of(names)}" for layer, names in self.pending.items()]
         parts += [f"draft {name} at version {version}" for name, version in self.drafts.items()]
+        if self.dropped:
+            parts.append(f"had arrived in part and was dropped: {some_of(self.dropped)}")
+        if self.refused:
+            parts.append(f"refused and not sent again: {some_of(self.refused)}")
+        if self.refusal is not None and self.refusal.version == self.version:
+            parts.append(str(self.refusal))
         if self.digest is not None:
             parts.append(f"digest {self.digest[:_DIGEST_SHOWN]}")
         return ", ".join(parts)

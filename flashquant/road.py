@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Set as AbstractSet
 from itertools import chain
 
 from torch import Tensor
@@ -188,6 +189,19 @@ class Road:
             check_finite(landing.entry.name, step.target_view.into(memory[step.target]))
             stage.arrived(step.target_view)
 
+    def keep_rest(self, update: Update, lost: AbstractSet[str]) -> None:
+        """Complete layers that have arrived in part with what is live of them, where that can be.
+
+        Args:
+            lost: parameters that do not hold what they should, so nothing of them can be kept.
+
+        """
+        for layer in update.waiting.values():
+            if (missing := layer.missing) and lost.isdisjoint(layer.targets):
+                layer.keep_rest()
+                still = layer.missing
+                update.kept += tuple(target for target in missing if target not in still)
+
     def finish(self, update: Update) -> None:
         """Nothing more will come: let those layers go live that are as ready as they will be."""
         start = time.perf_counter()
@@ -200,10 +214,13 @@ class Road:
     def _commit(self, layers: Iterable[Layer], update: Update) -> None:
         """Let those layers go live that this tensor completed.
 
-        Inside a bracket, one that a complete update would bring more of waits for the end.
+        Inside a bracket, one that a complete update would bring more of waits for the end. Outside
+        of one, the end of the push is waited for where shards of earlier pushes would go live
+        with it: what else it brings may show that they belong to an earlier sync.
         """
         for layer in layers:
-            if (not update.bracket or self._ways.is_full(layer)) and layer.ready:
+            sure = self._ways.is_full(layer) if update.bracket else _is_new(layer, update)
+            if sure and layer.ready:
                 self._let_live(layer, update)
 
     def _let_live(self, layer: Layer, update: Update) -> None:
@@ -243,3 +260,9 @@ class Road:
     def check_unmoved(self, before: dict[str, Footprint], *layers: Layer) -> None:
         """Raise MovedTensor where one is no longer what it was."""
         check_unmoved(before, self.footprints(*layers))
+
+
+def _is_new(layer: Layer, update: Update) -> bool:
+    """Whether all that is staged of a layer has come with this update."""
+    stages = map(layer.stage, layer.targets)
+    return all(stage.count <= len(update.staged.get(stage, ())) for stage in stages)

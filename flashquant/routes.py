@@ -6,7 +6,6 @@ loaders read ahead, and one run is cheaper than hundreds.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
@@ -18,6 +17,7 @@ from flashquant.errors import ReloadError, UnknownWeight
 from flashquant.plan import Replay, TensorPlan, WritePlan, beside
 from flashquant.trace import trace, trace_one
 from flashquant.weights import NamedTensors
+from flashquant.wrappers import hint
 
 
 class Routes:
@@ -80,9 +80,20 @@ class Routes:
                 self._checkpoint or isinstance(refusal, UnknownWeight)
             ):
                 raise
-            near = difflib.get_close_matches(name, self._checkpoint, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise UnknownWeight(f"{refusal}.{hint}") from refusal
+            raise UnknownWeight(f"{refusal}.{hint(name, self._checkpoint)}") from refusal
+
+    def knows(self, name: str, tensor: Tensor) -> bool:
+        """Whether something becomes of a tensor of this name."""
+        if self.expects(name):
+            return True
+        try:
+            return bool(self.of(name, tensor).steps)
+        except ReloadError:
+            return False
+
+    def expects(self, name: str) -> bool:
+        """Whether the checkpoint held this tensor, or it was made of one that it held."""
+        return name in self._checkpoint or name in self._made
 
     def of(self, name: str, tensor: Tensor) -> TensorPlan:
         """Where a tensor lands; the first time it comes by, the engine's loader is watched.

@@ -4,8 +4,8 @@
     at the end:       all arrived, none moved, all workers agree; or everything as it was before
 
 A push outside a bracket is a transaction of its own; a layer goes live when the
-last of its shards has arrived, in whichever push. Inside a bracket (`begin` to
-`finish`) nothing stands until the end.
+last of its shards has arrived, in whichever push of one sync (`passes` tells syncs
+apart). Inside a bracket (`begin` to `finish`) nothing stands until the end.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from itertools import chain
 
 import torch
 from torch import Tensor
@@ -25,28 +24,22 @@ from flashquant.checks import Checks
 from flashquant.drift import Drifts
 from flashquant.engine import Engine, Layer
 from flashquant.errors import FlashquantError, MovedTensor, ReloadError, UnsupportedEngine
+from flashquant.first_load import FirstLoad
 from flashquant.health import Health
 from flashquant.plan import WritePlan
-from flashquant.quantize import Recipe, as_stored
 from flashquant.report import ReloadReport, Status
+from flashquant.reporter import Reporter
 from flashquant.road import Road
 from flashquant.routes import Routes
-from flashquant.schemes.stored import holds_codes
 from flashquant.ties import Ties
 from flashquant.transaction import Transactions
 from flashquant.undo import UndoLog
 from flashquant.update import Update
 from flashquant.verify import Fingerprints, Footprint, digest, digests
 from flashquant.ways import Ways
-from flashquant.weights import (
-    NamedTensors,
-    Offered,
-    Weights,
-    few_at_a_time,
-    named_tensors,
-    naming_the_file,
-)
+from flashquant.weights import NamedTensors, Offered, Weights, named_tensors, naming_the_file
 from flashquant.witness import Witness
+from flashquant.wrappers import Names
 
 
 class Session:
@@ -74,7 +67,7 @@ class Session:
         self._checks = checks or Checks()
         self._routes = Routes(engine)
         self._ways = Ways(engine, self._routes, calibration)
-        self._arrivals = Arrivals(engine)
+        self._arrivals = Arrivals(engine, calibration)
         self._witness = Witness({})
         self._unaudited: dict[str, Footprint] = {}
         self._layers: dict[str, Layer] = {}
@@ -82,7 +75,12 @@ class Session:
         self._ties = Ties()
         self._road = Road(engine, self._ways, self._ties, self._drifts, calibration, self._checks)
         self._road.about_to_write = lambda layer: self._witness.look_at(layer)
+        self._first_load = FirstLoad(engine, self._routes, self._drifts, calibration)
+        self._names = Names(self._routes)
         self._transactions = Transactions(ballot, self._settle)
+        self._reporter = Reporter(
+            engine, self._routes, self._arrivals, self._ties, self._transactions
+        )
 
     @property
     def plan(self) -> WritePlan:
@@ -112,7 +110,7 @@ class Session:
 
         """
         try:
-            return self._engine.load(self._first(weights))
+            return self._engine.load(self._first_load.stream(weights))
         except (KeyError, ValueError) as refusal:
             ours = isinstance(refusal, FlashquantError)
             if ours or (scales := self._routes.refused_of_made()) is None:
@@ -154,21 +152,22 @@ class Session:
                 (before `begin`, inside a bracket).
 
         """
-        offered, alone = Offered(weights), self._transactions.current is None
-        try:
-            with self._transactions.push() as update, torch.no_grad():
-                written = self._road.take(offered, update)
-                if alone:
-                    update.doubts.resolve()
-        except BaseException:
-            if alone:  # a bracket that fails takes everything back, and owes nothing
-                self._arrivals.note_refused(offered.names)
-            raise
-        self._arrivals.note_taken(offered.names, update.arrived)
-        return written
+        self._transactions.take_back_what_was_cut_off()
+        offered, alone = Offered(self._names.of(weights)), self._transactions.current is None
+        with (
+            self._reporter.refusing(offered.names),
+            self._transactions.push() as update,
+            torch.no_grad(),
+        ):
+            if not alone:
+                return self._road.take(offered, update)
+            update.offered = offered.names
+            written = self._road.take(self._arrivals.watched(offered, update), update)
+            self._road.finish(update)
+            return written
 
     def begin(self, *, atomic: bool = True, prepares: bool = False) -> None:
-        """Open a bracket: nothing stands until `finish`. What half arrived before is dropped.
+        """Open a bracket: nothing stands until `finish`. What waits is dropped, and said so.
 
         A bracket that is still open, because whoever began it went away, is rolled back.
 
@@ -178,14 +177,24 @@ class Session:
                 set of weights (two, if `atomic`), so that the engine may generate until `finish`.
 
         """
-        self._begin(atomic=atomic, prepares=prepares)
+        self.look_around()
+        self.audit()
+        undo = UndoLog(keep=atomic, reserve=self._transactions.reserve)
+        update = Update(undo, bracket=True, prepares=prepares)
+        with self._reporter.refusing(), self._transactions.begin(update):
+            if not atomic:
+                update.at_stake = frozenset(self._routes.wanted)
+            self._arrivals.drop()
+            self._ties.reset()
+            update.before = self._road.footprints(*self._engine.layers)
 
-    def finish(self, *, strict: bool = False) -> None:
+    def finish(self, *, strict: bool = False, keeps: bool = False) -> None:
         """Close the bracket.
 
         Args:
             strict: every parameter of the checkpoint must have arrived. Without
-                it, whole layers may stay as they were, half a layer may not.
+                it, whole layers may stay as they were, half a layer may not, unless
+            keeps: what is missing of a layer stays as it is, where its rows can be kept.
 
         Raises:
             IncompleteUpdate: not everything arrived.
@@ -194,10 +203,12 @@ class Session:
             MovedTensor: a live tensor is not where it was. The engine is torn.
 
         """
-        with self._transactions.finish() as update, torch.no_grad():
+        with self._reporter.refusing(), self._transactions.finish() as update, torch.no_grad():
+            if keeps:
+                self._road.keep_rest(update, self.health.stale)
             self._road.finish(update)
             self._ties.check_complete()
-            self._arrivals.check_complete(update, self._routes.wanted, strict=strict)
+            self._arrivals.check_complete(update, self._routes.wanted, strict=strict, keeps=keeps)
             self._road.swap_in(update)
             if update.prepares:
                 self._unaudited = update.before
@@ -236,8 +247,9 @@ class Session:
 
         """
         if not self.in_bracket:
-            self._ties.check_complete()
-            self._arrivals.check_nothing_waits(self._routes.wanted)
+            with self._reporter.refusing():
+                self._ties.check_complete()
+                self._arrivals.check_nothing_waits(self._routes.wanted)
 
     def abandon(self) -> None:
         """Close a bracket that will not be finished: roll it back, if it is still open."""
@@ -275,11 +287,13 @@ class Session:
     def close(self, *, strict: bool = True) -> ReloadReport:
         """`finish` what was begun, and tell what it did; without a digest."""
         update, start = self._transactions.current, time.perf_counter()
-        self.finish(strict=strict)
+        self.finish(strict=strict, keeps=not strict)
         if update is None:
             raise ReloadError("no update is under way")
         now = time.perf_counter()
-        return self._report(update, now, pause=now - (start if update.prepares else update.start))
+        return self._reporter.report(
+            update, now, pause=now - (start if update.prepares else update.start)
+        )
 
     def audit(self) -> None:
         """After a prepared update, when the engine generates again: nothing has moved.
@@ -329,8 +343,7 @@ class Session:
     def sleep(self, *, keeps_weights: bool) -> None:
         """The engine is about to put its weights away, for good unless `keeps_weights`."""
         self.abandon()
-        for layer in self._engine.layers:
-            layer.drop()
+        self._arrivals.drop()
         self._ties.reset()
         self._transactions.sweep()
         self.free_reserve()
@@ -345,8 +358,7 @@ class Session:
     def overwritten(self) -> None:
         """Somebody has overwritten everything: it is nobody's policy until all of it was pushed."""
         self.abandon()
-        for layer in self._engine.layers:
-            layer.drop()
+        self._arrivals.drop()
         self._ties.reset()
         self._witness.forget()
         self.health.tear(self._routes.wanted)
@@ -362,28 +374,9 @@ class Session:
 
     def status(self) -> Status:
         """How the model stands: version, pending shards, roads and fresh digests."""
-        by_road: dict[str, list[str]] = {"direct": [], "staged": [], "fallback": []}
-        replayed = self._routes.replayed
-        for layer in self._engine.layers:
-            road = layer.road if replayed.isdisjoint(layer.targets) else "fallback"
-            by_road[road].append(layer.name)
         parameters = {} if self.health.asleep else self.digests()
         self.look_around()
-        whole = digest(parameters) if parameters else None
-        return Status(
-            scheme=self._engine.scheme,
-            version=self.version,
-            torn=self.health.torn,
-            asleep=self.health.asleep,
-            pending={**self._ties.waiting(), **self._arrivals.waiting()},
-            digest=whole,
-            ranks=(whole,),
-            parameters=parameters,
-            foreign=self._witness.foreign,
-            direct=tuple(by_road["direct"]),
-            staged=tuple(by_road["staged"]),
-            fallback=tuple(by_road["fallback"]),
-        )
+        return self._reporter.status(parameters, self._witness.foreign)
 
     def digest(self) -> str:
         """Fingerprint of everything the kernels read, equal for equal policies."""
@@ -396,53 +389,15 @@ class Session:
             self._witness.compare(taken)
         return taken
 
-    def _begin(self, *, atomic: bool, prepares: bool) -> None:
-        self.look_around()
-        self.audit()
-        undo = UndoLog(keep=atomic, reserve=self._transactions.reserve)
-        update = Update(undo, bracket=True, prepares=prepares)
-        with self._transactions.begin(update):
-            if not atomic:
-                update.at_stake = frozenset(self._routes.wanted)
-            for layer in self._engine.layers:
-                layer.drop()
-            self._ties.reset()
-            update.before = self._road.footprints(*self._engine.layers)
-
-    def _first(self, weights: NamedTensors) -> Iterator[tuple[str, Tensor]]:
-        quantized = any(holds_codes(meta.dtype) for meta in self._engine.targets.values())
-        calibration = self._calibration
-        # A checkpoint of codes is taken as it is: it is smoothed already.
-        quantizes = calibration if calibration and calibration.starts_on_floats else None
-        for name, tensor in self._learned(weights) if quantized else weights:
-            self._routes.note(name, tensor)
-            if not quantized:
-                yield name, tensor
-                continue
-            self._routes.learn(name, tensor)
-            if calibration is not None:
-                calibration.note(name, tensor)
-            recipe = Recipe(name, self.plan[name], self._engine.targets, quantizes)
-            for stored, values in as_stored(recipe, tensor):
-                if quantizes is not None:
-                    quantizes.note_stored(stored, values)
-                self._drifts.start(stored, values)
-                self._routes.note_made(stored, values)
-                yield stored, values
-
-    def _learned(self, weights: NamedTensors) -> Iterator[tuple[str, Tensor]]:
-        """The same tensors, planned several in one run of the loader."""
-        for few in few_at_a_time(weights):
-            self._routes.learn_together(few)
-            yield from few
-
     def _settle(self, update: Update, stands: bool) -> None:
         """An update is over: what is live is what it should be."""
         for layer in () if stands else update.prepared.values():
             layer.drop()
         if stands:
             update.drift = self._drifts.settle(update.noted)
-        if stands:
+            self._arrivals.settle(update)
+            if not update.bracket:
+                self._reporter.note_ignored(update.ignored)
             self._witness.settle(update.committed, self._unsent(update), update.live)
             return
         self._witness.rebase(None if update.bracket else update.touched)
@@ -457,27 +412,6 @@ class Session:
             if not targets <= update.live:
                 found[name] = targets - update.live
         return found
-
-    def _report(self, update: Update, now: float, *, pause: float) -> ReloadReport:
-        seconds = now - update.start
-        waiting = self._arrivals.waiting(update.waiting.values())
-        return ReloadReport(
-            version=self.version,
-            tensors=update.tensors,
-            bytes_in=update.bytes_in,
-            bytes_out=update.bytes_out,
-            undo_bytes=update.undo.bytes,
-            seconds=seconds,
-            prepare_seconds=seconds - pause,
-            pause_seconds=pause,
-            phases=dict(update.seconds),
-            layers_committed=len(update.committed),
-            ignored=tuple(update.ignored),
-            pending=tuple(chain.from_iterable(waiting.values())),
-            digest=None,
-            ranks=(None,),
-            drift=dict(update.drift),
-        )
 
 
 def _parameters(live: Iterable[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:

@@ -51,6 +51,9 @@ class Update:
     doubts: Doubts = field(default_factory=Doubts)
     prepared: dict[str, Layer] = field(default_factory=dict)  # layers
     ignored: list[str] = field(default_factory=list)  # names the engine's loader drops
+    offered: set[str] = field(default_factory=set)  # of a push by itself: all of its names
+    dropped: dict[str, tuple[str, ...]] = field(default_factory=dict)  # layer -> what it lacked
+    kept: tuple[str, ...] = ()  # parameters, of which a part stayed as it was
     tensors: int = 0
     bytes_in: int = 0
     bytes_out: int = 0

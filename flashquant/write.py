@@ -9,6 +9,7 @@ whole one, however often a shard is sent again.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from types import MappingProxyType
 
 import torch
@@ -125,6 +126,38 @@ class Stage:
             self._elements -= view.numel
         if not self._arrived:
             self._memory = None
+            self._elements = 0
+
+    def keep_only(self, mine: AbstractSet[View], undo: UndoLog) -> None:
+        """Treat the other windows as not sent: they belong to an earlier sync.
+
+        Args:
+            mine: windows that the push under way brought.
+            undo: its log.
+
+        """
+        others = self.windows - mine
+        self.remember(others, undo, values=len(others) < len(self._arrived))
+        for view in others:
+            self.forget(view)
+
+    @property
+    def mask(self) -> Tensor:
+        """Which elements have arrived, bool, of the shape of the parameter."""
+        mask = torch.zeros(self._shape, dtype=torch.bool)
+        flat = mask.view(-1).as_strided(self._shape, self._stride)
+        for view in self._arrived:
+            view.into(flat).fill_(True)
+        return flat
+
+    def fill_up(self, live: Tensor, device: torch.device) -> None:
+        """Take what has not arrived from the live parameter, laid out as this one is."""
+        if not self.lies_in(live):
+            memory, rest = self.memory(device), live.detach().clone()
+            for view in self._arrived:
+                view.into(rest).copy_(view.into(memory))
+            memory.copy_(rest)
+        self._elements = self.numel
 
     def clear(self) -> None:
         """Free the memory; the layer has been committed."""

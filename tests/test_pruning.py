@@ -121,6 +121,31 @@ def test_a_channel_is_dead_when_all_readers_agree():
     assert pruning.norm("l.0.norm", torch.tensor([5.0, 6, 7])).tolist() == [0, 6, 7]
 
 
+def test_readers_of_two_syncs_do_not_silence_a_norm_together():
+    """A trainer died when one of two readers had come; the next one sends the other first."""
+    reader = entry(torch.int8, 0.5, 0.5)
+    pruning = Pruning({"l.0.norm": entry(torch.float32, 2, 2), "l.0.a": reader, "l.0.b": reader})
+    pruning.norm("l.0.norm", torch.tensor([5.0, 6]))
+    pruning.codes("l.0.a", torch.tensor([[0, 1]]))
+
+    pruning.begin_anew()
+
+    assert pruning.codes("l.0.b", torch.tensor([[0, 1]])) is None
+    assert pruning.codes("l.0.a", torch.tensor([[1, 1]])) is None
+    assert pruning.norm("l.0.norm", torch.tensor([5.0, 6])).tolist() == [5, 6]
+
+
+def test_readers_that_came_with_the_push_that_begins_a_sync_count():
+    reader = entry(torch.int8, 0.5, 0.5)
+    pruning = Pruning({"l.0.norm": entry(torch.float32, 2, 2), "l.0.a": reader, "l.0.b": reader})
+    pruning.norm("l.0.norm", torch.tensor([5.0, 6]))
+    pruning.codes("l.0.a", torch.tensor([[0, 1]]))
+
+    pruning.begin_anew({"l.0.a"})
+
+    assert pruning.codes("l.0.b", torch.tensor([[0, 1]])) is not None
+
+
 def test_two_norms_with_the_same_factors_are_not_told_apart():
     norms = {f"l.0.norm{i}": entry(torch.float32, 1.0, 1.0) for i in range(2)}
 

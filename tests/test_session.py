@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import MappingProxyType
 
 import pytest
@@ -69,6 +69,9 @@ class FakeLayer:
     def drop(self):
         for stage in self._stages.values():
             stage.clear()
+
+    def keep_rest(self):
+        pass
 
     def commit(self, undo):
         for target, live in self.live.items():
@@ -241,6 +244,153 @@ def test_a_shard_sent_again_in_a_later_push_replaces_the_first(session, engine):
     session.push(only("k.weight"))
 
     assert serves(engine, fresh(OLD | dict(only("q.weight", "k.weight"))))
+
+
+# One sync after the other, without brackets.
+
+
+def sync(session, policy, order=("k.weight", "q.weight", "norm.weight")):
+    """One tensor a push; a trainer that logs a refusal and goes on."""
+    for name in order:
+        with suppress(ReloadError):
+            session.push(only(name, of=policy))
+
+
+def test_half_a_layer_that_a_refused_tensor_left_does_not_mix_into_the_next_sync(session, engine):
+    bad = {**weights(5), "k.weight": torch.full((2, 4), torch.nan).bfloat16()}
+    sync(session, bad)
+    assert session.status().refused == ("k.weight",)
+
+    sync(session, NEW)
+
+    assert serves(engine, fresh(NEW))
+    assert session.status().pending == session.status().dropped == {}
+    assert session.status().refused == ()
+
+
+@pytest.mark.parametrize("left", [["q.weight"], ["norm.weight", "k.weight"]], ids=str)
+def test_half_a_layer_that_a_dead_trainer_left_does_not_mix_into_the_next_sync(
+    session, engine, left
+):
+    for _ in range(2):
+        sync(session, weights(7), ("norm.weight", "k.weight", "q.weight"))
+    session.reload(OLD)
+    sync(session, weights(5), left)
+
+    sync(session, NEW, ("norm.weight", "k.weight", "q.weight"))
+
+    assert serves(engine, fresh(NEW))
+
+
+def test_a_bucket_takes_nothing_of_an_earlier_sync_with_it(session, engine):
+    """Its first tensor completes the layer, its second shows that another sync has begun."""
+    session.push(only("norm.weight", "q.weight", of=weights(5)))
+
+    session.push(iter(only("k.weight", "norm.weight")))
+
+    assert session.status().pending == {"qkv": ("qkv.weight",)}
+    assert torch.equal(engine.live["qkv.weight"], fresh(OLD)["qkv.weight"])
+    session.push(only("q.weight"))
+    assert serves(engine, fresh(NEW))
+
+
+def test_what_an_earlier_sync_left_is_dropped_and_said(session, caplog):
+    session.push(only("norm.weight", "q.weight"))
+    session.push(only("norm.weight"))
+
+    status = session.status()
+
+    assert status.pending == {}
+    assert status.dropped == {"qkv": ("qkv.weight",)}
+    assert "had arrived in part and was dropped: qkv" in str(status)
+    assert "qkv: qkv.weight is not complete" in caplog.text
+
+
+def test_a_bracket_says_what_it_drops(session, caplog):
+    session.push(only("q.weight"))
+
+    session.reload(dict(only("norm.weight")), strict=False)
+
+    assert session.status().dropped == {"qkv": ("qkv.weight",)}
+    assert "what waited is dropped" in caplog.text
+    session.reload(NEW)
+    assert session.status().dropped == {}
+
+
+def test_a_refused_push_that_began_a_new_sync_drops_nothing(session, engine):
+    session.push(only("norm.weight", "q.weight"))
+
+    with pytest.raises(RuntimeError):
+        session.push(breaking("norm.weight", of=weights(5), error=RuntimeError("nccl")))
+    with pytest.raises(RuntimeError):
+        session.push(breaking("norm.weight", "q.weight", of=weights(5), error=RuntimeError("nccl")))
+    session.push(only("k.weight"))
+
+    assert serves(engine, fresh(NEW))
+
+
+def test_a_layer_that_waits_in_two_syncs_is_warned_of_with_a_way_out(session, caplog):
+    for _ in range(5):
+        sync(session, NEW, ("norm.weight", "q.weight"))
+
+    assert caplog.text.count("strict=False") == 1
+    assert session.status().pending == {"qkv": ("qkv.weight",)}
+
+
+def test_the_last_refusal_is_kept_and_said_once(session, caplog):
+    assert session.status().refusal is None
+
+    with pytest.raises(UnknownWeight):
+        session.push([("qq.weight", NEW["q.weight"])])
+
+    refusal = session.status().refusal
+    assert "UnknownWeight" in refusal.what
+    assert refusal.names == ("qq.weight",)
+    assert refusal.what in str(session.status())
+    (said,) = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert "qq.weight" in said.getMessage()
+
+
+def test_chunks_after_a_refused_one_do_not_hide_why_it_was_refused(session):
+    session.begin()
+    for name in ("norms.weight", "q.weight", "k.weight"):
+        with suppress(ReloadError):
+            session.push([(name, NEW.get(name, NEW["norm.weight"]))])
+    with pytest.raises(ReloadError):
+        session.finish()
+
+    assert "norms.weight" in session.status().refusal.what
+
+
+def test_a_refusal_that_was_made_good_is_no_part_of_how_a_model_stands(session):
+    sync(session, {**NEW, "norm.weight": torch.full((4,), torch.nan).bfloat16()})
+    assert "refused and not sent again: norm.weight" in str(session.status())
+
+    session.reload(NEW)
+
+    assert "refus" not in str(session.status())
+    assert session.status().refusal is not None
+
+
+def test_a_bracket_that_fails_makes_no_refusal_good(session):
+    with pytest.raises(MisfitTensor):
+        session.push([("norm.weight", NEW["q.weight"])])
+
+    with pytest.raises(RuntimeError):
+        session.reload(breaking("norm.weight", error=RuntimeError("nccl")))
+
+    assert session.status().refused == ("norm.weight",)
+
+
+def test_a_name_that_the_loader_drops_is_said_once(session, engine, monkeypatch, caplog):
+    for _ in range(2):
+        session.push(only("lm_head.weight"))
+    assert "lm_head.weight" not in caplog.text  # the checkpoint had it: dropped by design
+
+    monkeypatch.setattr(engine, "load", lambda weights: list(weights))
+    for _ in range(2):
+        session.push([("rotary.inv_freq", torch.ones(2))])
+    assert caplog.text.count("rotary.inv_freq") == 1
 
 
 def test_a_push_returns_the_engines_own_names(session):

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from flashquant.engine import Reach
 from flashquant.patches.blueprint import LayerBlueprint
 from flashquant.patches.kernel_state import Carry
-from flashquant.patches.staged import StagedLayer
+from flashquant.patches.staged import StagedLayer, belong_together
 from flashquant.plan import Fill, Write
 from flashquant.undo import UndoLog
 from flashquant.write import Stage
@@ -35,11 +36,12 @@ class DirectLayer(StagedLayer):
     def __init__(self, blueprint: LayerBlueprint, homes: Mapping[str, Tensor]) -> None:
         super().__init__((blueprint,), homes, next(iter(homes.values())).device)
         self.homes = dict(homes)
-        # Its scales or its codes, which mean nothing without each other; else itself.
+        # Its scales or its codes, which mean nothing without each other.
         self._partners = {
-            target: self._stages.get(f"{target}_scale")
-            or self._stages.get(target.removesuffix("_scale"), stage)
-            for target, stage in self._stages.items()
+            target: tuple(
+                stage for other, stage in self._stages.items() if belong_together(target, other)
+            )
+            for target in self._stages
         }
         self._logs: dict[str, UndoLog] = {}  # which keeps what a home held that is being filled
         self._prepared: Carry | None = None
@@ -50,7 +52,8 @@ class DirectLayer(StagedLayer):
         return tuple(
             target
             for target, stage in self._stages.items()
-            if not stage.complete and (stage.started or self._partners[target].started)
+            if not stage.complete
+            and (stage.started or any(one.started for one in self._partners[target]))
         )
 
     def _settle_in(self, step: Write | Fill, undo: UndoLog, reach: Reach) -> None:
@@ -72,7 +75,24 @@ class DirectLayer(StagedLayer):
 
     def _is_alone(self, step: Write | Fill, stage: Stage) -> bool:
         """Whether a step brings all of a parameter that needs no other."""
-        return self._partners[step.target] is stage and step.target_view.numel == stage.numel
+        return not self._partners[step.target] and step.target_view.numel == stage.numel
+
+    def keep_rest(self) -> None:
+        missing = self.missing
+        if all(self._same_rows(target) for target in missing):
+            for target in missing:
+                self._stages[target].fill_up(self.homes[target], self.device)
+
+    def _same_rows(self, target: str) -> bool:
+        """Whether codes and scales have arrived of the same rows, and of whole ones."""
+        partners = self._partners[target]
+        if not partners:
+            return True
+        mask = self._stages[target].mask
+        rows = mask.all(-1)
+        return torch.equal(rows, mask.any(-1)) and all(
+            torch.equal(partner.mask.all(-1), rows) for partner in partners
+        )
 
     def _held_live(self, target: str) -> Tensor:
         home = self.homes[target]

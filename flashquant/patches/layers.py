@@ -30,7 +30,7 @@ from flashquant.patches.borrowed import Borrowed
 from flashquant.patches.direct import method_of
 from flashquant.patches.kernel_state import Carry
 from flashquant.patches.reads import handed_on
-from flashquant.patches.staged import StagedLayer
+from flashquant.patches.staged import StagedLayer, belong_together
 from flashquant.plan import Fill, Write
 from flashquant.undo import UndoLog
 from flashquant.verify import digests
@@ -233,6 +233,7 @@ class LiveLayer(StagedLayer):
     def _alone(self) -> dict[str, tuple[Tensor, ...]]:
         """Parameters that go live by themselves, and the live tensors that are them.
 
+        Scales never do, though a kernel may read them as they come: they belong to their codes.
         A layer's only parameter has nobody to wait for, so nothing is to be learned.
         """
         if len(self._stages) == 1 and self.road == "staged":
@@ -246,7 +247,8 @@ class LiveLayer(StagedLayer):
             for name, target in blueprint.targets.items():
                 found = [leaves[path] for path in copies.get(name, ())]
                 homes.setdefault(target, []).extend(t for t in found if isinstance(t, Tensor))
-                bound |= set() if found else {target}
+                scales = any(belong_together(target, other) for other in self._metas)
+                bound |= {target} if scales or not found else set()
         return {target: tuple(found) for target, found in homes.items() if target not in bound}
 
     @functools.cached_property
@@ -287,9 +289,9 @@ class LiveLayer(StagedLayer):
 
     def _is_moving(self, target: str) -> bool:
         """Whether any of a parameter has arrived, or of the codes or scales it goes with."""
-        partners = (target, f"{target}_scale", target.removesuffix("_scale"))
         return any(
-            partner in self._stages and self._stages[partner].started for partner in partners
+            stage.started and (other == target or belong_together(other, target))
+            for other, stage in self._stages.items()
         )
 
     def _hand_on(self, target: str, undo: UndoLog) -> int:

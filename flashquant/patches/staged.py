@@ -16,6 +16,15 @@ from flashquant.undo import UndoLog
 from flashquant.write import Stage, write
 
 
+def belong_together(one: str, other: str) -> bool:
+    """Whether one parameter says how the other is to be read, as scales and zero points do.
+
+    vLLM names them after it: `weight`, `weight_scale`, `weight_scale_inv`, `weight_zero_point`.
+    Whatever a kernel makes of them, one without the other is another weight.
+    """
+    return one.startswith(f"{other}_") or other.startswith(f"{one}_")
+
+
 class StagedLayer:
     """The half of `engine.Layer` that is the same whatever a layer makes of what arrives.
 
@@ -95,6 +104,9 @@ class StagedLayer:
         """Forget whatever has arrived; the live layer stays as it is."""
         for stage in self._stages.values():
             stage.clear()
+
+    def keep_rest(self) -> None:
+        """Nothing, unless a layer knows better: what is live need not be what was sent."""
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every live tensor of the layer, by full name."""

@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
@@ -20,6 +21,8 @@ from flashquant.patches import remote, worker
 from flashquant.patches.loading import session_of
 from flashquant.report import ReloadReport, Status
 from flashquant.weights import NamedTensors, Weights, named_tensors
+
+_STATUS = TypeAdapter(Status)  # a worker's answer comes as plain data
 
 
 def reload_weights(
@@ -45,8 +48,10 @@ def reload_weights(
         atomic: keep an undo log in host memory (one byte a weight in 8 bit), so
             that a failure leaves the complete old weights. Without it, a failure
             leaves the engine torn: it refuses to generate until a complete reload.
-        strict: every parameter must arrive. Without it, whole layers may keep
-            their old weights; half a layer never goes live.
+        strict: every parameter must arrive. Without it, what is not sent stays as it is: whole
+            layers, and the other shards of a fused layer (`report.kept`), where rows lie in live
+            memory with scales of their own. Where they do not (packed for a kernel, or one scale
+            for the whole layer), half a layer is refused by name.
         prepare: make everything beside the live weights first, while the engine generates, and
             pause it only to swap them in. Costs the memory of a second set of quantized
             weights until then. Where the caller's own process is the engine's, nothing can be
@@ -108,7 +113,7 @@ async def _status_async(engine: Any) -> Status:
 
 
 def _one_status(answers: Sequence[Mapping[str, Any]]) -> Status:
-    return Status.of_workers([Status(**answer) for answer in answers])
+    return Status.of_workers([_STATUS.validate_python(answer) for answer in answers])
 
 
 def _model_of(target: Any) -> nn.Module | None:

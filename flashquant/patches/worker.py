@@ -52,7 +52,8 @@ def _answering(method: Callable[..., Any]) -> Callable[..., dict[str, Any]]:
         try:
             result = method(worker, *args, **kwargs)
         except Exception as failure:  # whatever it is, the front end raises it
-            logger.exception("this worker's update failed and was rolled back")
+            if not isinstance(failure, ReloadError):  # the session has said those
+                logger.exception("this worker's update failed and was rolled back")
             return {"error": type(failure).__name__, "says": str(failure)}
         return {"answer": asdict(result) if isinstance(result, ReloadReport) else result}
 

@@ -93,7 +93,7 @@ def test_half_a_layer_is_refused_and_forgotten(pair: Pair) -> None:
     some = {name: t for name, t in pair.b.items() if "k_proj" not in name}
 
     with pytest.raises(IncompleteUpdate):
-        flashquant.reload_weights(pair.live.llm, some, prepare=True, strict=False)
+        flashquant.reload_weights(pair.live.llm, some, prepare=True)
 
     pair.assert_serves(pair.live)
     flashquant.reload_weights(pair.live.llm, pair.b)

@@ -1,0 +1,64 @@
+"""The checkpoint that an engine starts on, on its way into the engine's own loader.
+
+It is the stream of every later push: what will be quantized then is quantized now.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from flashquant.calibration import Calibration
+from flashquant.drift import Drifts
+from flashquant.engine import Engine
+from flashquant.quantize import Recipe, as_stored
+from flashquant.routes import Routes
+from flashquant.schemes.stored import holds_codes
+from flashquant.weights import NamedTensors, few_at_a_time
+
+
+class FirstLoad:
+    """Quantizes a checkpoint where its engine stores codes, and notes what it holds.
+
+    Args:
+        engine: the model.
+        routes: learns the checkpoint's names.
+        drifts: learns the codes that updates will be compared with.
+        calibration: the profile by which pushes are quantized; None where each row is by itself.
+
+    """
+
+    def __init__(
+        self, engine: Engine, routes: Routes, drifts: Drifts, calibration: Calibration | None
+    ) -> None:
+        self._engine, self._routes, self._drifts = engine, routes, drifts
+        self._calibration = calibration
+
+    def stream(self, weights: NamedTensors) -> Iterator[tuple[str, Tensor]]:
+        """The tensors as the engine's loader is to see them."""
+        if not any(holds_codes(meta.dtype) for meta in self._engine.targets.values()):
+            for name, tensor in weights:
+                self._routes.note(name, tensor)
+                yield name, tensor
+            return
+        for few in few_at_a_time(weights):
+            self._routes.learn_together(few)  # several in one run of the loader
+            for name, tensor in few:
+                yield from self._stored(name, tensor)
+
+    def _stored(self, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+        calibration = self._calibration
+        # A checkpoint of codes is taken as it is: it is smoothed already.
+        quantizes = calibration if calibration and calibration.starts_on_floats else None
+        self._routes.note(name, tensor)
+        self._routes.learn(name, tensor)
+        if calibration is not None:
+            calibration.note(name, tensor)
+        recipe = Recipe(name, self._routes.plan[name], self._engine.targets, quantizes)
+        for stored, values in as_stored(recipe, tensor):
+            if quantizes is not None:
+                quantizes.note_stored(stored, values)
+            self._drifts.start(stored, values)
+            self._routes.note_made(stored, values)
+            yield stored, values

@@ -1,0 +1,145 @@
+"""What a session says of itself: how the model stands, what an update did, what was refused."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable, Iterator
+from collections.abc import Set as AbstractSet
+from contextlib import contextmanager
+from itertools import chain
+
+from flashquant.arrivals import Arrivals
+from flashquant.engine import Engine
+from flashquant.report import Refusal, ReloadReport, Status, some_of
+from flashquant.routes import Routes
+from flashquant.ties import Ties
+from flashquant.transaction import Transactions
+from flashquant.update import Update
+from flashquant.verify import digest
+
+logger = logging.getLogger(__name__)
+
+
+class Reporter:
+    """Tells how one model stands.
+
+    Args:
+        engine: the model.
+        routes: where its names land.
+        arrivals: what has come, and what has not.
+        ties: names that wait for the parameter that they are tied to.
+        transactions: its version and health.
+
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        routes: Routes,
+        arrivals: Arrivals,
+        ties: Ties,
+        transactions: Transactions,
+    ) -> None:
+        self._engine, self._routes, self._ties = engine, routes, ties
+        self._arrivals, self._transactions = arrivals, transactions
+        self._refusal: Refusal | None = None
+        self._ignored: set[str] = set()
+
+    @contextmanager
+    def refusing(self, names: AbstractSet[str] = frozenset()) -> Iterator[None]:
+        """Note what is refused in the block: whoever is told may not pass it on.
+
+        Args:
+            names: of a push; they may become more in the block.
+
+        """
+        before = self._transactions.current
+        was_over = before is not None and before.over  # what failed has been said
+        try:
+            yield
+        except BaseException as failure:
+            if before is None and names:  # a bracket takes everything back, and owes nothing
+                self._arrivals.note_refused(names)
+            if isinstance(failure, Exception) and not was_over:
+                self._note_refusal(failure, names)
+            raise
+
+    def _note_refusal(self, failure: Exception, names: AbstractSet[str]) -> None:
+        self._refusal = Refusal(
+            what=f"{type(failure).__name__}: {failure}",
+            when=time.time(),
+            names=tuple(sorted(names)),
+            version=self._transactions.version,
+        )
+        logger.error(
+            "refused and rolled back: %s%s",
+            self._refusal.what,
+            f" (with it: {some_of(self._refusal.names)})" if names else "",
+        )
+
+    def note_ignored(self, names: Iterable[str]) -> None:
+        """The engine's loader dropped these; say once of each that the checkpoint had none such."""
+        new = {name for name in names if not self._routes.expects(name)} - self._ignored
+        self._ignored |= new
+        if new:
+            logger.warning(
+                "the engine's loader drops %s, of which its checkpoint knows nothing: what they "
+                "hold is not served",
+                some_of(sorted(new)),
+            )
+
+    def status(self, digests: dict[str, str], foreign: tuple[str, ...]) -> Status:
+        """How the model stands.
+
+        Args:
+            digests: of what the kernels read, by name; none while it is asleep.
+            foreign: live weights that somebody else wrote.
+
+        """
+        by_road: dict[str, list[str]] = {"direct": [], "staged": [], "fallback": []}
+        replayed = self._routes.replayed
+        for layer in self._engine.layers:
+            road = layer.road if replayed.isdisjoint(layer.targets) else "fallback"
+            by_road[road].append(layer.name)
+        health, whole = self._transactions.health, digest(digests) if digests else None
+        return Status(
+            scheme=self._engine.scheme,
+            version=self._transactions.version,
+            torn=health.torn,
+            asleep=health.asleep,
+            pending={**self._ties.waiting(), **self._arrivals.waiting()},
+            dropped=dict(self._arrivals.dropped),
+            refused=tuple(sorted(self._arrivals.refused)),
+            refusal=self._refusal,
+            digest=whole,
+            ranks=(whole,),
+            parameters=digests,
+            foreign=foreign,
+            direct=tuple(by_road["direct"]),
+            staged=tuple(by_road["staged"]),
+            fallback=tuple(by_road["fallback"]),
+        )
+
+    def report(self, update: Update, now: float, *, pause: float) -> ReloadReport:
+        """What an update did that stands since `now`, a time of `time.perf_counter`."""
+        seconds = now - update.start
+        waiting = self._arrivals.waiting(update.waiting.values())
+        return ReloadReport(
+            version=self._transactions.version,
+            tensors=update.tensors,
+            bytes_in=update.bytes_in,
+            bytes_out=update.bytes_out,
+            undo_bytes=update.undo.bytes,
+            seconds=seconds,
+            prepare_seconds=seconds - pause,
+            pause_seconds=pause,
+            phases=dict(update.seconds),
+            layers_committed=len(update.committed),
+            ignored=tuple(update.ignored),
+            pending=tuple(chain.from_iterable(waiting.values())),
+            kept=update.kept,
+            digest=None,
+            ranks=(None,),
+            drift=dict(update.drift),
+        )
