@@ -171,13 +171,13 @@ class Road:
         """Those of the rows of the whole tensor, where other workers hold shards of its layer."""
         if not self._engine.shares_scales:
             return None
-        sole = len(landing.entry.targets) == 1  # of a tensor that is cut up, each has its own
+        target, *others = landing.entry.targets  # of a tensor that is cut up, each has its own
+        held = self._engine.targets.get(target)  # None for the scales that codes bring along
         # Codes have their scales already, and those are of whole rows.
-        if not (sole and tensor.dim() == 2 and is_float(tensor)):
+        if others or held is None or not (tensor.dim() == 2 and is_float(tensor)):
             return None
         # Of what the parameter will hold: rounding keeps the order of magnitudes.
-        held = self._engine.targets[landing.entry.targets[0]].dtype
-        return row_absmax(tensor).to(held).float()
+        return row_absmax(tensor).to(held.dtype).float()
 
     def _replay(self, landing: Landing, tensor: Tensor) -> None:
         """The loader does more than copy: run it for real, on staged memory."""

@@ -109,6 +109,6 @@ def test_a_step_of_no_tokens_is_let_through_and_any_other_is_refused() -> None:
     runner = SimpleNamespace(get_model=refuse)
     empty, full = (SimpleNamespace(total_num_scheduled_tokens=count) for count in (0, 3))
 
-    assert reload._execute_model(lambda runner, scheduled: "ran", runner, empty) == "ran"
+    assert reload._execute_model(lambda *_: "ran", runner, empty) == "ran"
     with pytest.raises(TornWeights):
-        reload._execute_model(lambda runner, scheduled: "ran", runner, full)
+        reload._execute_model(lambda *_: "ran", runner, full)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from flashquant.errors import ConfigError
+from flashquant.errors import ConfigError, UnsupportedEngine
 from flashquant.schemes import fp8_tensor
 from tests import tiny_models
 from tests.engine.checkpoints import Policies, config_name
@@ -44,7 +44,7 @@ def test_what_vllm_cannot_load_is_refused_with_its_own_words(
     case: Case, says: str, folder: Path
 ) -> None:
     for scheme in (None, config_name(case.scheme)):
-        with pytest.raises((ValueError, AssertionError), match=says):
+        with pytest.raises((ValueError, AssertionError, UnsupportedEngine), match=says):
             load(case, folder, "a", scheme)
 
 

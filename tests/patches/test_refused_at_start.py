@@ -18,7 +18,7 @@ from vllm.model_executor.layers.quantization.online import fp8 as online
 from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM, Qwen2MLP
 
 from flashquant.errors import ConfigError, UnsupportedEngine
-from flashquant.patches import layers
+from flashquant.patches import engine, layers
 from tests.engine.checkpoints import Policies
 from tests.layouts import models
 from tests.layouts.cases import AMPERE, HOPPER, Case
@@ -104,8 +104,9 @@ def test_experts_find_their_scales_without_a_word_to_other_ranks(
 ) -> None:
     """A rank that fails alone would leave the others waiting in it."""
     case = Case(HOPPER, scheme, "", "", kind="qwen3-moe")
-    live, fresh = (load(case, folder, policy, scheme) for policy in "ab")
-    vars(live)["load_weights"].engine.shares_scales = True
+    fresh = load(case, folder, "b", scheme)
+    monkeypatch.setattr(engine, "_cuts_weights", lambda _: True)
+    live = load(case, folder, "a", scheme)
     among_ranks, asked = online.amax_for_moe_weight_quant, []
 
     def of_two_ranks(amax: torch.Tensor, _: int) -> torch.Tensor:

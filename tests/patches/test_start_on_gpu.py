@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from flashquant.errors import UnsupportedEngine
 from flashquant.patches import blueprint, engine
 from flashquant.patches.loading import session_of
 from flashquant.schemes import fp8_channel, fp8_tensor, int8_channel
@@ -87,5 +88,5 @@ def test_int8_on_blackwell_says_what_is_missing(folder: Path) -> None:
     machine: Machine = dataclasses.replace(BLACKWELL, without=others)
     config = models.configured(Policies(folder, "qwen2").served("a", "int8"), "int8")
 
-    with pytest.raises(ValueError, match="no int8 for compute capability 100"):
+    with pytest.raises(UnsupportedEngine, match="no int8 for compute capability 100"):
         models.load(machine, config)
