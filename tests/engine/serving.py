@@ -193,7 +193,9 @@ def _bytes(tensor: Tensor) -> Tensor:
 
 def _read_through(module: nn.Module) -> Tensor:
     """The packed weight of a layer, as its own kernel multiplies it."""
-    identity = torch.eye(_input_size(module), dtype=torch.bfloat16)
+    # In the layer's own precision: some routers are float32, and a kernel reads what it expects.
+    dtype = getattr(module, "params_dtype", torch.bfloat16)
+    identity = torch.eye(_input_size(module), dtype=dtype)
     with torch.no_grad():
         result: Tensor = module.quant_method.apply(module, identity, None)
     return result

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -82,6 +83,16 @@ def test_a_worker_that_forgets_by_itself_does_not_end_the_engine(ears: dict[str,
     assert heard.said(llm) == before
 
 
+@pytest.fixture
+def connectors() -> Iterator[None]:
+    """vLLM has one KV connector a process, which every later engine would take for its own."""
+    from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown
+
+    yield
+    ensure_kv_transfer_shutdown()
+
+
+@pytest.mark.usefixtures("connectors")
 def test_a_connector_that_cannot_drop_old_keys_is_warned_of_as_the_engine_starts(
     tmp_path_factory: pytest.TempPathFactory, caplog: pytest.LogCaptureFixture
 ) -> None:
