@@ -95,7 +95,7 @@ CALLS = (
     ("flashquant.undo.UndoLog.remember_how", "after"),
     ("flashquant.write.Stage.memory", "before"),
     ("flashquant.patches.staged.write", "after"),
-    ("flashquant.patches.layers.fingerprint", "after"),
+    ("flashquant.patches.layers.digests", "after"),
     ("flashquant.patches.layers.LiveLayer.commit", "before"),
     ("flashquant.patches.layers.LiveLayer.commit", "after"),
     ("flashquant.patches.blueprint.LayerBlueprint.build", "after"),

@@ -91,8 +91,8 @@ class Serving:
 
     checkpoint: Path
     scheme: str
-    tokens: int = 16
     options: dict[str, Any] = field(default_factory=dict)
+    tokens: int = 16
 
     @cached_property
     def llm(self) -> Any:
@@ -225,7 +225,7 @@ def serve(
         pytest.skip(FP8_CHANNEL.kwargs["reason"])
     key = (checkpoint, scheme, kernels, tokens, repr(sorted(options.items())))
     if key not in _STARTED:
-        serving = Serving(checkpoint, scheme, tokens, options)
+        serving = Serving(checkpoint, scheme, options, tokens)
         _ = serving.start
         _STARTED[key] = serving
     return _STARTED[key]
