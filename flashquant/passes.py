@@ -7,8 +7,9 @@ that nobody begins or ends in so many words begins with the push in which
     1  a name comes again that has come in this pass already, be it live or waiting
     2  a name comes again that was refused in this pass, after others have come since
        (right after it was refused, it is sent once more: the same pass)
-    3  the name comes that the last passes began with, though this one began with another that
-       they hold, too: a trainer went away, and another begins as they did
+    3  the name comes that the last passes began with, though this one began with another, and
+       has brought a stretch of what they held in a row: a trainer went away, and another begins
+       as they did
     4  a name comes again that was there before a guess by 3, out of the order which it was guessed
        by: the guess was wrong, and is not made again
 
@@ -150,10 +151,17 @@ class Passes:
 
     def _is_usual_beginning(self, name: str) -> bool:
         return (
-            self._first is not None
-            and self._usual.get(name) == 0
-            and self._seen.keys() <= self._usual.keys()
+            self._first is not None and self._usual.get(name) == 0 and self._is_a_stretch_of_usual()
         )
+
+    def _is_a_stretch_of_usual(self) -> bool:
+        """Whether what has come in this pass is what usually comes in a row.
+
+        Of somebody who left, it is. A trainer that sends in another order every time has a
+        beginning in the middle of a pass, too, but hardly ever after such a stretch.
+        """
+        places = [self._usual.get(seen, -1) for seen in self._seen]
+        return -1 not in places and places == list(range(places[0], places[0] + len(places)))
 
     def _is_out_of_order(self, name: str) -> bool:
         place = self._usual.get(name, 0)
