@@ -29,6 +29,7 @@ from tests.engine.kernels import multiply_fp8_as_everywhere
 from tests.groups import make_experts_group
 
 _KEPT: list[Any] = []  # of every Serving, those that a test drops included
+_IN_USE: list[Any] = []  # of them, those that have not been put away
 _PROMPTS = [list(range(5 + shift, 45 + shift)) for shift in (0, 3, 11, 200)]
 
 
@@ -112,6 +113,7 @@ class Serving:
                 **{"enable_prefix_caching": False, **self.options},
             )
         _KEPT.append(llm)
+        _IN_USE.append(llm)
         return llm
 
     @cached_property
@@ -209,6 +211,26 @@ def _input_size(module: nn.Module) -> int:
 
 
 _STARTED: dict[tuple[object, ...], Serving] = {}
+
+
+def put_away() -> None:
+    """Give back the memory of every engine that this process has started, and keep the engines.
+
+    They are asked for nothing more: each file has policies, hence engines, of its own.
+    """
+    _STARTED.clear()
+    while _IN_USE:
+        llm = _IN_USE.pop()
+        runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
+        held = list(runner.kv_caches)
+        for module in runner.get_model().modules():
+            # Not buffers: vLLM shares rotary embeddings among the engines of a process.
+            leaves = kernel_state.leaves(module).items()
+            held += [leaf for path, leaf in leaves if path not in module._buffers]
+        storages = {leaf.untyped_storage() for leaf in held if isinstance(leaf, Tensor)}
+        for storage in storages:
+            storage.resize_(0)  # whoever holds the tensors
+        session_of(runner.get_model()).free_reserve()
 
 
 def serve(
