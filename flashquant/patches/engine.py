@@ -148,6 +148,7 @@ class LiveEngine:
                 self.stored |= {target: home.to("meta") for target, home in homes.items()}
                 continue
             layer = LiveLayer(group, self._loaded, self._context, self.device, learned, stale)
+            layer.compared = frozenset(self.tied.values())
             layer.rehearse()
             layers.append(layer)
         self.layers = tuple(layers)

@@ -71,6 +71,7 @@ class LiveLayer(StagedLayer):
         }
         super().__init__(tuple(blueprints), self._metas, device)
         self._learned = learned
+        self.compared: frozenset[str] = frozenset()  # with what comes under their other names
         self._prepared: tuple[Carry, dict[str, str]] | None = None
         self._digests = {target: loaded.get(target, "") for target in self._metas}
         # Processing may rewrite a parameter without changing its layout, so only
@@ -152,7 +153,7 @@ class LiveLayer(StagedLayer):
         """Process what is staged, and keep the result beside the live layer."""
         self._check_ties()
         staged = {t: s.memory(self.device) for t, s in self._stages.items() if s.started}
-        packed = digests(staged.items()) if self._is_packed else {}
+        packed = digests(self._to_be_hidden(staged))
         if staged.keys() <= self._alone.keys():
             carry = Carry()
             for target, values in staged.items():
@@ -194,10 +195,9 @@ class LiveLayer(StagedLayer):
             return written
         self._check_ties()
         started = {target for target, stage in self._stages.items() if stage.started}
-        if self._is_packed:
-            staged = ((target, self._stages[target].memory(self.device)) for target in started)
-            for target, value in digests(staged).items():
-                self._note_digest(target, value, undo)
+        staged = {target: self._stages[target].memory(self.device) for target in started}
+        for target, value in digests(self._to_be_hidden(staged)).items():
+            self._note_digest(target, value, undo)
         self._refresh(started, undo)
         if started <= self._alone.keys():
             written = sum(self._hand_on(target, undo) for target in started)
@@ -369,6 +369,12 @@ class LiveLayer(StagedLayer):
         """What is known of the whole tensors of which this module holds shards."""
         stages = [self._stages[target] for target in blueprint.targets.values()]
         return shards.Maxima([stage for stage in stages if stage.started])
+
+    def _to_be_hidden(self, staged: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """What only a fingerprint will show of, once it is live."""
+        for target, values in staged.items():
+            if self._is_packed or target in self.compared:
+                yield target, values
 
     @functools.cached_property
     def _is_packed(self) -> bool:
