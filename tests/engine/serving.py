@@ -229,7 +229,8 @@ def put_away() -> None:
             held += [leaf for path, leaf in leaves if path not in module._buffers]
         storages = {leaf.untyped_storage() for leaf in held if isinstance(leaf, Tensor)}
         for storage in storages:
-            storage.resize_(0)  # whoever holds the tensors
+            if storage.resizable():  # not what lies in somebody else's memory
+                storage.resize_(0)  # whoever holds the tensors
         session_of(runner.get_model()).free_reserve()
 
 

@@ -227,13 +227,12 @@ def test_a_trainer_that_is_killed_leaves_a_server_that_the_next_one_updates(
     server.update("b.safetensors")
     expected = server.complete(16)
     server.update("a.safetensors")
-    trainer = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-c", TRAINER, server.url], stdout=subprocess.PIPE, text=True
-    )
-    assert trainer.stdout is not None
-    assert trainer.stdout.readline() == "half\n"
-    trainer.kill()
-    trainer.wait()
+    ) as trainer:
+        assert trainer.stdout is not None
+        assert trainer.stdout.readline() == "half\n"
+        trainer.kill()
 
     for _ in range(2):  # one for each replica
         with pytest.raises(requests.Timeout):
