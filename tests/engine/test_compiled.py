@@ -6,7 +6,7 @@ import pytest
 
 from tests.engine.checkpoints import Policies
 from tests.engine.processes import run_program
-from tests.engine.serving import FP8_CHANNEL, serve
+from tests.engine.serving import FP8_CHANNEL, needs, serve
 
 pytestmark = pytest.mark.engine
 
@@ -26,6 +26,7 @@ def test_a_compiled_engine_sees_the_new_weights(policies: Policies, scheme: str)
     assert answer["reloaded"] != answer["before"]
 
 
+@needs(">=0.28", "second runner that a CPU can run")
 @pytest.mark.parametrize("scheme", ["int8", pytest.param("fp8_channel", marks=FP8_CHANNEL)])
 def test_the_runner_that_a_gpu_has_sees_the_new_weights(policies: Policies, scheme: str) -> None:
     """Its kernels interpreted, scheduling ahead; a dummy batch passes where no request may."""

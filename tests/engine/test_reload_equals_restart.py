@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from flashquant.patches.guard import vllm_is
 from tests.engine.checkpoints import SCHEMES, TINY, Policies, config_name
 from tests.engine.serving import Serving, choosing, serve
 
@@ -95,6 +96,8 @@ def case(
     request: pytest.FixtureRequest, folder: Path
 ) -> Iterator[tuple[Serving, Serving, Policies]]:
     kind, scheme, kernels = request.param
+    if kind == "gpt-neox" and not vllm_is(">=0.32"):  # its own loader computes: refused in int8
+        pytest.skip("this vLLM has no GPT-NeoX by transformers' own code")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with engines(Policies(folder, kind), scheme, kernels) as found:

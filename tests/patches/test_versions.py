@@ -91,4 +91,3 @@ def test_the_table_in_the_readme_speaks_of_every_version_and_of_no_failure():
 
     assert failed.keys() >= {*RUN, *LOOKED_AT}
     assert {failed[version] for version in RUN} <= {"0", ""}  # "": its seams were looked at
-    assert "0" in failed.values()
