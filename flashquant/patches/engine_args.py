@@ -98,6 +98,7 @@ def configure(args: Any, config: RolloutConfig, checks: Checks) -> None:
     """
     _refuse_what_is_not_served(config)
     _refuse_moving_experts(args)
+    _refuse_scales_of_shards(args, config)
     if config.model is not None:
         args.model, revision = split_revision(config.model)
         args.revision = revision or args.revision
@@ -162,6 +163,17 @@ def _refuse_what_is_not_served(config: RolloutConfig) -> None:
         raise ConfigError(
             f"{config.fn} is a valid name, but its scheme is not served in vLLM "
             f"{vllm.__version__}: {NOT_SERVED[config.scheme]}. Use another scheme."
+        )
+
+
+def _refuse_scales_of_shards(args: Any, config: RolloutConfig) -> None:
+    """Rows are scaled whole; before vLLM 0.28 a fresh start scales what each rank has of them."""
+    cut_up = config.scheme == "fp8_channel" and args.tensor_parallel_size > 1
+    if cut_up and not vllm_is(">=0.28"):
+        raise ConfigError(
+            f"fp8_channel over {args.tensor_parallel_size} tensor-parallel ranks needs vLLM 0.28 "
+            f"or newer, and this is {vllm.__version__}, where a push does not equal a fresh start. "
+            "Use int8, one rank, or a newer vLLM."
         )
 
 

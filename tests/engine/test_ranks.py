@@ -6,9 +6,10 @@ import pytest
 
 from tests.engine.checkpoints import Policies
 from tests.engine.processes import CORES, TORCHRUN, assert_lost, run_program
-from tests.engine.serving import FP8_CHANNEL
+from tests.engine.serving import needs
 
 pytestmark = pytest.mark.engine
+WHOLE_ROWS = needs(">=0.28", "scales of whole rows over ranks")
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +18,12 @@ def policies(tmp_path_factory: pytest.TempPathFactory) -> Policies:
 
 
 @pytest.mark.parametrize(
-    "scheme", ["int8", "fp8_vllm", pytest.param("fp8_channel", marks=FP8_CHANNEL)]
+    "scheme",
+    [
+        "int8",
+        "fp8_vllm",
+        pytest.param("fp8_channel", marks=needs(">=0.28", "scales of whole rows over ranks")),
+    ],
 )
 def test_two_workers_commit_together_or_not_at_all(policies: Policies, scheme: str) -> None:
     """Tensor parallel: rank 1 fails alone, and is then killed in the middle of an update."""

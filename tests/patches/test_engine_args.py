@@ -100,6 +100,17 @@ def test_a_contradicting_quantization_is_refused(bf16: Path) -> None:
         configured(bf16, RolloutConfig(fn="fp8_channel"), quantization="fp8_per_block")
 
 
+def test_ranks_that_would_scale_their_own_shards_are_refused(
+    bf16: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In vLLM before 0.28, a push would not equal a fresh start."""
+    configured(bf16, RolloutConfig(fn="fp8_channel"), tensor_parallel_size=2)
+    monkeypatch.setattr(engine_args, "vllm_is", lambda _: False)
+
+    with pytest.raises(ConfigError, match=r"2 tensor-parallel ranks needs vLLM 0\.28"):
+        configured(bf16, RolloutConfig(fn="fp8_channel"), tensor_parallel_size=2)
+
+
 @pytest.mark.parametrize("name", ["fp8_tensor"])
 def test_a_valid_name_that_is_not_built_says_what_to_use(bf16: Path, name: str) -> None:
     with pytest.raises(ConfigError, match=r"not built yet; (fp8_vllm|int8)"):
