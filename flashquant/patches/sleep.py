@@ -3,22 +3,35 @@
 sleep(1)             weights move to host memory and come back as they were
 sleep(2), discard    their memory is given up; what comes back holds anything
 reset_weights        vLLM's weight checker sets them to zero, to see an update come
+
+vLLM keeps buffers over level 2. Up to 0.27 the scales of a W8A8 model's attention are parameters,
+which no push brings back: they are kept here.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import Tensor, nn
 
 from flashquant.patches.loading import find_session, models_of
 from flashquant.patches.point import PatchPoint
 from flashquant.session import Session
 
 _WEIGHTS = "weights"
+_SCALES = ("_q_scale", "_k_scale", "_v_scale")  # of an attention layer, for its cache
+
+# What models asleep at level 2 get back when they wake up.
+_kept: WeakKeyDictionary[nn.Module, dict[str, Tensor]] = WeakKeyDictionary()
 
 
 def _sleep(original: Any, worker: Any, level: int = 1) -> None:
     for session in _sessions(worker):
         session.sleep(keeps_weights=level < 2)
+    if level >= 2:
+        _keep_scales(worker)
     original(worker, level)
 
 
@@ -26,12 +39,14 @@ def _discard(original: Any, worker: Any, tags: tuple[str, ...]) -> None:
     if _WEIGHTS in tags:
         for session in _sessions(worker):
             session.sleep(keeps_weights=False)
+        _keep_scales(worker)
     original(worker, tags)
 
 
 def _wake_up(original: Any, worker: Any, tags: list[str] | None = None) -> None:
     original(worker, tags)
     if tags is None or _WEIGHTS in tags:
+        _give_scales_back(worker)
         for session in _sessions(worker):
             session.wake_up()
 
@@ -41,6 +56,25 @@ def _reset_weights(original: Any, worker: Any) -> None:
     if session is not None:
         session.overwritten()
     original(worker)
+
+
+def _keep_scales(worker: Any) -> None:
+    for model in models_of(worker):
+        _kept[model] = {name: scale.cpu().clone() for name, scale in _scales(model)}
+
+
+def _give_scales_back(worker: Any) -> None:
+    for model in models_of(worker):
+        kept = _kept.pop(model, {})
+        for name, scale in _scales(model):
+            if name in kept:
+                scale.copy_(kept[name])
+
+
+def _scales(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for name, parameter in model.named_parameters():
+        if name.rpartition(".")[2] in _SCALES:
+            yield name, parameter.data
 
 
 def _sessions(worker: Any) -> list[Session]:
