@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks import models
 from benchmarks.flashrl_method import Method, int8_rows
-from flashquant.checks import Checks
+from flashquant.config.checks import Checks
 from flashquant.profiles import Entry, Profile, save_profile
 from tests import tiny_models
 

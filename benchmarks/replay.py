@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.results import described, machine, markdown, save_json, save_plot, save_text
-from flashquant.checks import Checks
+from flashquant.config.checks import Checks
 from flashquant.schemes.quick import int8_channel
 from flashquant.session import Session
 

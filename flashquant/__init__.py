@@ -70,12 +70,12 @@ def patch_from_env() -> None:
 
     """
     if not os.environ.get("FLASHRL_CONFIG"):
-        from flashquant.late import ask_again
+        from flashquant.config.late import ask_again
 
         ask_again(patch_from_env, is_patched)
         return
-    from flashquant.config import config_from_env
-    from flashquant.logs import set_up_logging
+    from flashquant.config.logs import set_up_logging
+    from flashquant.config.schema import config_from_env
 
     config_from_env(os.environ)
     set_up_logging(os.environ)

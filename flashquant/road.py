@@ -15,7 +15,7 @@ from itertools import chain
 from torch import Tensor
 
 from flashquant.calibration import Calibration
-from flashquant.checks import Checks
+from flashquant.config.checks import Checks
 from flashquant.drift import Drifts
 from flashquant.engine import Engine, Layer, Reach
 from flashquant.errors import MisfitTensor, ReloadError

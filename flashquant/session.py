@@ -20,7 +20,7 @@ from torch import Tensor
 from flashquant.agree import Ballot
 from flashquant.arrivals import Arrivals
 from flashquant.calibration import Calibration
-from flashquant.checks import Checks
+from flashquant.config.checks import Checks
 from flashquant.drift import Drifts
 from flashquant.engine import Engine, Layer
 from flashquant.errors import FlashquantError, MovedTensor, ReloadError, UnsupportedEngine

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from flashquant.checks import Checks, checks_from_env
+from flashquant.config.checks import Checks, checks_from_env
 from flashquant.errors import ConfigError
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from flashquant.config import (
+from flashquant.config.schema import (
     SCHEME_ALIASES,
     FlashConfig,
     RolloutConfig,
@@ -301,7 +301,7 @@ def test_a_wrong_variable_is_named_in_the_error():
 
 def test_reading_a_config_imports_neither_torch_nor_vllm():
     program = (
-        "import sys; from flashquant.config import load_config; load_config('fp8');"
+        "import sys; from flashquant.config.schema import load_config; load_config('fp8');"
         "sys.exit(bool({'torch', 'vllm'} & set(sys.modules)))"
     )
 

@@ -8,7 +8,7 @@ from types import ModuleType
 
 import pytest
 
-from flashquant.late import ask_again
+from flashquant.config.late import ask_again
 
 
 @pytest.fixture

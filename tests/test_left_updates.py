@@ -6,7 +6,7 @@ import logging
 
 import pytest
 
-from flashquant.checks import Checks
+from flashquant.config.checks import Checks
 from flashquant.errors import ReloadError
 from flashquant.session import Session
 from tests.test_session import NEW, OLD, FakeEngine, fresh, only, serves, serving

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from flashquant.config.locate import HubFile, locate, named_in, split_revision
 from flashquant.errors import ConfigError, LocateError
-from flashquant.locate import HubFile, locate, named_in, split_revision
 from tests.hub import Hub, hub
 
 CONFIG = b"configs: [{fn: int8, model: owner/w8a8@v1, profile: profile.pt}]"

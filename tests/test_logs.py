@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from flashquant.config.logs import set_up_logging
 from flashquant.errors import ConfigError
-from flashquant.logs import set_up_logging
 
 
 @pytest.fixture(autouse=True)

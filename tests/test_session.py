@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed import HashStore
 
 from flashquant.agree import Ballot
-from flashquant.checks import Checks
+from flashquant.config.checks import Checks
 from flashquant.errors import (
     IncompleteUpdate,
     MisfitTensor,

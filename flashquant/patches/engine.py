@@ -14,7 +14,7 @@ from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from flashquant.calibration import Calibration
-from flashquant.checks import Checks
+from flashquant.config.checks import Checks
 from flashquant.devices import resolved
 from flashquant.errors import UnsupportedEngine
 from flashquant.patches.attention import is_deferred_attention_layer

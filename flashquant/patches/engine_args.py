@@ -17,10 +17,10 @@ import vllm
 from transformers import PretrainedConfig
 from vllm.config.quantization import resolve_quantization_config
 
-from flashquant.checks import Checks, checks_from_env
-from flashquant.config import FlashConfig, RolloutConfig, config_from_env
+from flashquant.config.checks import Checks, checks_from_env
+from flashquant.config.locate import Located, locate, locate_in_model, split_revision
+from flashquant.config.schema import FlashConfig, RolloutConfig, config_from_env
 from flashquant.errors import ConfigError
-from flashquant.locate import Located, locate, locate_in_model, split_revision
 from flashquant.patches.guard import vllm_is
 from flashquant.patches.logprobs import configure_logprobs
 from flashquant.patches.point import PatchPoint

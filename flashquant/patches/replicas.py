@@ -12,7 +12,7 @@ import copy
 import os
 from typing import Any
 
-from flashquant.config import config_from_env
+from flashquant.config.schema import config_from_env
 from flashquant.errors import ConfigError
 from flashquant.patches.engine_args import ENTRY
 from flashquant.patches.point import PatchPoint

@@ -15,8 +15,8 @@ from __future__ import annotations
 import zipfile
 from typing import TYPE_CHECKING
 
+from flashquant.config.locate import locate
 from flashquant.errors import ProfileError
-from flashquant.locate import locate
 from flashquant.profiles.bases import with_base
 from flashquant.profiles.flashrl import read_flashrl
 from flashquant.profiles.header import Base

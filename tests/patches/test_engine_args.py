@@ -9,8 +9,8 @@ import pytest
 import torch
 from vllm.engine.arg_utils import EngineArgs
 
-from flashquant.checks import Checks
-from flashquant.config import FlashConfig, RolloutConfig
+from flashquant.config.checks import Checks
+from flashquant.config.schema import FlashConfig, RolloutConfig
 from flashquant.errors import ConfigError, ProfileError
 from flashquant.patches import engine_args
 from flashquant.patches.engine_args import configure, rank_of

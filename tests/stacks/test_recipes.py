@@ -76,7 +76,10 @@ def test_a_stack_knows_every_setting_of_a_recipe(stack: str, file: Path, tmp_pat
 def test_the_configuration_of_a_recipe_resolves(file: Path, tmp_path: Path) -> None:
     """In a process of its own, as in a worker."""
     served = {repo: {"main": {"flashrl_config.yaml": FLASHRL_FILE}} for repo in REPOS}
-    load = "from flashquant.config import load_config; import sys; c = load_config(sys.argv[1]); "
+    load = (
+        "import sys; from flashquant.config.schema import load_config; "
+        "c = load_config(sys.argv[1]); "
+    )
     show = "sys.stdout.write(f'{c.configs[0].scheme} {c.configs[0].profile}')"
     with hub(served) as at:
         said = subprocess.run(

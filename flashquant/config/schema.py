@@ -29,8 +29,8 @@ from typing import TYPE_CHECKING, Final, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from flashquant.config.locate import locate, named_in
 from flashquant.errors import ConfigError, LocateError
-from flashquant.locate import locate, named_in
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
