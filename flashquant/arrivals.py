@@ -13,9 +13,9 @@ from flashquant.calibration import Calibration
 from flashquant.engine import Engine, Layer
 from flashquant.errors import IncompleteUpdate
 from flashquant.passes import Passes
+from flashquant.plan.weights import NamedTensors
 from flashquant.report import some_of
 from flashquant.update import Update
-from flashquant.weights import NamedTensors
 
 logger = logging.getLogger(__name__)
 

@@ -170,8 +170,8 @@ def _short(name: str) -> str:
 
 def _convert(old: str, new: str, model: str | None, revision: str | None) -> int:
     from flashquant.calibration import check_profile_fits
+    from flashquant.plan.weights import named_tensors
     from flashquant.profiles import load_profile, save_profile, with_base
-    from flashquant.weights import named_tensors
 
     profile = load_profile(old)
     if model is not None:

@@ -14,9 +14,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from flashquant.plan import Fill, Write
+from flashquant.plan.weights import NamedTensors
+from flashquant.plan.writes import Fill, Write
 from flashquant.undo import UndoLog
-from flashquant.weights import NamedTensors
 from flashquant.write import Stage
 
 

@@ -12,10 +12,10 @@ from torch import Tensor
 from flashquant.calibration import Calibration
 from flashquant.drift import Drifts
 from flashquant.engine import Engine
+from flashquant.plan.planner import Routes
+from flashquant.plan.weights import NamedTensors, few_at_a_time
 from flashquant.quantize import Recipe, as_stored
-from flashquant.routes import Routes
 from flashquant.schemes.stored import holds_codes
-from flashquant.weights import NamedTensors, few_at_a_time
 
 
 class FirstLoad:

@@ -19,7 +19,7 @@ from torch import Tensor
 from flashquant.calibration import Calibration
 from flashquant.errors import UnsupportedEngine
 from flashquant.fit import Doubts, check_finite
-from flashquant.plan import TensorPlan
+from flashquant.plan.writes import TensorPlan
 from flashquant.schemes.quick import Quantize
 from flashquant.schemes.stored import holds_codes, quantizer
 

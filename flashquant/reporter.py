@@ -11,8 +11,8 @@ from itertools import chain
 
 from flashquant.arrivals import Arrivals
 from flashquant.engine import Engine
+from flashquant.plan.planner import Routes
 from flashquant.report import Refusal, ReloadReport, Status, some_of
-from flashquant.routes import Routes
 from flashquant.ties import Ties
 from flashquant.transaction import Transactions
 from flashquant.update import Update

@@ -20,7 +20,8 @@ from flashquant.drift import Drifts
 from flashquant.engine import Engine, Layer, Reach
 from flashquant.errors import MisfitTensor, ReloadError
 from flashquant.fit import check_finite
-from flashquant.plan import Replay, View, Write
+from flashquant.plan.weights import NamedTensors
+from flashquant.plan.writes import Replay, View, Write
 from flashquant.quantize import as_stored, is_float
 from flashquant.schemes.quick import row_absmax
 from flashquant.shortcut import Shortcuts
@@ -28,7 +29,6 @@ from flashquant.ties import Ties
 from flashquant.update import Update
 from flashquant.verify import Footprint, check_unmoved, footprints
 from flashquant.ways import Landing, Way, Ways
-from flashquant.weights import NamedTensors
 from flashquant.write import Stage
 
 

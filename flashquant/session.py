@@ -26,20 +26,20 @@ from flashquant.engine import Engine, Layer
 from flashquant.errors import FlashquantError, MovedTensor, ReloadError, UnsupportedEngine
 from flashquant.first_load import FirstLoad
 from flashquant.health import Health
-from flashquant.plan import WritePlan
+from flashquant.plan.planner import Routes
+from flashquant.plan.weights import NamedTensors, Offered, Weights, named_tensors, naming_the_file
+from flashquant.plan.wrappers import Names
+from flashquant.plan.writes import WritePlan
 from flashquant.report import ReloadReport, Status
 from flashquant.reporter import Reporter
 from flashquant.road import Road
-from flashquant.routes import Routes
 from flashquant.ties import Ties
 from flashquant.transaction import Transactions
 from flashquant.undo import UndoLog
 from flashquant.update import Update
 from flashquant.verify import Fingerprints, Footprint, digest, digests
 from flashquant.ways import Ways
-from flashquant.weights import NamedTensors, Offered, Weights, named_tensors, naming_the_file
 from flashquant.witness import Witness
-from flashquant.wrappers import Names
 
 
 class Session:

@@ -19,7 +19,7 @@ from torch import Tensor
 from flashquant.drift import Noted, noted_in_place
 from flashquant.engine import Layer
 from flashquant.fit import check_peak
-from flashquant.plan import View, Write
+from flashquant.plan.writes import View, Write
 from flashquant.quantize import Recipe, is_float
 from flashquant.schemes.quick import Storing, storing
 from flashquant.update import Update

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from flashquant.engine import Layer
 from flashquant.errors import IncompleteUpdate, MisfitTensor
-from flashquant.plan import Replay, TensorPlan, Write
+from flashquant.plan.writes import Replay, TensorPlan, Write
 from flashquant.undo import UndoLog
 from flashquant.verify import fingerprint
 from flashquant.write import write

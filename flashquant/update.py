@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from flashquant.drift import Noted
 from flashquant.engine import Layer, Reach
 from flashquant.fit import Doubts
-from flashquant.plan import View
+from flashquant.plan.writes import View
 from flashquant.report import Drift
 from flashquant.undo import UndoLog
 from flashquant.verify import Footprint

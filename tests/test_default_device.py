@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from flashquant.calibration import Calibration
-from flashquant.plan import Fill, View
+from flashquant.plan.writes import Fill, View
 from flashquant.profiles import Profile, load_profile, save_profile
 from flashquant.write import Stage, write
 from tests import test_calibration

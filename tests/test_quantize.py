@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from flashquant.errors import MisfitTensor, UnsupportedEngine
-from flashquant.plan import Replay, Step, TensorPlan, View, Write
+from flashquant.plan.writes import Replay, Step, TensorPlan, View, Write
 from flashquant.quantize import Recipe, as_stored
 from flashquant.schemes import int8_channel
 

@@ -7,7 +7,7 @@ import logging
 import pytest
 
 from flashquant.errors import MisfitTensor, UnknownWeight
-from flashquant.wrappers import hint, unwrapped
+from flashquant.plan.wrappers import hint, unwrapped
 from tests.test_session import NEW, OLD, FakeEngine, fresh, only, serves, serving
 
 BARE = "model.layers.0.mlp.up_proj.weight"

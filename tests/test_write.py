@@ -7,7 +7,7 @@ from itertools import permutations
 import pytest
 import torch
 
-from flashquant.plan import Fill, View, Write
+from flashquant.plan.writes import Fill, View, Write
 from flashquant.undo import UndoLog
 from flashquant.write import Stage, write
 

@@ -108,7 +108,7 @@ def measure(
     import flashquant
     from flashquant.patches import bench
     from flashquant.patches.engine_args import ONLINE
-    from flashquant.weights import named_tensors
+    from flashquant.plan.weights import named_tensors
 
     flashquant.patch()
     weights = {name: tensor.to(device) for name, tensor in named_tensors(path)}

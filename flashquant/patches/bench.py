@@ -27,8 +27,8 @@ from vllm import LLM
 from flashquant.patches import patch
 from flashquant.patches.engine_args import ONLINE
 from flashquant.patches.target import reload_weights
+from flashquant.plan.weights import named_tensors
 from flashquant.report import ReloadReport
-from flashquant.weights import named_tensors
 
 COPY_LIMIT = "copy limit"
 NATIVE = "vLLM's own reload"

@@ -27,7 +27,7 @@ from flashquant.patches import kernel_state
 from flashquant.patches.attention import is_deferred_attention_layer
 from flashquant.patches.borrowed import Borrowed, borrowed
 from flashquant.patches.kernel_state import is_processor
-from flashquant.trace import storage_of
+from flashquant.plan.trace import storage_of
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from flashquant.patches import kernel_state
-from flashquant.plan import View
-from flashquant.trace import storage_of
+from flashquant.plan.trace import storage_of
+from flashquant.plan.writes import View
 
 
 class Borrowed(NamedTuple):

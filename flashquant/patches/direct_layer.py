@@ -16,7 +16,7 @@ from flashquant.engine import Reach
 from flashquant.patches.blueprint import LayerBlueprint
 from flashquant.patches.kernel_state import Carry
 from flashquant.patches.staged import StagedLayer, belong_together
-from flashquant.plan import Fill, Write
+from flashquant.plan.writes import Fill, Write
 from flashquant.undo import UndoLog
 from flashquant.write import Stage
 

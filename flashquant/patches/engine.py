@@ -25,10 +25,10 @@ from flashquant.patches.engine_args import ADDITIONAL_CONFIG_KEY, ONLINE, PROFIL
 from flashquant.patches.kernel_state import is_processor
 from flashquant.patches.late_layer import LateLayer
 from flashquant.patches.layers import Learned, LiveLayer
+from flashquant.plan.weights import NamedTensors
 from flashquant.profiles import load_profile
 from flashquant.schemes import fp8_channel, fp8_tensor, int8_channel, warm, whole
 from flashquant.verify import digests
-from flashquant.weights import NamedTensors
 
 # vLLM warns of a bf16 tensor on its way into an int8 parameter; while we watch
 # its loader, on meta tensors, that is just what we want to see.

@@ -31,7 +31,7 @@ from flashquant.patches.direct import method_of
 from flashquant.patches.kernel_state import Carry
 from flashquant.patches.reads import handed_on
 from flashquant.patches.staged import StagedLayer, belong_together
-from flashquant.plan import Fill, Write
+from flashquant.plan.writes import Fill, Write
 from flashquant.undo import UndoLog
 from flashquant.verify import digests
 

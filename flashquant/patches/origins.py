@@ -16,8 +16,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from flashquant.plan import View
-from flashquant.trace import storage_of, tensors_in, written_by
+from flashquant.plan.trace import storage_of, tensors_in, written_by
+from flashquant.plan.writes import View
 
 # Memory that nobody has written yet, or somebody past torch.
 _FROM_ELSEWHERE = frozenset(

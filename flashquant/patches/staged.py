@@ -11,7 +11,7 @@ from torch import Tensor
 from flashquant.engine import Reach
 from flashquant.patches import kernel_state
 from flashquant.patches.blueprint import LayerBlueprint
-from flashquant.plan import Fill, Write
+from flashquant.plan.writes import Fill, Write
 from flashquant.undo import UndoLog
 from flashquant.write import Stage, write
 

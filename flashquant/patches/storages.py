@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from flashquant.patches import kernel_state
 from flashquant.patches.origins import Origins
-from flashquant.trace import storage_of
+from flashquant.plan.trace import storage_of
 from flashquant.verify import digests
 
 Kind = Literal["rows", "codes", "packed", "hidden"]

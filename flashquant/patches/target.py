@@ -19,8 +19,8 @@ from vllm.v1.executor.uniproc_executor import UniProcExecutor
 from flashquant.errors import ReloadError
 from flashquant.patches import remote, worker
 from flashquant.patches.loading import session_of
+from flashquant.plan.weights import NamedTensors, Weights, named_tensors
 from flashquant.report import ReloadReport, Status
-from flashquant.weights import NamedTensors, Weights, named_tensors
 
 _STATUS = TypeAdapter(Status)  # a worker's answer comes as plain data
 

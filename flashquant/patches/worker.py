@@ -27,8 +27,8 @@ from flashquant.patches.loading import (
     take_forgotten,
 )
 from flashquant.patches.point import PatchPoint
+from flashquant.plan.weights import Weights, named_tensors, naming_the_file
 from flashquant.report import ReloadReport
-from flashquant.weights import Weights, named_tensors, naming_the_file
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from flashquant.engine import Reach
 from flashquant.patches.blueprint import LayerBlueprint
 from flashquant.patches.direct_layer import DirectLayer
-from flashquant.plan import View, Write
+from flashquant.plan.writes import View, Write
 from flashquant.undo import UndoLog
 
 ROWS, COLUMNS, SHARDS = 2, 4, 3

@@ -12,7 +12,7 @@ from flashquant.engine import Reach
 from flashquant.patches import layers
 from flashquant.patches.blueprint import LayerBlueprint
 from flashquant.patches.layers import LiveLayer
-from flashquant.plan import View, Write
+from flashquant.plan.writes import View, Write
 from flashquant.undo import UndoLog
 from flashquant.verify import digests
 

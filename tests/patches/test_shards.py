@@ -12,7 +12,7 @@ from flashquant.patches.shards import (
     _amax_for_tp_weight_quant,
     answered_by,
 )
-from flashquant.plan import Fill, View, Write
+from flashquant.plan.writes import Fill, View, Write
 from flashquant.schemes.absmax import row_absmax
 from flashquant.write import Stage, write
 

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from flashquant.engine import Engine
 from flashquant.errors import ReloadError, UnknownWeight
-from flashquant.plan import Replay, TensorPlan, WritePlan, beside
-from flashquant.trace import trace, trace_one
-from flashquant.weights import NamedTensors
-from flashquant.wrappers import hint
+from flashquant.plan.trace import trace, trace_one
+from flashquant.plan.weights import NamedTensors
+from flashquant.plan.wrappers import hint
+from flashquant.plan.writes import Replay, TensorPlan, WritePlan, beside
 
 
 class Routes:

@@ -18,7 +18,7 @@ from typing import Final, Protocol
 
 from torch import Tensor
 
-from flashquant.weights import NamedTensors
+from flashquant.plan.weights import NamedTensors
 
 logger = logging.getLogger(__name__)
 

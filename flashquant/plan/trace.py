@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from flashquant.errors import ReloadError, UnknownWeight
-from flashquant.plan import Fill, Replay, Step, TensorPlan, View, Write
+from flashquant.plan.writes import Fill, Replay, Step, TensorPlan, View, Write
 
 Load = Callable[[Iterable[tuple[str, Tensor]]], object]
 
