@@ -24,12 +24,12 @@ from torch import Tensor
 
 from flashquant.drift import Clipping
 from flashquant.errors import MisfitTensor, ProfileError
-from flashquant.fit import Doubts, check_finite
 from flashquant.profiles import Entry, Profile, fingerprint
 from flashquant.pruning import Pruning
 from flashquant.schemes.chunks import row_chunks
 from flashquant.schemes.quick import int8_frozen, int8_refreshed, row_absmax
 from flashquant.schemes.smoothed import scaled, scaled_norm
+from flashquant.schemes.validation import Doubts, check_finite
 from flashquant.undo import UndoLog
 
 Scales = Literal["frozen", "refreshed"]

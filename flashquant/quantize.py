@@ -18,10 +18,10 @@ from torch import Tensor
 
 from flashquant.calibration import Calibration
 from flashquant.errors import UnsupportedEngine
-from flashquant.fit import Doubts, check_finite
 from flashquant.plan.writes import TensorPlan
 from flashquant.schemes.quick import Quantize
 from flashquant.schemes.stored import holds_codes, quantizer
+from flashquant.schemes.validation import Doubts, check_finite
 
 
 class Recipe:

@@ -19,11 +19,11 @@ from flashquant.config.checks import Checks
 from flashquant.drift import Drifts
 from flashquant.engine import Engine, Layer, Reach
 from flashquant.errors import MisfitTensor, ReloadError
-from flashquant.fit import check_finite
 from flashquant.plan.weights import NamedTensors
 from flashquant.plan.writes import Replay, View, Write
 from flashquant.quantize import as_stored, is_float
 from flashquant.schemes.quick import row_absmax
+from flashquant.schemes.validation import check_finite
 from flashquant.shortcut import Shortcuts
 from flashquant.ties import Ties
 from flashquant.update import Update

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from flashquant.drift import Noted, noted_in_place
 from flashquant.engine import Layer
-from flashquant.fit import check_peak
 from flashquant.plan.writes import View, Write
 from flashquant.quantize import Recipe, is_float
 from flashquant.schemes.quick import Storing, storing
+from flashquant.schemes.validation import check_peak
 from flashquant.update import Update
 from flashquant.ways import Landing, Way
 from flashquant.write import Stage

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 
 from flashquant.drift import Noted
 from flashquant.engine import Layer, Reach
-from flashquant.fit import Doubts
 from flashquant.plan.writes import View
 from flashquant.report import Drift
+from flashquant.schemes.validation import Doubts
 from flashquant.undo import UndoLog
 from flashquant.verify import Footprint
 from flashquant.write import Stage

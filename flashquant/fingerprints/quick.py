@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashquant import devices
 from flashquant.fingerprints import definition, native
+from flashquant.schemes import devices
 from flashquant.schemes.native import wanted
 
 logger = logging.getLogger(__name__)

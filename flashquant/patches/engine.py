@@ -15,7 +15,6 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 
 from flashquant.calibration import Calibration
 from flashquant.config.checks import Checks
-from flashquant.devices import resolved
 from flashquant.errors import UnsupportedEngine
 from flashquant.patches.attention import is_deferred_attention_layer
 from flashquant.patches.blueprint import LayerBlueprint, ModelBlueprint
@@ -28,6 +27,7 @@ from flashquant.patches.layers import Learned, LiveLayer
 from flashquant.plan.weights import NamedTensors
 from flashquant.profiles import load_profile
 from flashquant.schemes import fp8_channel, fp8_tensor, int8_channel, warm, whole
+from flashquant.schemes.devices import resolved
 from flashquant.verify import digests
 
 # vLLM warns of a bf16 tensor on its way into an int8 parameter; while we watch

@@ -18,9 +18,8 @@ import torch
 from torch import Tensor
 from triton.errors import TritonError
 
-from flashquant import devices
 from flashquant.schemes import absmax as maxima
-from flashquant.schemes import defaults, fp8, int8, native, smoothed, triton_kernels
+from flashquant.schemes import defaults, devices, fp8, int8, native, smoothed, triton_kernels
 from flashquant.schemes.fp8 import FP8
 from flashquant.schemes.smoothed import Frozen
 

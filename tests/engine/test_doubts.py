@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import flashquant
-from flashquant import fit
 from flashquant.errors import MisfitTensor
+from flashquant.schemes import validation as fit
 from tests.engine.checkpoints import Policies
 from tests.engine.serving import Serving, serve
 

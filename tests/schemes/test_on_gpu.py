@@ -20,9 +20,8 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-from flashquant import devices
 from flashquant.schemes import absmax as maxima
-from flashquant.schemes import chunks, fp8, int8, native, quick, smoothed
+from flashquant.schemes import chunks, devices, fp8, int8, native, quick, smoothed
 
 triton = pytest.importorskip("triton")
 fused = importlib.import_module("flashquant.schemes.fused")
