@@ -33,8 +33,7 @@ import flashquant
 from benchmarks import arms
 from examples.demo import smollm2
 from flashquant.profiles import save_profile
-from flashquant.schemes.smoothed import scaled
-from flashquant.smoothing import (
+from flashquant.profiles.making import (
     W8A8,
     Checkpoint,
     Factors,
@@ -42,8 +41,9 @@ from flashquant.smoothing import (
     profile_of,
     write_w8a8,
 )
-from flashquant.smoothing.discovery import find_sites, linear_layers
-from flashquant.smoothing.search import choose, factors_of, watch
+from flashquant.profiles.making.discovery import find_sites, linear_layers
+from flashquant.profiles.making.search import choose, factors_of, watch
+from flashquant.schemes.smoothed import scaled
 from tests import flashrl
 
 Weights = dict[str, Tensor]

@@ -9,11 +9,11 @@ from collections.abc import Set as AbstractSet
 
 from torch import Tensor
 
-from flashquant.calibration import Calibration
 from flashquant.engine import Engine, Layer
 from flashquant.errors import IncompleteUpdate
 from flashquant.passes import Passes
 from flashquant.plan.weights import NamedTensors
+from flashquant.profiles.calibration import Calibration
 from flashquant.report import some_of
 from flashquant.update import Update
 

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from flashquant.profiles import Profile
-    from flashquant.smoothing import Checkpoint, Factors
-    from flashquant.smoothing.search import Chosen
+    from flashquant.profiles.making import Checkpoint, Factors
+    from flashquant.profiles.making.search import Chosen
 
 _BASE_FILES = "folder of the bf16 checkpoint: config.json, safetensors, tokenizer"
 
@@ -74,7 +74,7 @@ def _add_make(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
 
 def _make(chosen: argparse.Namespace) -> int:
     from flashquant.profiles import Base, save_profile, with_base
-    from flashquant.smoothing import Checkpoint, factors_of_twins, profile_of, write_w8a8
+    from flashquant.profiles.making import Checkpoint, factors_of_twins, profile_of, write_w8a8
 
     source = Checkpoint(chosen.model)
     base = Base(model=chosen.model, revision=chosen.revision)
@@ -103,7 +103,7 @@ def _make(chosen: argparse.Namespace) -> int:
 def _calibrate(
     source: Checkpoint, chosen: argparse.Namespace
 ) -> tuple[Factors, list[str], list[Chosen]]:
-    from flashquant.smoothing.calibrate import calibrate
+    from flashquant.profiles.making.calibrate import calibrate
 
     with Progress(console=Console(stderr=True), transient=True) as progress:
         bars: dict[str, TaskID] = {}
@@ -142,7 +142,7 @@ def _texts(paths: Iterable[str]) -> Iterator[str]:
 
 def _table_of(choices: Iterable[Chosen]) -> Table:
     """What was chosen for each kind of site; strengths and errors over all blocks."""
-    from flashquant.smoothing.discovery import kind_of
+    from flashquant.profiles.making.discovery import kind_of
 
     kinds: dict[str, list[Chosen]] = {}
     for choice in choices:
@@ -169,9 +169,9 @@ def _short(name: str) -> str:
 
 
 def _convert(old: str, new: str, model: str | None, revision: str | None) -> int:
-    from flashquant.calibration import check_profile_fits
     from flashquant.plan.weights import named_tensors
     from flashquant.profiles import load_profile, save_profile, with_base
+    from flashquant.profiles.calibration import check_profile_fits
 
     profile = load_profile(old)
     if model is not None:

@@ -9,11 +9,11 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from flashquant.calibration import Calibration
 from flashquant.drift import Drifts
 from flashquant.engine import Engine
 from flashquant.plan.planner import Routes
 from flashquant.plan.weights import NamedTensors, few_at_a_time
+from flashquant.profiles.calibration import Calibration
 from flashquant.quantize import Recipe, as_stored
 from flashquant.schemes.stored import holds_codes
 

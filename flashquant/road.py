@@ -14,13 +14,13 @@ from itertools import chain
 
 from torch import Tensor
 
-from flashquant.calibration import Calibration
 from flashquant.config.checks import Checks
 from flashquant.drift import Drifts
 from flashquant.engine import Engine, Layer, Reach
 from flashquant.errors import MisfitTensor, ReloadError
 from flashquant.plan.weights import NamedTensors
 from flashquant.plan.writes import Replay, View, Write
+from flashquant.profiles.calibration import Calibration
 from flashquant.quantize import as_stored, is_float
 from flashquant.schemes.quick import row_absmax
 from flashquant.schemes.validation import check_finite

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from flashquant.agree import Ballot
 from flashquant.arrivals import Arrivals
-from flashquant.calibration import Calibration
 from flashquant.config.checks import Checks
 from flashquant.drift import Drifts
 from flashquant.engine import Engine, Layer
@@ -30,6 +29,7 @@ from flashquant.plan.planner import Routes
 from flashquant.plan.weights import NamedTensors, Offered, Weights, named_tensors, naming_the_file
 from flashquant.plan.wrappers import Names
 from flashquant.plan.writes import WritePlan
+from flashquant.profiles.calibration import Calibration
 from flashquant.report import ReloadReport, Status
 from flashquant.reporter import Reporter
 from flashquant.road import Road

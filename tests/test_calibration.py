@@ -5,10 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flashquant import calibration
-from flashquant.calibration import Calibration
 from flashquant.errors import MisfitTensor, ProfileError
-from flashquant.profiles import Base, Entry, Profile, fingerprint
+from flashquant.profiles import Base, Entry, Profile, calibration, fingerprint
+from flashquant.profiles.calibration import Calibration
 from flashquant.schemes import smoothed
 from flashquant.session import Session
 from tests import flashrl

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from flashquant.calibration import check_profile_fits
 from flashquant.cli import main
 from flashquant.profiles import load_profile
-from flashquant.smoothing import Checkpoint
+from flashquant.profiles.calibration import check_profile_fits
+from flashquant.profiles.making import Checkpoint
 from tests import flashrl, tiny_models
 
 WORDS = " ".join(f"w{number * 7 % 1000}" for number in range(1200))

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from flashquant.calibration import Calibration
 from flashquant.plan.writes import Fill, View
 from flashquant.profiles import Profile, load_profile, save_profile
+from flashquant.profiles.calibration import Calibration
 from flashquant.write import Stage, write
 from tests import test_calibration
 from tests.test_calibration import FIELDS, entries

@@ -9,7 +9,7 @@ import torch
 
 from flashquant.errors import MisfitTensor, ProfileError
 from flashquant.profiles import Entry
-from flashquant.pruning import Pruning
+from flashquant.profiles.pruning import Pruning
 from flashquant.schemes.smoothed import int8_frozen
 from flashquant.session import Session
 from tests.test_calibration import FIELDS, opened

@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from flashquant.calibration import Calibration
 from flashquant.profiles import Profile
+from flashquant.profiles.calibration import Calibration
 from flashquant.session import Session
 from tests.test_calibration import checkpoint, entries, opened
 from tests.test_session import CPU, NEW, weights

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.utils.torch_utils import set_default_torch_dtype
 
-from flashquant.calibration import Calibration
 from flashquant.config.checks import Checks
 from flashquant.errors import UnsupportedEngine
 from flashquant.patches.attention import is_deferred_attention_layer
@@ -26,6 +25,7 @@ from flashquant.patches.late_layer import LateLayer
 from flashquant.patches.layers import Learned, LiveLayer
 from flashquant.plan.weights import NamedTensors
 from flashquant.profiles import load_profile
+from flashquant.profiles.calibration import Calibration
 from flashquant.schemes import fp8_channel, fp8_tensor, int8_channel, warm, whole
 from flashquant.schemes.devices import resolved
 from flashquant.verify import digests

@@ -25,7 +25,7 @@ from flashquant.patches.guard import vllm_is
 from flashquant.patches.logprobs import configure_logprobs
 from flashquant.patches.point import PatchPoint
 from flashquant.profiles import load_profile
-from flashquant.smoothing import W8A8
+from flashquant.profiles.making import W8A8
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from flashquant.patches import cpu
 from flashquant.patches.engine_args import ONLINE
-from flashquant.smoothing import W8A8
+from flashquant.profiles.making import W8A8
 from tests.compatibility.cell import ENGINE, WRONG, Cell
 from tests.compatibility.trial import kernels, policy
 

@@ -13,7 +13,7 @@ from transformers import GraniteMoeConfig, GraniteMoeForCausalLM
 
 import flashquant
 from flashquant.errors import ConfigError, UnsupportedEngine
-from flashquant.smoothing import W8A8
+from flashquant.profiles.making import W8A8
 from tests import tiny_models
 from tests.engine.checkpoints import Policies
 from tests.engine.serving import Serving, serve

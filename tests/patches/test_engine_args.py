@@ -14,7 +14,7 @@ from flashquant.config.schema import FlashConfig, RolloutConfig
 from flashquant.errors import ConfigError, ProfileError
 from flashquant.patches import engine_args
 from flashquant.patches.engine_args import configure, rank_of
-from flashquant.smoothing import W8A8
+from flashquant.profiles.making import W8A8
 from tests import flashrl, tiny_models
 
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from flashquant.calibration import Calibration, check_profile_fits
 from flashquant.errors import ProfileError
 from flashquant.profiles import Entry, Profile
-from flashquant.smoothing import Checkpoint, Factors, Producer, Site, profile_of, write_w8a8
+from flashquant.profiles.calibration import Calibration, check_profile_fits
+from flashquant.profiles.making import Checkpoint, Factors, Producer, Site, profile_of, write_w8a8
 from tests import tiny_models
 
 LAYER = "model.layers.0"

@@ -9,8 +9,8 @@ import torch
 import transformers
 from torch import nn
 
-from flashquant.smoothing import Site
-from flashquant.smoothing.discovery import find_sites, kind_of, linear_layers
+from flashquant.profiles.making import Site
+from flashquant.profiles.making.discovery import find_sites, kind_of, linear_layers
 
 TOKENS = torch.arange(24).view(1, -1)
 SMALL = {

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from flashquant.errors import ProfileError
-from flashquant.smoothing import Producer, Site
-from flashquant.smoothing.search import Seen, choose, factors_of, smoothing, watch
+from flashquant.profiles.making import Producer, Site
+from flashquant.profiles.making.search import Seen, choose, factors_of, smoothing, watch
 from tests.smoothing.test_discovery import TOKENS, tiny
 
 SITE = Site((Producer("norm.weight", 0, 16),), ("a.weight", "b.weight"))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flashquant.errors import ProfileError
-from flashquant.smoothing import Factors, Producer, Site, factors_of_twins
+from flashquant.profiles.making import Factors, Producer, Site, factors_of_twins
 
 Weights = dict[str, Tensor]
 K, WIDE = 64, 96

@@ -25,7 +25,7 @@ from torch import Tensor
 from flashquant.drift import Clipping
 from flashquant.errors import MisfitTensor, ProfileError
 from flashquant.profiles import Entry, Profile, fingerprint
-from flashquant.pruning import Pruning
+from flashquant.profiles.pruning import Pruning
 from flashquant.schemes.chunks import row_chunks
 from flashquant.schemes.quick import int8_frozen, int8_refreshed, row_absmax
 from flashquant.schemes.smoothed import scaled, scaled_norm

@@ -18,7 +18,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from flashquant.smoothing.factors import Producer, Site
+from flashquant.profiles.making.factors import Producer, Site
 
 # Powers of two are exact in every float format, so sums come out the same but for their order.
 _SAME: Final = 1e-3

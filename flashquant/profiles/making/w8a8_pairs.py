@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from flashquant.errors import ProfileError
-from flashquant.smoothing.factors import Factors
+from flashquant.profiles.making.factors import Factors
 
 _BLOCK: Final = re.compile(r"^.*?\.\d+\.")
 _BIAS: Final = ".bias"  # goes the way of its weight

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from flashquant.errors import ProfileError
-from flashquant.smoothing.checkpoint import Checkpoint
-from flashquant.smoothing.discovery import find_sites, linear_layers
-from flashquant.smoothing.factors import Factors
-from flashquant.smoothing.search import Chosen, choose, factors_of, watch
+from flashquant.profiles.making.checkpoint import Checkpoint
+from flashquant.profiles.making.discovery import find_sites, linear_layers
+from flashquant.profiles.making.factors import Factors
+from flashquant.profiles.making.search import Chosen, choose, factors_of, watch
 
 _TOKENS_OF_A_PROOF = 48
 

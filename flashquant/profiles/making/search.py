@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from flashquant.errors import ProfileError
+from flashquant.profiles.making.discovery import linear_layers
+from flashquant.profiles.making.factors import Factors, Site
 from flashquant.schemes import int8_channel
-from flashquant.smoothing.discovery import linear_layers
-from flashquant.smoothing.factors import Factors, Site
 
 STRENGTHS: Final = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 _TOKENS_KEPT: Final = 512  # of each layer's inputs, to compare products on
