@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from benchmarks.results import described, machine, markdown, save_json, save_plot, save_text
 from flashquant.config.checks import Checks
 from flashquant.schemes.quick import int8_channel
-from flashquant.session import Session
+from flashquant.update.session import Session
 
 ROWS, COLUMNS = 8, 64
 LIMIT = 10.0  # microseconds a tensor: the acceptance

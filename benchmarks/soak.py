@@ -42,7 +42,7 @@ from benchmarks.results import machine
 from benchmarks.safety_cost import SCHEMES
 from benchmarks.soak_report import Result, save, tables
 from flashquant.errors import ReloadError
-from flashquant.verify import footprints
+from flashquant.update.integrity import footprints
 from tests.engine import faults
 from tests.engine.checkpoints import Policies
 

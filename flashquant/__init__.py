@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol, overload
 
 if TYPE_CHECKING:
     from flashquant.plan.weights import Weights
-    from flashquant.report import ReloadReport, Status
+    from flashquant.update.report import ReloadReport, Status
 
 __all__ = [
     "__version__",

@@ -13,10 +13,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from torch.distributed import HashStore
 
-from flashquant import agree
-from flashquant.agree import Ballot
 from flashquant.errors import MisfitTensor, PeerFailed, WorkerLost
-from flashquant.members import Member
+from flashquant.update import agreement as agree
+from flashquant.update.agreement import Ballot
+from flashquant.update.members import Member
 
 
 @pytest.fixture

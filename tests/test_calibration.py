@@ -9,7 +9,7 @@ from flashquant.errors import MisfitTensor, ProfileError
 from flashquant.profiles import Base, Entry, Profile, calibration, fingerprint
 from flashquant.profiles.calibration import Calibration
 from flashquant.schemes import smoothed
-from flashquant.session import Session
+from flashquant.update.session import Session
 from tests import flashrl
 from tests.test_session import CPU, NEW, FakeEngine, serves
 

@@ -14,7 +14,7 @@ import torch
 from flashquant.plan.writes import Fill, View
 from flashquant.profiles import Profile, load_profile, save_profile
 from flashquant.profiles.calibration import Calibration
-from flashquant.write import Stage, write
+from flashquant.update.staging import Stage, write
 from tests import test_calibration
 from tests.test_calibration import FIELDS, entries
 from tests.test_session import CPU, NEW, OLD, FakeEngine, serves, serving

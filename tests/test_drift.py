@@ -7,7 +7,7 @@ import logging
 import pytest
 import torch
 
-from flashquant.drift import Clipping, Drifts
+from flashquant.update.code_statistics import Clipping, Drifts
 
 CODES = torch.randint(-127, 128, (64, 300), generator=torch.Generator().manual_seed(0)).char()
 

@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from flashquant.interrupts import uninterrupted
+from flashquant.update.interrupts import uninterrupted
 
 
 def test_ctrl_c_waits_for_the_end_of_the_block():

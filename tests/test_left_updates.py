@@ -8,7 +8,7 @@ import pytest
 
 from flashquant.config.checks import Checks
 from flashquant.errors import ReloadError
-from flashquant.session import Session
+from flashquant.update.session import Session
 from tests.test_session import NEW, OLD, FakeEngine, fresh, only, serves, serving
 
 
@@ -16,7 +16,7 @@ from tests.test_session import NEW, OLD, FakeEngine, fresh, only, serves, servin
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The seconds that `time.monotonic` says."""
     now = [100.0]
-    for module in ("flashquant.transaction", "flashquant.update"):
+    for module in ("flashquant.update.transaction", "flashquant.update.state"):
         monkeypatch.setattr(f"{module}.time.monotonic", lambda: now[0])
     return now
 

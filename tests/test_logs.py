@@ -41,7 +41,7 @@ def test_a_level_and_a_file(bare, tmp_path):
         {"FLASHRL_LOGGING_LEVEL": "debug", "FLASHRL_LOGGING_FILE": str(tmp_path / "log")}
     )
 
-    logging.getLogger("flashquant.session").debug("details")
+    logging.getLogger("flashquant.update.session").debug("details")
 
     assert "details" in (tmp_path / "log").read_text()
 

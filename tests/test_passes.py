@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import pytest
 
-from flashquant.passes import Passes
+from flashquant.update.passes import Passes
 
 MODEL = ("embed", "k", "q", "v", "norm")
 

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from flashquant.errors import MisfitTensor, UnsupportedEngine
 from flashquant.plan.writes import Replay, Step, TensorPlan, View, Write
-from flashquant.quantize import Recipe, as_stored
 from flashquant.schemes import int8_channel
+from flashquant.update.quantize import Recipe, as_stored
 
 EXPERTS = torch.randn(3, 6, 4, generator=torch.Generator().manual_seed(0)).bfloat16()  # [E, N, K]
 NAME, TARGET = "experts.down_proj", "w2_weight"

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.distributed import HashStore
 
-from flashquant.agree import Ballot
 from flashquant.config.checks import Checks
 from flashquant.errors import (
     IncompleteUpdate,
@@ -25,8 +24,9 @@ from flashquant.errors import (
     UnknownWeight,
 )
 from flashquant.schemes import int8_channel
-from flashquant.session import Session
-from flashquant.write import Stage, write
+from flashquant.update.agreement import Ballot
+from flashquant.update.session import Session
+from flashquant.update.staging import Stage, write
 
 CPU = torch.device("cpu")
 

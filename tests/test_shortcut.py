@@ -14,8 +14,8 @@ from torch.distributed.tensor import DTensor
 from benchmarks.replay import Engine, serving
 from flashquant.errors import MisfitTensor, ReloadError
 from flashquant.schemes import int8_channel
-from flashquant.session import Session
-from flashquant.shortcut import Shortcut, Shortcuts
+from flashquant.update.fast_bindings import Shortcut, Shortcuts
+from flashquant.update.session import Session
 
 Serving = tuple[Session, Engine]
 TENSORS = 6  # of three layers
@@ -256,13 +256,13 @@ def test_without_kernels_the_definitions_do_the_work(dtype, short, monkeypatch):
 
 def test_on_a_device_a_doubt_waits_for_the_end_of_the_update(dtype, short, monkeypatch):
     """As long as the device has not answered, nothing stands."""
-    quick = importlib.import_module("flashquant.shortcut").storing
+    quick = importlib.import_module("flashquant.update.fast_bindings").storing
 
     def waiting(*args):
         store = quick(*args)
         return lambda weight: torch.tensor(store(weight))
 
-    monkeypatch.setattr("flashquant.shortcut.storing", waiting)
+    monkeypatch.setattr("flashquant.update.fast_bindings.storing", waiting)
     session, engine = serving("fused", dtype, TENSORS)
     session.reload(engine.weights(1))
     weights = engine.weights(2)

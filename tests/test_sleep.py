@@ -16,7 +16,7 @@ from torch import Tensor
 
 from flashquant.profiles import Profile
 from flashquant.profiles.calibration import Calibration
-from flashquant.session import Session
+from flashquant.update.session import Session
 from tests.test_calibration import checkpoint, entries, opened
 from tests.test_session import CPU, NEW, weights
 

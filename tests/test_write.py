@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from flashquant.plan.writes import Fill, View, Write
-from flashquant.undo import UndoLog
-from flashquant.write import Stage, write
+from flashquant.update.staging import Stage, write
+from flashquant.update.undo import UndoLog
 
 CPU = torch.device("cpu")
 ROWS = {"q": (0, 3), "k": (3, 2), "v": (5, 1)}

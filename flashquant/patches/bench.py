@@ -28,7 +28,7 @@ from flashquant.patches import patch
 from flashquant.patches.engine_args import ONLINE
 from flashquant.patches.target import reload_weights
 from flashquant.plan.weights import named_tensors
-from flashquant.report import ReloadReport
+from flashquant.update.report import ReloadReport
 
 COPY_LIMIT = "copy limit"
 NATIVE = "vLLM's own reload"

@@ -12,13 +12,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from flashquant.engine import Reach
 from flashquant.patches.blueprint import LayerBlueprint
 from flashquant.patches.kernel_state import Carry
 from flashquant.patches.staged import StagedLayer, belong_together
 from flashquant.plan.writes import Fill, Write
-from flashquant.undo import UndoLog
-from flashquant.write import Stage
+from flashquant.update.engine import Reach
+from flashquant.update.staging import Stage
+from flashquant.update.undo import UndoLog
 
 
 class DirectLayer(StagedLayer):

@@ -28,7 +28,7 @@ from flashquant.profiles import load_profile
 from flashquant.profiles.calibration import Calibration
 from flashquant.schemes import fp8_channel, fp8_tensor, int8_channel, warm, whole
 from flashquant.schemes.devices import resolved
-from flashquant.verify import digests
+from flashquant.update.integrity import digests
 
 # vLLM warns of a bf16 tensor on its way into an int8 parameter; while we watch
 # its loader, on meta tensors, that is just what we want to see.

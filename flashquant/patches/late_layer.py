@@ -14,7 +14,7 @@ from flashquant.patches.blueprint import LayerBlueprint
 from flashquant.patches.kernel_state import Carry
 from flashquant.patches.staged import StagedLayer
 from flashquant.schemes.quick import Quantize
-from flashquant.undo import UndoLog
+from flashquant.update.undo import UndoLog
 
 
 class LateLayer(StagedLayer):

@@ -22,7 +22,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from flashquant.engine import Reach
 from flashquant.errors import ReloadError, UnsupportedEngine
 from flashquant.patches import cpu, kernel_state, shards
 from flashquant.patches.blueprint import LayerBlueprint
@@ -32,8 +31,9 @@ from flashquant.patches.kernel_state import Carry
 from flashquant.patches.reads import handed_on
 from flashquant.patches.staged import StagedLayer, belong_together
 from flashquant.plan.writes import Fill, Write
-from flashquant.undo import UndoLog
-from flashquant.verify import digests
+from flashquant.update.engine import Reach
+from flashquant.update.integrity import digests
+from flashquant.update.undo import UndoLog
 
 # What kind of module hands on which parameters, and as which leaves.
 Learned = dict[tuple[object, ...], Mapping[str, tuple[str, ...]]]

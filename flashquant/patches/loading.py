@@ -20,7 +20,7 @@ from flashquant.patches.cpu import packed_once
 from flashquant.patches.engine import LiveEngine, asks_for_session, scheme_of
 from flashquant.patches.peers import ballot_for
 from flashquant.patches.point import PatchPoint
-from flashquant.session import Session
+from flashquant.update.session import Session
 
 logger = logging.getLogger(__name__)
 

@@ -1,6 +1,6 @@
 """One update in workers of other processes: all answers, or the one error that matters.
 
-The workers agree among themselves (`flashquant.agree`) whether the update stands.
+The workers agree among themselves (`flashquant.update.agreement`) whether the update stands.
 Here their answers become one report or one exception, and a worker that dies is
 noticed by watching its process: the engine then goes down as a whole, and says
 little about why.
@@ -22,9 +22,9 @@ from pydantic import TypeAdapter
 
 from flashquant import errors
 from flashquant.errors import PeerFailed, ReloadError, WorkerLost
-from flashquant.members import Member
 from flashquant.patches import worker
-from flashquant.report import ReloadReport
+from flashquant.update.members import Member
+from flashquant.update.report import ReloadReport
 
 _T = TypeVar("_T")
 _REPORT = TypeAdapter(ReloadReport)  # a worker's answer comes as plain data

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from flashquant.patches.point import PatchPoint
-from flashquant.write import Stage
+from flashquant.update.staging import Stage
 
 logger = logging.getLogger(__name__)
 

@@ -8,12 +8,12 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from flashquant.engine import Reach
 from flashquant.patches import kernel_state
 from flashquant.patches.blueprint import LayerBlueprint
 from flashquant.plan.writes import Fill, Write
-from flashquant.undo import UndoLog
-from flashquant.write import Stage, write
+from flashquant.update.engine import Reach
+from flashquant.update.staging import Stage, write
+from flashquant.update.undo import UndoLog
 
 
 def belong_together(one: str, other: str) -> bool:

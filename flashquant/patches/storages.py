@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from flashquant.patches import kernel_state
 from flashquant.patches.origins import Origins
 from flashquant.plan.trace import storage_of
-from flashquant.verify import digests
+from flashquant.update.integrity import digests
 
 Kind = Literal["rows", "codes", "packed", "hidden"]
 Quantize = Callable[[Tensor], tuple[Tensor, Tensor]]

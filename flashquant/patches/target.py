@@ -20,7 +20,7 @@ from flashquant.errors import ReloadError
 from flashquant.patches import remote, worker
 from flashquant.patches.loading import session_of
 from flashquant.plan.weights import NamedTensors, Weights, named_tensors
-from flashquant.report import ReloadReport, Status
+from flashquant.update.report import ReloadReport, Status
 
 _STATUS = TypeAdapter(Status)  # a worker's answer comes as plain data
 

@@ -18,7 +18,6 @@ from typing import Any
 from torch import Tensor
 
 from flashquant.errors import ReloadError
-from flashquant.members import Member
 from flashquant.patches.loading import (
     find_session,
     models_of,
@@ -28,7 +27,8 @@ from flashquant.patches.loading import (
 )
 from flashquant.patches.point import PatchPoint
 from flashquant.plan.weights import Weights, named_tensors, naming_the_file
-from flashquant.report import ReloadReport
+from flashquant.update.members import Member
+from flashquant.update.report import ReloadReport
 
 logger = logging.getLogger(__name__)
 

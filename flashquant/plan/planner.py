@@ -12,12 +12,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from flashquant.engine import Engine
 from flashquant.errors import ReloadError, UnknownWeight
 from flashquant.plan.trace import trace, trace_one
 from flashquant.plan.weights import NamedTensors
 from flashquant.plan.wrappers import hint
 from flashquant.plan.writes import Replay, TensorPlan, WritePlan, beside
+from flashquant.update.engine import Engine
 
 
 class Routes:

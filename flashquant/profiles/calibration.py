@@ -22,7 +22,6 @@ from typing import Final, Literal
 import torch
 from torch import Tensor
 
-from flashquant.drift import Clipping
 from flashquant.errors import MisfitTensor, ProfileError
 from flashquant.profiles import Entry, Profile, fingerprint
 from flashquant.profiles.pruning import Pruning
@@ -30,7 +29,8 @@ from flashquant.schemes.chunks import row_chunks
 from flashquant.schemes.quick import int8_frozen, int8_refreshed, row_absmax
 from flashquant.schemes.smoothed import scaled, scaled_norm
 from flashquant.schemes.validation import Doubts, check_finite
-from flashquant.undo import UndoLog
+from flashquant.update.code_statistics import Clipping
+from flashquant.update.undo import UndoLog
 
 Scales = Literal["frozen", "refreshed"]
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from flashquant.errors import ProfileError
 from flashquant.profiles import Entry
-from flashquant.undo import UndoLog
+from flashquant.update.undo import UndoLog
 
 _BLOCK: Final = re.compile(r"^.*?\.\d+\.")
 _ONE: Final = 1e-4  # how near to it the product of two reciprocals has to be

@@ -89,11 +89,11 @@ STREAMS: dict[str, Callable[[Pairs, int], Stream]] = {
 # Where an update allocates, computes or writes: a function, and whether it fails
 # before it has done its work, or after.
 CALLS = (
-    ("flashquant.road.as_stored", "before"),
-    ("flashquant.reserve.Copies.of", "before"),
-    ("flashquant.undo.UndoLog.remember", "after"),
-    ("flashquant.undo.UndoLog.remember_how", "after"),
-    ("flashquant.write.Stage.memory", "before"),
+    ("flashquant.update.pipeline.as_stored", "before"),
+    ("flashquant.update.reserve.Copies.of", "before"),
+    ("flashquant.update.undo.UndoLog.remember", "after"),
+    ("flashquant.update.undo.UndoLog.remember_how", "after"),
+    ("flashquant.update.staging.Stage.memory", "before"),
     ("flashquant.patches.staged.write", "after"),
     ("flashquant.patches.layers.digests", "after"),
     ("flashquant.patches.layers.LiveLayer.commit", "before"),
@@ -102,8 +102,8 @@ CALLS = (
     ("flashquant.patches.staged.StagedLayer.window", "after"),
     ("flashquant.patches.direct_layer.DirectLayer.move_in", "after"),
     ("flashquant.patches.direct_layer.DirectLayer._bring_home", "after"),
-    ("flashquant.shortcut.check_peak", "before"),
-    ("flashquant.shortcut.Shortcut.take", "after"),
+    ("flashquant.update.fast_bindings.check_peak", "before"),
+    ("flashquant.update.fast_bindings.Shortcut.take", "after"),
     ("flashquant.patches.direct_layer.DirectLayer.commit", "before"),
     ("flashquant.patches.direct_layer.DirectLayer.commit", "after"),
     ("flashquant.patches.late_layer.LateLayer.commit", "before"),
@@ -112,7 +112,7 @@ CALLS = (
     ("flashquant.patches.kernel_state.Carry.apply", "after"),
     ("flashquant.patches.kernel_state._overwrite", "after"),
     ("flashquant.patches.kernel_state._pointers", "before"),
-    ("flashquant.road.check_unmoved", "before"),
+    ("flashquant.update.pipeline.check_unmoved", "before"),
 )
 
 

@@ -20,9 +20,9 @@ from torch import Tensor
 
 import flashquant
 from flashquant.errors import ReloadError
-from flashquant.undo import UndoLog
-from flashquant.verify import fingerprint
-from flashquant.write import Stage
+from flashquant.update.integrity import fingerprint
+from flashquant.update.staging import Stage
+from flashquant.update.undo import UndoLog
 from tests.engine import faults
 from tests.engine.checkpoints import Policies
 from tests.engine.faults import INJECTED, SEED

@@ -28,7 +28,7 @@ from flashquant.errors import (
 from flashquant.patches import kernel_state, loading
 from flashquant.patches.direct_layer import DirectLayer
 from flashquant.patches.kernel_state import is_handle
-from flashquant.verify import footprints
+from flashquant.update.integrity import footprints
 from tests.engine.checkpoints import SCHEMES, Policies, config_name
 from tests.engine.serving import Serving, needs, serve
 

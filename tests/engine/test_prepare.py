@@ -11,7 +11,7 @@ import torch
 import flashquant
 from flashquant.errors import IncompleteUpdate, MisfitTensor
 from flashquant.patches.kernel_state import Carry
-from flashquant.verify import footprints
+from flashquant.update.integrity import footprints
 from tests.engine.checkpoints import Policies
 from tests.engine.serving import Serving, choosing, serve
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from flashquant import verify
-from flashquant.fingerprints import definition, quick
+from flashquant.update import integrity as verify
+from flashquant.update.fingerprints import definition, quick
 
 
 def test_the_sums_of_the_triton_kernel_are_those_of_the_definition(tmp_path):
@@ -68,7 +68,7 @@ def test_all_fingerprints_on_a_device_are_read_at_once_and_are_those_of_the_host
 @pytest.fixture
 def fused():
     pytest.importorskip("triton")
-    return importlib.import_module("flashquant.fingerprints.fused")
+    return importlib.import_module("flashquant.update.fingerprints.fused")
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])

@@ -11,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flashquant.fingerprints import definition, native, quick
 from flashquant.schemes import build
+from flashquant.update.fingerprints import definition, native, quick
 
 COMPILER = os.environ.get("CC") or next(filter(shutil.which, ("cc", "gcc", "clang")), None)
 pytestmark = pytest.mark.skipif(

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from flashquant.engine import Reach
 from flashquant.patches.blueprint import LayerBlueprint
 from flashquant.patches.direct_layer import DirectLayer
 from flashquant.plan.writes import View, Write
-from flashquant.undo import UndoLog
+from flashquant.update.engine import Reach
+from flashquant.update.undo import UndoLog
 
 ROWS, COLUMNS, SHARDS = 2, 4, 3
 

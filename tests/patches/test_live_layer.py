@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from flashquant.engine import Reach
 from flashquant.patches import layers
 from flashquant.patches.blueprint import LayerBlueprint
 from flashquant.patches.layers import LiveLayer
 from flashquant.plan.writes import View, Write
-from flashquant.undo import UndoLog
-from flashquant.verify import digests
+from flashquant.update.engine import Reach
+from flashquant.update.integrity import digests
+from flashquant.update.undo import UndoLog
 
 FORM = View((2, 4), (4, 1), 0)
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from flashquant.errors import MisfitTensor, PeerFailed, ReloadError, WorkerLost
-from flashquant.members import Member
 from flashquant.patches import remote, worker
+from flashquant.update.members import Member
 from tests.test_report import a_report
 
 REFUSED = {"error": "MisfitTensor", "says": "q.weight holds NaN"}

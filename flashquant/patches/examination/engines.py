@@ -22,9 +22,9 @@ from flashquant.patches.examination import policies
 from flashquant.patches.examination.layouts import describe
 from flashquant.patches.loading import session_of
 from flashquant.patches.target import reload_weights
-from flashquant.report import ReloadReport
-from flashquant.session import Session
-from flashquant.verify import footprints
+from flashquant.update.integrity import footprints
+from flashquant.update.report import ReloadReport
+from flashquant.update.session import Session
 
 SCHEMES = ("bf16", "int8", *ONLINE)
 Mode = Literal["eager", "graphs", "compiled"]

@@ -15,21 +15,21 @@ from itertools import chain
 from torch import Tensor
 
 from flashquant.config.checks import Checks
-from flashquant.drift import Drifts
-from flashquant.engine import Engine, Layer, Reach
 from flashquant.errors import MisfitTensor, ReloadError
 from flashquant.plan.weights import NamedTensors
 from flashquant.plan.writes import Replay, View, Write
 from flashquant.profiles.calibration import Calibration
-from flashquant.quantize import as_stored, is_float
 from flashquant.schemes.quick import row_absmax
 from flashquant.schemes.validation import check_finite
-from flashquant.shortcut import Shortcuts
-from flashquant.ties import Ties
-from flashquant.update import Update
-from flashquant.verify import Footprint, check_unmoved, footprints
-from flashquant.ways import Landing, Way, Ways
-from flashquant.write import Stage
+from flashquant.update.bindings import Landing, Way, Ways
+from flashquant.update.code_statistics import Drifts
+from flashquant.update.engine import Engine, Layer, Reach
+from flashquant.update.fast_bindings import Shortcuts
+from flashquant.update.integrity import Footprint, check_unmoved, footprints
+from flashquant.update.quantize import as_stored, is_float
+from flashquant.update.staging import Stage
+from flashquant.update.state import Update
+from flashquant.update.ties import Ties
 
 
 class Road:

@@ -16,12 +16,12 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from flashquant.engine import Layer
 from flashquant.errors import IncompleteUpdate, MisfitTensor
 from flashquant.plan.writes import Replay, TensorPlan, Write
-from flashquant.undo import UndoLog
-from flashquant.verify import fingerprint
-from flashquant.write import write
+from flashquant.update.engine import Layer
+from flashquant.update.integrity import fingerprint
+from flashquant.update.staging import write
+from flashquant.update.undo import UndoLog
 
 
 @dataclass(frozen=True)

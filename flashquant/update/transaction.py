@@ -12,13 +12,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from flashquant.agree import Ballot
 from flashquant.errors import MovedTensor, ReloadError, TornWeights
-from flashquant.health import Health
-from flashquant.interrupts import uninterrupted
-from flashquant.reserve import Reserve
-from flashquant.undo import UndoLog
-from flashquant.update import Update
+from flashquant.update.agreement import Ballot
+from flashquant.update.interrupts import uninterrupted
+from flashquant.update.reserve import Reserve
+from flashquant.update.serving import Health
+from flashquant.update.state import Update
+from flashquant.update.undo import UndoLog
 
 logger = logging.getLogger(__name__)
 

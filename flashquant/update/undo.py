@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from flashquant.reserve import Copies, Reserve
+from flashquant.update.reserve import Copies, Reserve
 
 
 class UndoLog:

@@ -6,14 +6,14 @@ import time
 from collections import defaultdict
 from dataclasses import dataclass, field
 
-from flashquant.drift import Noted
-from flashquant.engine import Layer, Reach
 from flashquant.plan.writes import View
-from flashquant.report import Drift
 from flashquant.schemes.validation import Doubts
-from flashquant.undo import UndoLog
-from flashquant.verify import Footprint
-from flashquant.write import Stage
+from flashquant.update.code_statistics import Noted
+from flashquant.update.engine import Layer, Reach
+from flashquant.update.integrity import Footprint
+from flashquant.update.report import Drift
+from flashquant.update.staging import Stage
+from flashquant.update.undo import UndoLog
 
 
 @dataclass

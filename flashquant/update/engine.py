@@ -16,8 +16,8 @@ from torch import Tensor
 
 from flashquant.plan.weights import NamedTensors
 from flashquant.plan.writes import Fill, Write
-from flashquant.undo import UndoLog
-from flashquant.write import Stage
+from flashquant.update.staging import Stage
+from flashquant.update.undo import UndoLog
 
 
 class Reach(Enum):

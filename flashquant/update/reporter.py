@@ -9,14 +9,14 @@ from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from itertools import chain
 
-from flashquant.arrivals import Arrivals
-from flashquant.engine import Engine
 from flashquant.plan.planner import Routes
-from flashquant.report import Refusal, ReloadReport, Status, some_of
-from flashquant.ties import Ties
-from flashquant.transaction import Transactions
-from flashquant.update import Update
-from flashquant.verify import digest
+from flashquant.update.completeness import Arrivals
+from flashquant.update.engine import Engine
+from flashquant.update.integrity import digest
+from flashquant.update.report import Refusal, ReloadReport, Status, some_of
+from flashquant.update.state import Update
+from flashquant.update.ties import Ties
+from flashquant.update.transaction import Transactions
 
 logger = logging.getLogger(__name__)
 

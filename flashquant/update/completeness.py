@@ -9,13 +9,13 @@ from collections.abc import Set as AbstractSet
 
 from torch import Tensor
 
-from flashquant.engine import Engine, Layer
 from flashquant.errors import IncompleteUpdate
-from flashquant.passes import Passes
 from flashquant.plan.weights import NamedTensors
 from flashquant.profiles.calibration import Calibration
-from flashquant.report import some_of
-from flashquant.update import Update
+from flashquant.update.engine import Engine, Layer
+from flashquant.update.passes import Passes
+from flashquant.update.report import some_of
+from flashquant.update.state import Update
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from flashquant.plan.writes import Fill, View, Write
-from flashquant.undo import UndoLog
+from flashquant.update.undo import UndoLog
 
 
 class Stage:

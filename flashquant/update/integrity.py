@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from flashquant.errors import MovedTensor
-from flashquant.fingerprints.quick import sums
+from flashquant.update.fingerprints.quick import sums
 
 _BYTES: Final = 16  # of a fingerprint, and of a digest
 

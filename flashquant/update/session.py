@@ -17,36 +17,36 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from flashquant.agree import Ballot
-from flashquant.arrivals import Arrivals
 from flashquant.config.checks import Checks
-from flashquant.drift import Drifts
-from flashquant.engine import Engine, Layer
 from flashquant.errors import FlashquantError, MovedTensor, ReloadError, UnsupportedEngine
-from flashquant.first_load import FirstLoad
-from flashquant.health import Health
 from flashquant.plan.planner import Routes
 from flashquant.plan.weights import NamedTensors, Offered, Weights, named_tensors, naming_the_file
 from flashquant.plan.wrappers import Names
 from flashquant.plan.writes import WritePlan
 from flashquant.profiles.calibration import Calibration
-from flashquant.report import ReloadReport, Status
-from flashquant.reporter import Reporter
-from flashquant.road import Road
-from flashquant.ties import Ties
-from flashquant.transaction import Transactions
-from flashquant.undo import UndoLog
-from flashquant.update import Update
-from flashquant.verify import Fingerprints, Footprint, digest, digests
-from flashquant.ways import Ways
-from flashquant.witness import Witness
+from flashquant.update.agreement import Ballot
+from flashquant.update.bindings import Ways
+from flashquant.update.code_statistics import Drifts
+from flashquant.update.completeness import Arrivals
+from flashquant.update.engine import Engine, Layer
+from flashquant.update.first_load import FirstLoad
+from flashquant.update.foreign import Witness
+from flashquant.update.integrity import Fingerprints, Footprint, digest, digests
+from flashquant.update.pipeline import Road
+from flashquant.update.report import ReloadReport, Status
+from flashquant.update.reporter import Reporter
+from flashquant.update.serving import Health
+from flashquant.update.state import Update
+from flashquant.update.ties import Ties
+from flashquant.update.transaction import Transactions
+from flashquant.update.undo import UndoLog
 
 
 class Session:
     """Brings pushed weights into one serving model, in place, all or nothing.
 
     Args:
-        engine: the model, as `flashquant.engine` describes it.
+        engine: the model, as `flashquant.update.engine` describes it.
         checks: which proofs every reload carries.
         ballot: the voice of this worker among several; None where it is the only one.
         calibration: the profile by which pushes are quantized; None where each row is by itself.

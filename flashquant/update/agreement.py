@@ -20,7 +20,7 @@ from torch.distributed import DistError
 from torch.distributed.distributed_c10d import Store
 
 from flashquant.errors import PeerFailed, ReloadError, WorkerLost
-from flashquant.members import Member
+from flashquant.update.members import Member
 
 logger = logging.getLogger(__name__)
 

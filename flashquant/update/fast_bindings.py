@@ -16,15 +16,15 @@ from typing import Final, NamedTuple
 import torch
 from torch import Tensor
 
-from flashquant.drift import Noted, noted_in_place
-from flashquant.engine import Layer
 from flashquant.plan.writes import View, Write
-from flashquant.quantize import Recipe, is_float
 from flashquant.schemes.quick import Storing, storing
 from flashquant.schemes.validation import check_peak
-from flashquant.update import Update
-from flashquant.ways import Landing, Way
-from flashquant.write import Stage
+from flashquant.update.bindings import Landing, Way
+from flashquant.update.code_statistics import Noted, noted_in_place
+from flashquant.update.engine import Layer
+from flashquant.update.quantize import Recipe, is_float
+from flashquant.update.staging import Stage
+from flashquant.update.state import Update
 
 _PLAIN: Final = (Tensor, torch.nn.Parameter)  # nobody watches what is done to these
 

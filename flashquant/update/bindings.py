@@ -12,13 +12,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from flashquant.engine import Engine, Layer
 from flashquant.plan.planner import Routes
 from flashquant.plan.writes import Replay, Step, TensorPlan, Write
 from flashquant.profiles.calibration import Calibration
-from flashquant.quantize import Recipe, is_float
 from flashquant.schemes.validation import check_dtype, check_form, check_plain
-from flashquant.write import Stage
+from flashquant.update.engine import Engine, Layer
+from flashquant.update.quantize import Recipe, is_float
+from flashquant.update.staging import Stage
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flashquant.report import Drift
 from flashquant.schemes.stored import holds_codes
+from flashquant.update.report import Drift
 
 logger = logging.getLogger(__name__)
 

@@ -9,13 +9,13 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from flashquant.drift import Drifts
-from flashquant.engine import Engine
 from flashquant.plan.planner import Routes
 from flashquant.plan.weights import NamedTensors, few_at_a_time
 from flashquant.profiles.calibration import Calibration
-from flashquant.quantize import Recipe, as_stored
 from flashquant.schemes.stored import holds_codes
+from flashquant.update.code_statistics import Drifts
+from flashquant.update.engine import Engine
+from flashquant.update.quantize import Recipe, as_stored
 
 
 class FirstLoad:
