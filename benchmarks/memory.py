@@ -173,7 +173,7 @@ def largest_layer(llm: Any, weights: models.Weights) -> tuple[str, int]:
 
 def live_bytes(llm: Any) -> int:
     """Of all that a whole reload overwrites: parameters, packed copies, the memory of handlers."""
-    from flashquant.patches import kernel_state
+    from flashquant.patches.layers import kernel_state
 
     model = llm.apply_model(lambda model: model)[0]
     storages: dict[int, int] = {}

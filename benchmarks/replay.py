@@ -106,8 +106,8 @@ class Point:
 
 def _layer(name: str, shards: int, dtype: torch.dtype) -> Any:
     """A layer that is written where it lies, as the row-major kernels of a GPU have them."""
-    from flashquant.patches.blueprint import LayerBlueprint
-    from flashquant.patches.direct_layer import DirectLayer
+    from flashquant.patches.layers.blueprint import LayerBlueprint
+    from flashquant.patches.layers.in_place import DirectLayer
 
     module = nn.Module()
     values = {"weight": torch.zeros(shards * ROWS, COLUMNS, dtype=dtype)}

@@ -138,7 +138,7 @@ def fresh_digest(path: Path, scheme: str) -> str | None:
 
 def live_tensors(llm: Any) -> Iterator[tuple[str, Tensor]]:
     """Every tensor that the kernels read, by full name; a oneDNN handler shows its pointer."""
-    from flashquant.patches import kernel_state
+    from flashquant.patches.layers import kernel_state
 
     for name, module in llm.apply_model(lambda model: model)[0].named_modules():
         for path, tensor in kernel_state.tensors(module):

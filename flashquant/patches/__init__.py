@@ -12,7 +12,6 @@ from contextlib import ExitStack
 import vllm
 
 from flashquant.patches import (
-    cpu,
     cutlass,
     engine_args,
     engine_core,
@@ -23,11 +22,12 @@ from flashquant.patches import (
     moe,
     reload,
     replicas,
-    shards,
     sleep,
     transfer,
     worker,
 )
+from flashquant.patches.layers import cpu
+from flashquant.patches.layers import shard_maxima as shards
 from flashquant.patches.point import PatchPoint
 
 logger = logging.getLogger(__name__)

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from flashquant.errors import ReloadError
 from flashquant.patches.blame import naming_the_layer
-from flashquant.patches.cpu import packed_once
 from flashquant.patches.engine import LiveEngine, asks_for_session, scheme_of
+from flashquant.patches.layers.cpu import packed_once
 from flashquant.patches.peers import ballot_for
 from flashquant.patches.point import PatchPoint
 from flashquant.update.session import Session

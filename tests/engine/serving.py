@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 import flashquant
-from flashquant.patches import kernel_state
 from flashquant.patches.guard import vllm_is
+from flashquant.patches.layers import kernel_state
 from flashquant.patches.loading import session_of
 from flashquant.update.session import Session
 from tests.engine.kernels import choosing as choosing

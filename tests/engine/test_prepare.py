@@ -10,7 +10,7 @@ import torch
 
 import flashquant
 from flashquant.errors import IncompleteUpdate, MisfitTensor
-from flashquant.patches.kernel_state import Carry
+from flashquant.patches.layers.kernel_state import Carry
 from flashquant.update.integrity import footprints
 from tests.engine.checkpoints import Policies
 from tests.engine.serving import Serving, choosing, serve

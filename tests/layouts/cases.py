@@ -31,7 +31,7 @@ class Case:
         scheme: as in `tests.engine.checkpoints`: what FLASHRL_CONFIG says, or a checkpoint
             that holds codes.
         kernel: the class that vLLM chooses.
-        weight: how the weight is stored, by `flashquant.patches.storages`.
+        weight: how the weight is stored, by `flashquant.patches.layers.memory_layout`.
         kind: of the tiny model; the widths of `odd` are no multiples of 16, those of `odd-k`
             only of 8, on the side that is summed over.
         options: more engine arguments.

@@ -13,7 +13,7 @@ from vllm.config.quantization import QuantizationConfigArgs
 
 from flashquant.patches.engine_args import ONLINE
 from flashquant.patches.examination.layouts import kernel_of, stored
-from flashquant.patches.storages import Storage
+from flashquant.patches.layers.memory_layout import Storage
 from flashquant.update.integrity import Footprint, footprints
 from tests import tiny_models
 from tests.engine.checkpoints import Policies, config_name

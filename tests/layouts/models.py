@@ -20,7 +20,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.model_loader import get_model
 
 import flashquant
-from flashquant.patches import kernel_state
+from flashquant.patches.layers import kernel_state
 from tests.groups import make_experts_group
 from tests.layouts.machine import Machine, pretending
 

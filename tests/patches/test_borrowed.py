@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from flashquant.patches.borrowed import borrowed
+from flashquant.patches.layers.aliases import borrowed
 
 
 class Mixer(nn.Module):

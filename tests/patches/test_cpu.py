@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flashquant.patches import cpu
+from flashquant.patches.layers import cpu
 
 _WEIGHT = torch.randn(5, 8, generator=torch.Generator().manual_seed(0))
 

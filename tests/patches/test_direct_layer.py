@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from flashquant.patches.blueprint import LayerBlueprint
-from flashquant.patches.direct_layer import DirectLayer
+from flashquant.patches.layers.blueprint import LayerBlueprint
+from flashquant.patches.layers.in_place import DirectLayer
 from flashquant.plan.writes import View, Write
 from flashquant.update.engine import Reach
 from flashquant.update.undo import UndoLog

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from flashquant.patches import layers
-from flashquant.patches.blueprint import LayerBlueprint
-from flashquant.patches.layers import LiveLayer
+from flashquant.patches.layers import processed as layers
+from flashquant.patches.layers.blueprint import LayerBlueprint
+from flashquant.patches.layers.processed import LiveLayer
 from flashquant.plan.writes import View, Write
 from flashquant.update.engine import Reach
 from flashquant.update.integrity import digests

@@ -18,7 +18,8 @@ from vllm.model_executor.layers.quantization.online import fp8 as online
 from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM, Qwen2MLP
 
 from flashquant.errors import ConfigError, UnsupportedEngine
-from flashquant.patches import engine, layers
+from flashquant.patches import engine
+from flashquant.patches.layers import processed as layers
 from tests.engine.checkpoints import Policies
 from tests.layouts import models
 from tests.layouts.cases import AMPERE, HOPPER, Case

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 from vllm import LLM, SamplingParams
 
-from flashquant.patches import kernel_state, patch
+from flashquant.patches import patch
 from flashquant.patches.bench import room_for_others
 from flashquant.patches.engine_args import ONLINE
 from flashquant.patches.examination import policies
 from flashquant.patches.examination.layouts import describe
+from flashquant.patches.layers import kernel_state
 from flashquant.patches.loading import session_of
 from flashquant.patches.target import reload_weights
 from flashquant.update.integrity import footprints

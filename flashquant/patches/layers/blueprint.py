@@ -23,10 +23,10 @@ from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmb
 from vllm.model_executor.model_loader.reload.layerwise import _get_original_loader
 from vllm.model_executor.model_loader.reload.meta import to_meta_tensor
 
-from flashquant.patches import kernel_state
-from flashquant.patches.attention import is_deferred_attention_layer
-from flashquant.patches.borrowed import Borrowed, borrowed
-from flashquant.patches.kernel_state import is_processor
+from flashquant.patches.layers import kernel_state
+from flashquant.patches.layers.aliases import Borrowed, borrowed
+from flashquant.patches.layers.attention import is_deferred_attention_layer
+from flashquant.patches.layers.kernel_state import is_processor
 from flashquant.plan.trace import storage_of
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from flashquant.patches import kernel_state
+from flashquant.patches.layers import kernel_state
 from flashquant.plan.trace import storage_of
 from flashquant.plan.writes import View
 

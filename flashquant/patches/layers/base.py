@@ -8,8 +8,8 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from flashquant.patches import kernel_state
-from flashquant.patches.blueprint import LayerBlueprint
+from flashquant.patches.layers import kernel_state
+from flashquant.patches.layers.blueprint import LayerBlueprint
 from flashquant.plan.writes import Fill, Write
 from flashquant.update.engine import Reach
 from flashquant.update.staging import Stage, write

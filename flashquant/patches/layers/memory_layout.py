@@ -28,8 +28,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from flashquant.patches import kernel_state
-from flashquant.patches.origins import Origins
+from flashquant.patches.layers import kernel_state
+from flashquant.patches.layers.provenance import Origins
 from flashquant.plan.trace import storage_of
 from flashquant.update.integrity import digests
 

@@ -10,9 +10,9 @@ from collections.abc import Iterator, Mapping
 
 from torch import Tensor
 
-from flashquant.patches.blueprint import LayerBlueprint
-from flashquant.patches.kernel_state import Carry
-from flashquant.patches.staged import StagedLayer
+from flashquant.patches.layers.base import StagedLayer
+from flashquant.patches.layers.blueprint import LayerBlueprint
+from flashquant.patches.layers.kernel_state import Carry
 from flashquant.schemes.quick import Quantize
 from flashquant.update.undo import UndoLog
 

@@ -12,9 +12,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from flashquant.patches.blueprint import LayerBlueprint
-from flashquant.patches.kernel_state import Carry
-from flashquant.patches.staged import StagedLayer, belong_together
+from flashquant.patches.layers.base import StagedLayer, belong_together
+from flashquant.patches.layers.blueprint import LayerBlueprint
+from flashquant.patches.layers.kernel_state import Carry
 from flashquant.plan.writes import Fill, Write
 from flashquant.update.engine import Reach
 from flashquant.update.staging import Stage

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 
 from flashquant.errors import UnsupportedEngine
-from flashquant.patches import kernel_state, shards
-from flashquant.patches.blueprint import LayerBlueprint
-from flashquant.patches.storages import Quantize, Storage, is_dense, storages
+from flashquant.patches.layers import kernel_state
+from flashquant.patches.layers import shard_maxima as shards
+from flashquant.patches.layers.blueprint import LayerBlueprint
+from flashquant.patches.layers.memory_layout import Quantize, Storage, is_dense, storages
 
 logger = logging.getLogger(__name__)
 

@@ -23,13 +23,14 @@ import torch
 from torch import Tensor, nn
 
 from flashquant.errors import ReloadError, UnsupportedEngine
-from flashquant.patches import cpu, kernel_state, shards
-from flashquant.patches.blueprint import LayerBlueprint
-from flashquant.patches.borrowed import Borrowed
-from flashquant.patches.direct import method_of
-from flashquant.patches.kernel_state import Carry
-from flashquant.patches.reads import handed_on
-from flashquant.patches.staged import StagedLayer, belong_together
+from flashquant.patches.layers import cpu, kernel_state
+from flashquant.patches.layers import shard_maxima as shards
+from flashquant.patches.layers.aliases import Borrowed
+from flashquant.patches.layers.base import StagedLayer, belong_together
+from flashquant.patches.layers.blueprint import LayerBlueprint
+from flashquant.patches.layers.direct import method_of
+from flashquant.patches.layers.kernel_state import Carry
+from flashquant.patches.layers.pass_through import handed_on
 from flashquant.plan.writes import Fill, Write
 from flashquant.update.engine import Reach
 from flashquant.update.integrity import digests

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flashquant.patches import kernel_state
+from flashquant.patches.layers import kernel_state
 from flashquant.plan.trace import storage_of, tensors_in
 
 # What may be done to a parameter without making anything new of it.
