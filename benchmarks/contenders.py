@@ -140,6 +140,6 @@ def buckets(weights: list[tuple[str, Tensor]]) -> Iterator[list[tuple[str, Tenso
 
 def session(llm: Any) -> Any:
     """Flashquant's, of an engine in this process."""
-    from flashquant.patches.loading import session_of
+    from flashquant.patches.seams.loading import session_of
 
     return session_of(llm.apply_model(lambda model: model)[0])

@@ -19,7 +19,7 @@ TITLES = ("scheme", "prepare", "pause", "copy", "pause / copy", "written", "toke
 
 def copy_of_codes(worker: Any) -> list[float]:
     """Seconds to copy what this worker's kernels read, five times, and its bytes. Runs there."""
-    from flashquant.patches.loading import session_of
+    from flashquant.patches.seams.loading import session_of
 
     layers = session_of(worker.get_model())._engine.layers
     live = [t for layer in layers for _, t in layer.tensors() if t.numel()]

@@ -50,7 +50,7 @@ class Engines:
     def add_vllms(self, scheme: str) -> bool:
         """vLLM's own engine: in bf16, or in one of its online schemes; whether it serves that."""
         from flashquant.patches import bench
-        from flashquant.patches.engine_args import ONLINE
+        from flashquant.patches.seams.engine_args import ONLINE
 
         online = {"quantization": ONLINE[scheme]} if scheme in ONLINE else {}
         name = f"{bench.NATIVE}, {ONLINE.get(scheme, 'bf16')}"
@@ -107,7 +107,7 @@ def measure(
     environment.prepare()
     import flashquant
     from flashquant.patches import bench
-    from flashquant.patches.engine_args import ONLINE
+    from flashquant.patches.seams.engine_args import ONLINE
     from flashquant.plan.weights import named_tensors
 
     flashquant.patch()

@@ -11,24 +11,21 @@ from contextlib import ExitStack
 
 import vllm
 
-from flashquant.patches import (
+from flashquant.patches import executor, guard, replicas, transfer
+from flashquant.patches.layers import cpu
+from flashquant.patches.layers import shard_maxima as shards
+from flashquant.patches.point import PatchPoint
+from flashquant.patches.seams import (
     cutlass,
     engine_args,
     engine_core,
-    executor,
-    guard,
     loading,
     lora,
     moe,
     reload,
-    replicas,
     sleep,
-    transfer,
     worker,
 )
-from flashquant.patches.layers import cpu
-from flashquant.patches.layers import shard_maxima as shards
-from flashquant.patches.point import PatchPoint
 
 logger = logging.getLogger(__name__)
 

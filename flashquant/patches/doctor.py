@@ -22,7 +22,8 @@ from vllm import _custom_ops as ops
 
 from flashquant import patches
 from flashquant.errors import PatchError
-from flashquant.patches import engine_args, guard
+from flashquant.patches import guard
+from flashquant.patches.seams import engine_args
 from flashquant.schemes import fp8_channel, fp8_tensor, int8_channel
 
 Verdict = Literal["ok", "skipped", "fails"]

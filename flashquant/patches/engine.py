@@ -15,7 +15,6 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 
 from flashquant.config.checks import Checks
 from flashquant.errors import UnsupportedEngine
-from flashquant.patches.engine_args import ADDITIONAL_CONFIG_KEY, ONLINE, PROFILE_KEY
 from flashquant.patches.layers.attention import is_deferred_attention_layer
 from flashquant.patches.layers.blueprint import LayerBlueprint, ModelBlueprint
 from flashquant.patches.layers.direct import Direct
@@ -23,6 +22,7 @@ from flashquant.patches.layers.in_place import DirectLayer
 from flashquant.patches.layers.kernel_state import is_processor
 from flashquant.patches.layers.per_tensor import LateLayer
 from flashquant.patches.layers.processed import Learned, LiveLayer
+from flashquant.patches.seams.engine_args import ADDITIONAL_CONFIG_KEY, ONLINE, PROFILE_KEY
 from flashquant.plan.weights import NamedTensors
 from flashquant.profiles import load_profile
 from flashquant.profiles.calibration import Calibration

@@ -22,7 +22,7 @@ from pydantic import TypeAdapter
 
 from flashquant import errors
 from flashquant.errors import PeerFailed, ReloadError, WorkerLost
-from flashquant.patches import worker
+from flashquant.patches.seams import worker
 from flashquant.update.members import Member
 from flashquant.update.report import ReloadReport
 

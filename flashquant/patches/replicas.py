@@ -14,8 +14,8 @@ from typing import Any
 
 from flashquant.config.schema import config_from_env
 from flashquant.errors import ConfigError
-from flashquant.patches.engine_args import ENTRY
 from flashquant.patches.point import PatchPoint
+from flashquant.patches.seams.engine_args import ENTRY
 
 _REPLICAS = "flashquant_replicas"
 

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 from flashquant.errors import ReloadError
-from flashquant.patches import remote, worker
-from flashquant.patches.loading import session_of
+from flashquant.patches import remote
+from flashquant.patches.seams import worker
+from flashquant.patches.seams.loading import session_of
 from flashquant.plan.weights import NamedTensors, Weights, named_tensors
 from flashquant.update.report import ReloadReport, Status
 

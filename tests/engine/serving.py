@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import flashquant
 from flashquant.patches.guard import vllm_is
 from flashquant.patches.layers import kernel_state
-from flashquant.patches.loading import session_of
+from flashquant.patches.seams.loading import session_of
 from flashquant.update.session import Session
 from tests.engine.kernels import choosing as choosing
 from tests.engine.kernels import multiply_fp8_as_everywhere

@@ -13,7 +13,7 @@ from unittest import mock
 import pytest
 
 import flashquant
-from flashquant.patches import derived
+from flashquant.patches.seams import derived
 from tests.engine import processes, sounds
 from tests.engine.checkpoints import Policies
 from tests.engine.programs import heard

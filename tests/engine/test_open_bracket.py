@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from flashquant.errors import TornWeights
-from flashquant.patches.loading import check_servable
+from flashquant.patches.seams.loading import check_servable
 from tests.engine import processes
 from tests.engine.checkpoints import Policies
 from tests.engine.programs.open_bracket import LONG, SHORT

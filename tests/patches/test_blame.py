@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from flashquant.errors import MisfitTensor, UnsupportedEngine
-from flashquant.patches.blame import naming_the_layer
+from flashquant.patches.seams.blame import naming_the_layer
 
 
 class Method:

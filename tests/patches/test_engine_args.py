@@ -12,8 +12,8 @@ from vllm.engine.arg_utils import EngineArgs
 from flashquant.config.checks import Checks
 from flashquant.config.schema import FlashConfig, RolloutConfig
 from flashquant.errors import ConfigError, ProfileError
-from flashquant.patches import engine_args
-from flashquant.patches.engine_args import configure, rank_of
+from flashquant.patches.seams import engine_args
+from flashquant.patches.seams.engine_args import configure, rank_of
 from flashquant.profiles.making import W8A8
 from tests import flashrl, tiny_models
 

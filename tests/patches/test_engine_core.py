@@ -12,7 +12,7 @@ from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.engine import EngineCoreRequestType
 from vllm.v1.engine.core import DPEngineCoreProc, EngineCore, EngineCoreProc
 
-from flashquant.patches import engine_core
+from flashquant.patches.seams import engine_core
 
 
 class Scheduler:
@@ -101,7 +101,7 @@ def test_data_parallel_ranks_go_on_with_dummy_batches() -> None:
 def test_a_step_of_no_tokens_is_let_through_and_any_other_is_refused() -> None:
     """Nothing is computed in it."""
     from flashquant.errors import TornWeights
-    from flashquant.patches import reload
+    from flashquant.patches.seams import reload
 
     def refuse() -> Any:
         raise TornWeights("the bracket is open")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from flashquant.errors import ConfigError
-from flashquant.patches.logprobs import configure_logprobs
+from flashquant.patches.seams.logprobs import configure_logprobs
 
 
 def configured(environ: dict[str, str], **args: Any) -> SimpleNamespace:

@@ -13,7 +13,7 @@ from torch import nn
 from flashquant.errors import UnsupportedEngine
 from flashquant.patches import engine
 from flashquant.patches.layers import blueprint
-from flashquant.patches.loading import session_of
+from flashquant.patches.seams.loading import session_of
 from flashquant.schemes import fp8_channel, fp8_tensor, int8_channel
 from tests.engine.checkpoints import Policies, config_name
 from tests.layouts import models

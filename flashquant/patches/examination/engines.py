@@ -17,11 +17,11 @@ from vllm import LLM, SamplingParams
 
 from flashquant.patches import patch
 from flashquant.patches.bench import room_for_others
-from flashquant.patches.engine_args import ONLINE
 from flashquant.patches.examination import policies
 from flashquant.patches.examination.layouts import describe
 from flashquant.patches.layers import kernel_state
-from flashquant.patches.loading import session_of
+from flashquant.patches.seams.engine_args import ONLINE
+from flashquant.patches.seams.loading import session_of
 from flashquant.patches.target import reload_weights
 from flashquant.update.integrity import footprints
 from flashquant.update.report import ReloadReport

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from flashquant.patches.layers.blueprint import LayerBlueprint
 from flashquant.patches.layers.kernel_state import is_processor
 from flashquant.patches.layers.memory_layout import Quantize, Storage, storages
-from flashquant.patches.loading import session_of
+from flashquant.patches.seams.loading import session_of
 from flashquant.schemes import fp8_channel, fp8_tensor
 
 _ONLINE_QUANTIZERS: dict[str, Quantize] = {"fp8_vllm": fp8_tensor, "fp8_channel": fp8_channel}

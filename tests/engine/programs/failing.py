@@ -13,7 +13,7 @@ _LAYER = 5  # in the middle of a tiny model
 
 def fail_in_the_middle(worker: Any, *, rank: int, dies: bool) -> None:
     """Make one commit of a worker run out of memory, once, or end its process."""
-    from flashquant.patches.loading import session_of
+    from flashquant.patches.seams.loading import session_of
 
     session = session_of(worker.get_model())
     if session.rank != rank:

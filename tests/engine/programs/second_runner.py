@@ -33,7 +33,7 @@ def main(starts_on: str, pushed: str) -> dict[str, Any]:
     with scheduling_ahead():
         llm, fresh = (LLM(policy, **OPTIONS) for policy in (starts_on, pushed))
     import flashquant
-    from flashquant.patches.loading import session_of
+    from flashquant.patches.seams.loading import session_of
 
     engine = llm.llm_engine
     core: Any = engine.engine_core.engine_core

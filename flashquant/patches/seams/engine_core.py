@@ -29,11 +29,11 @@ from vllm.v1.engine.core import DPEngineCoreProc, EngineCoreProc
 from vllm.v1.request import RequestStatus
 
 from flashquant.errors import TornWeights
-from flashquant.patches import derived, worker
 from flashquant.patches.engine import asks_for_session, bracket_timeout
 from flashquant.patches.guard import vllm_is
-from flashquant.patches.loading import Standing
 from flashquant.patches.point import PatchPoint
+from flashquant.patches.seams import derived, worker
+from flashquant.patches.seams.loading import Standing
 
 logger = logging.getLogger(__name__)
 

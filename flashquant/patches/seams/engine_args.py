@@ -22,8 +22,8 @@ from flashquant.config.locate import Located, locate, locate_in_model, split_rev
 from flashquant.config.schema import FlashConfig, RolloutConfig, config_from_env
 from flashquant.errors import ConfigError
 from flashquant.patches.guard import vllm_is
-from flashquant.patches.logprobs import configure_logprobs
 from flashquant.patches.point import PatchPoint
+from flashquant.patches.seams.logprobs import configure_logprobs
 from flashquant.profiles import load_profile
 from flashquant.profiles.making import W8A8
 

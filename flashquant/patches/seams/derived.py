@@ -22,7 +22,7 @@ from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 
-from flashquant.patches import worker
+from flashquant.patches.seams import worker
 
 logger = logging.getLogger(__name__)
 

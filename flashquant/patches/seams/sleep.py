@@ -16,8 +16,8 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
-from flashquant.patches.loading import find_session, models_of
 from flashquant.patches.point import PatchPoint
+from flashquant.patches.seams.loading import find_session, models_of
 from flashquant.update.session import Session
 
 _WEIGHTS = "weights"

@@ -18,14 +18,14 @@ from typing import Any
 from torch import Tensor
 
 from flashquant.errors import ReloadError
-from flashquant.patches.loading import (
+from flashquant.patches.point import PatchPoint
+from flashquant.patches.seams.loading import (
     find_session,
     models_of,
     session_of,
     standing_of,
     take_forgotten,
 )
-from flashquant.patches.point import PatchPoint
 from flashquant.plan.weights import Weights, named_tensors, naming_the_file
 from flashquant.update.members import Member
 from flashquant.update.report import ReloadReport
