@@ -111,9 +111,9 @@ def reload_weights(
 ) -> ReloadReport | Awaitable[ReloadReport]:
     """Bring one complete set of bf16 weights into a serving engine, in place.
 
-    An `AsyncLLM` is awaited. See `flashquant.patches.target.reload_weights`.
+    An `AsyncLLM` is awaited. See `flashquant.patches.remote.target.reload_weights`.
     """
-    from flashquant.patches import target as targets
+    from flashquant.patches.remote import target as targets
 
     report: ReloadReport = targets.reload_weights(
         target, weights, atomic=atomic, strict=strict, prepare=prepare
@@ -128,9 +128,9 @@ def status(target: object) -> Status: ...
 def status(target: Any) -> Status | Awaitable[Status]:
     """How an engine, a worker or a model stands; an `AsyncLLM` is awaited.
 
-    See `flashquant.patches.target.status`.
+    See `flashquant.patches.remote.target.status`.
     """
-    from flashquant.patches import target as targets
+    from flashquant.patches.remote import target as targets
 
     found: Status = targets.status(target)
     return found

@@ -11,10 +11,11 @@ from contextlib import ExitStack
 
 import vllm
 
-from flashquant.patches import executor, guard, replicas, transfer
+from flashquant.patches import guard, transfer
 from flashquant.patches.layers import cpu
 from flashquant.patches.layers import shard_maxima as shards
 from flashquant.patches.point import PatchPoint
+from flashquant.patches.remote import executor, replicas
 from flashquant.patches.seams import (
     cutlass,
     engine_args,

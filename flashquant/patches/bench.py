@@ -25,8 +25,8 @@ from torch import Tensor
 from vllm import LLM
 
 from flashquant.patches import patch
+from flashquant.patches.remote.target import reload_weights
 from flashquant.patches.seams.engine_args import ONLINE
-from flashquant.patches.target import reload_weights
 from flashquant.plan.weights import named_tensors
 from flashquant.update.report import ReloadReport
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 import flashquant
 from flashquant.errors import IncompleteUpdate, MisfitTensor
-from flashquant.patches.target import _each_its_own
+from flashquant.patches.remote.target import _each_its_own
 from tests import tiny_models
 from tests.engine.checkpoints import Policies
 from tests.engine.serving import Serving, choosing, serve

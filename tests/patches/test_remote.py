@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from flashquant.errors import MisfitTensor, PeerFailed, ReloadError, WorkerLost
-from flashquant.patches import remote
+from flashquant.patches.remote import conversation as remote
 from flashquant.patches.seams import worker
 from flashquant.update.members import Member
 from tests.test_report import a_report

@@ -10,7 +10,7 @@ import pytest
 from vllm.engine.arg_utils import EngineArgs
 
 from flashquant.errors import ConfigError
-from flashquant.patches.replicas import _create_engine_config
+from flashquant.patches.remote.replicas import _create_engine_config
 
 
 @pytest.fixture(autouse=True)

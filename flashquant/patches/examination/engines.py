@@ -20,9 +20,9 @@ from flashquant.patches.bench import room_for_others
 from flashquant.patches.examination import policies
 from flashquant.patches.examination.layouts import describe
 from flashquant.patches.layers import kernel_state
+from flashquant.patches.remote.target import reload_weights
 from flashquant.patches.seams.engine_args import ONLINE
 from flashquant.patches.seams.loading import session_of
-from flashquant.patches.target import reload_weights
 from flashquant.update.integrity import footprints
 from flashquant.update.report import ReloadReport
 from flashquant.update.session import Session

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 from flashquant.errors import ReloadError
-from flashquant.patches import remote
+from flashquant.patches.remote import conversation as remote
 from flashquant.patches.seams import worker
 from flashquant.patches.seams.loading import session_of
 from flashquant.plan.weights import NamedTensors, Weights, named_tensors
