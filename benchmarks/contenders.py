@@ -17,7 +17,7 @@ from flashquant.profiles import Entry, Profile, save_profile
 from tests import tiny_models
 
 if TYPE_CHECKING:
-    from flashquant.patches.bench import Sync
+    from flashquant.patches.diagnostics.bench import Sync
 
 FLASHRL = "FlashRL's method"
 _BUCKET = 64 << 20  # bytes of a bucket
@@ -55,7 +55,7 @@ def _profile(path: Path) -> Profile:
 
 def unpatched(path: Path, scheme: str, bf16: Any) -> dict[str, Sync]:
     """What can be done without flashquant, in the same scheme."""
-    from flashquant.patches import bench
+    from flashquant.patches.diagnostics import bench
 
     if scheme == "bf16":
         return {f"{FLASHRL}, bf16": Method(bf16)}
@@ -85,7 +85,7 @@ def _always(sync: Sync, codes: Mapping[str, Tensor]) -> Sync:
 
 def flashquants(llm: Any) -> dict[str, Sync]:
     """Every way of ours, into one engine."""
-    from flashquant.patches import bench
+    from flashquant.patches.diagnostics import bench
 
     whole, torn = bench.whole(llm, atomic=True), bench.whole(llm, atomic=False)
     return {

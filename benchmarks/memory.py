@@ -125,7 +125,7 @@ def peaks(model: str, scheme: str) -> list[Peak]:
     environment.prepare()
     give_back_at_once()
     import flashquant
-    from flashquant.patches import bench
+    from flashquant.patches.diagnostics import bench
 
     flashquant.patch()
     path = models.checkpoint(model)

@@ -86,7 +86,7 @@ def measure(
 
     """
     import flashquant
-    from flashquant.patches import bench
+    from flashquant.patches.diagnostics import bench
 
     flashquant.patch()
     path = models.checkpoint(model)

@@ -101,7 +101,7 @@ def measure(
         with ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
             fresh = list(pool.map(fresh_digest, paths, [scheme] * 2))
         flashquant.patch()
-        from flashquant.patches.bench import start  # vLLM, in an environment that is prepared
+        from flashquant.patches.diagnostics.bench import start
 
         llm = start(paths[0], scheme)
         # Clones: a tensor that still lies in its file would count as resident when it is read.
@@ -130,7 +130,7 @@ def measure(
 def fresh_digest(path: Path, scheme: str) -> str | None:
     """What an engine holds that was started on a policy; runs in a process of its own."""
     flashquant.patch()
-    from flashquant.patches.bench import start
+    from flashquant.patches.diagnostics.bench import start
 
     digest: str | None = flashquant.status(start(path, scheme)).digest
     return digest

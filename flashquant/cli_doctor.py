@@ -23,7 +23,7 @@ from rich.table import Table
 from flashquant.errors import ConfigError
 
 if TYPE_CHECKING:
-    from flashquant.patches.doctor import Finding
+    from flashquant.patches.diagnostics.doctor import Finding
 
 _STYLES = {"ok": "green", "skipped": "yellow", "fails": "bold red"}
 _SECONDS = 600.0  # for one scheme
@@ -79,7 +79,7 @@ def _doctor(chosen: argparse.Namespace) -> int:
 def _examined(chosen: argparse.Namespace) -> Iterator[Finding]:
     engines = _engines(chosen) if chosen.engine or chosen.gpu else ()
     if not chosen.engines_only:
-        from flashquant.patches.doctor import examine
+        from flashquant.patches.diagnostics.doctor import examine
 
         yield from examine()
     yield from engines
@@ -87,9 +87,9 @@ def _examined(chosen: argparse.Namespace) -> Iterator[Finding]:
 
 def _engines(chosen: argparse.Namespace) -> Iterator[Finding]:
     """What was chosen is checked at once; the engines start when they are asked for."""
-    from flashquant.patches.examination.engines import MODES, SCHEMES
-    from flashquant.patches.examination.front import Serving, examine_engines
-    from flashquant.patches.examination.policies import MODELS
+    from flashquant.patches.diagnostics.examination.engines import MODES, SCHEMES
+    from flashquant.patches.diagnostics.examination.front import Serving, examine_engines
+    from flashquant.patches.diagnostics.examination.policies import MODELS
 
     schemes = chosen.scheme or SCHEMES
     mode: Any = chosen.mode or ("compiled" if chosen.gpu else "eager")

@@ -11,7 +11,7 @@ import torch
 
 import flashquant
 from flashquant.cli import main
-from flashquant.patches import doctor
+from flashquant.patches.diagnostics import doctor
 from flashquant.patches.point import PatchPoint
 from flashquant.profiles import load_profile
 from tests import flashrl, tiny_models

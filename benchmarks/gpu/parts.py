@@ -104,7 +104,7 @@ def checkpoint(model: str, device: torch.device, scratch: Path) -> Path:
             made.mkdir()
             shapes.write(shapes.CONFIGS[model], made, device)
         else:
-            from flashquant.patches.examination import policies
+            from flashquant.patches.diagnostics.examination import policies
 
             policies.write(Path(folder), model)
         made.rename(path)

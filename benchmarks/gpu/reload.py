@@ -23,7 +23,7 @@ from benchmarks.gpu.facts import Facts
 from benchmarks.results import markdown, milliseconds
 
 if TYPE_CHECKING:
-    from flashquant.patches.bench import Sync, Timing
+    from flashquant.patches.diagnostics.bench import Sync, Timing
 
 SCHEMES = ("bf16", "int8", "fp8_vllm", "fp8_channel", "fp8_block")
 # Eager, or with CUDA graphs of layers that are not compiled, which start in seconds.
@@ -49,7 +49,7 @@ class Engines:
 
     def add_vllms(self, scheme: str) -> bool:
         """vLLM's own engine: in bf16, or in one of its online schemes; whether it serves that."""
-        from flashquant.patches import bench
+        from flashquant.patches.diagnostics import bench
         from flashquant.patches.seams.engine_args import ONLINE
 
         online = {"quantization": ONLINE[scheme]} if scheme in ONLINE else {}
@@ -65,7 +65,7 @@ class Engines:
 
     def add_ours(self, scheme: str) -> None:
         """flashquant's engine, with its undo log and without."""
-        from flashquant.patches import bench
+        from flashquant.patches.diagnostics import bench
 
         name = f"flashquant, {scheme}"
         llm = self._facts.guarded(f"start of {name}", lambda: self._start(name, scheme, {}))
@@ -74,7 +74,7 @@ class Engines:
             self.syncs[f"{name}, no undo log"] = bench.whole(llm, atomic=False)
 
     def _start(self, name: str, scheme: str | None, options: Mapping[str, Any]) -> Any:
-        from flashquant.patches import bench
+        from flashquant.patches.diagnostics import bench
 
         began = time.perf_counter()
         llm = bench.start(self._path, scheme, **MODES[self._mode], **options)
@@ -106,7 +106,7 @@ def measure(
     """Timings, seconds of each engine's start in this process, and bytes of what is pushed."""
     environment.prepare()
     import flashquant
-    from flashquant.patches import bench
+    from flashquant.patches.diagnostics import bench
     from flashquant.patches.seams.engine_args import ONLINE
     from flashquant.plan.weights import named_tensors
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from vllm.config.quantization import QuantizationConfigArgs
 
-from flashquant.patches.examination.layouts import kernel_of, stored
+from flashquant.patches.diagnostics.examination.layouts import kernel_of, stored
 from flashquant.patches.layers.memory_layout import Storage
 from flashquant.patches.seams.engine_args import ONLINE
 from flashquant.update.integrity import Footprint, footprints

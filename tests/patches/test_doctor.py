@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flashquant.patches import doctor
+from flashquant.patches.diagnostics import doctor
 
 ZEROS = 7  # the row of zeros in what the doctor quantizes
 

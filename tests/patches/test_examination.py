@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from flashquant.cli import main
-from flashquant.patches import bench, doctor
-from flashquant.patches.examination import engines, front, policies, speed
-from flashquant.patches.examination.front import Serving
-from flashquant.patches.examination.programs import last_words
-from flashquant.patches.examination.speed import timings
+from flashquant.patches.diagnostics import bench, doctor
+from flashquant.patches.diagnostics.examination import engines, front, policies, speed
+from flashquant.patches.diagnostics.examination.front import Serving
+from flashquant.patches.diagnostics.examination.programs import last_words
+from flashquant.patches.diagnostics.examination.speed import timings
 from tests.engine.serving import choosing
 from tests.groups import make_experts_group
 
@@ -181,7 +181,7 @@ def test_the_verdict_is_one_line_and_brackets_are_brackets(
         front.Finding("verdict", "engines", "ok", long),
     ]
     monkeypatch.setattr(front, "examine_engines", lambda *_, **__: found)
-    monkeypatch.setattr("flashquant.patches.doctor.examine", list)
+    monkeypatch.setattr("flashquant.patches.diagnostics.doctor.examine", list)
 
     assert main(["doctor", "--engine"]) == 0
 

@@ -16,13 +16,19 @@ from vllm.platforms import current_platform
 
 from flashquant import __version__
 from flashquant.errors import UnsupportedEngine
-from flashquant.patches.doctor import Finding
-from flashquant.patches.examination import policies
-from flashquant.patches.examination.engines import FRESH, RUNNER, SCHEMES, VLLM_ALONE, Mode
-from flashquant.patches.examination.programs import NO_END, Program, last_words
-from flashquant.patches.examination.speed import timings
+from flashquant.patches.diagnostics.doctor import Finding
+from flashquant.patches.diagnostics.examination import policies
+from flashquant.patches.diagnostics.examination.engines import (
+    FRESH,
+    RUNNER,
+    SCHEMES,
+    VLLM_ALONE,
+    Mode,
+)
+from flashquant.patches.diagnostics.examination.programs import NO_END, Program, last_words
+from flashquant.patches.diagnostics.examination.speed import timings
 
-_PROGRAM = "flashquant.patches.examination"
+_PROGRAM = "flashquant.patches.diagnostics.examination"
 _TOPIC = "engine in "
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from flashquant.patches.doctor import Finding
+from flashquant.patches.diagnostics.doctor import Finding
 from flashquant.schemes import fp8_channel, fp8_tensor, int8_channel
 
 _ROWS = {"cpu": 2048, "cuda": 8192}

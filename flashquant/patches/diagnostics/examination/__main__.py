@@ -1,6 +1,6 @@
 """One scheme, as a program of its own.
 
-    python -m flashquant.patches.examination SCHEME FOLDER ANSWER [--mode graphs] [--attention NAME]
+    python -m flashquant.patches.diagnostics.examination SCHEME FOLDER ANSWER [--mode graphs] [--attention NAME]
 
 Each step is a line of JSON in ANSWER, written when it begins and when it is over: standard
 output belongs to vLLM.
@@ -15,12 +15,12 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from flashquant.patches.examination.engines import MODES, SCHEMES, examine
+from flashquant.patches.diagnostics.examination.engines import MODES, SCHEMES, examine
 
 
 def main() -> int:
     """Examine, and answer."""
-    parser = argparse.ArgumentParser(prog="python -m flashquant.patches.examination")
+    parser = argparse.ArgumentParser(prog="python -m flashquant.patches.diagnostics.examination")
     parser.add_argument("scheme", choices=SCHEMES)
     parser.add_argument("folder", type=Path)
     parser.add_argument("answer", type=Path)

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from vllm import LLM, SamplingParams
 
 from flashquant.patches import patch
-from flashquant.patches.bench import room_for_others
-from flashquant.patches.examination import policies
-from flashquant.patches.examination.layouts import describe
+from flashquant.patches.diagnostics.bench import room_for_others
+from flashquant.patches.diagnostics.examination import policies
+from flashquant.patches.diagnostics.examination.layouts import describe
 from flashquant.patches.layers import kernel_state
 from flashquant.patches.remote.target import reload_weights
 from flashquant.patches.seams.engine_args import ONLINE
