@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import flashquant
-from flashquant.cli import main
+from flashquant.cli.main import main
 from flashquant.patches.diagnostics import doctor
 from flashquant.patches.point import PatchPoint
 from flashquant.profiles import load_profile

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from flashquant.cli import main
+from flashquant.cli.main import main
 from tests import tiny_models
 
-_BENCH = "import sys; from flashquant.cli import main; sys.exit(main(sys.argv[1:]))"
+_BENCH = "import sys; from flashquant.cli.main import main; sys.exit(main(sys.argv[1:]))"
 
 
 @pytest.mark.engine

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from flashquant.cli import main
+from flashquant.cli.main import main
 from flashquant.profiles import load_profile
 from flashquant.profiles.calibration import check_profile_fits
 from flashquant.profiles.making import Checkpoint

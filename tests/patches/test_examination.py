@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from flashquant.cli import main
+from flashquant.cli.main import main
 from flashquant.patches.diagnostics import bench, doctor
 from flashquant.patches.diagnostics.examination import engines, front, policies, speed
 from flashquant.patches.diagnostics.examination.front import Serving

@@ -12,7 +12,7 @@ _V1 = {"VLLM_USE_V2_MODEL_RUNNER": "0"}
 _TRITON = ("--attention", "TRITON_ATTN")
 _IMPORT = 20  # seconds of a doctor's own, before it looks at a scheme
 _PATIENCE = 4  # times the limits, on a CPU
-_DOCTOR = "import sys; from flashquant.cli import main; sys.exit(main())"
+_DOCTOR = "import sys; from flashquant.cli.main import main; sys.exit(main())"
 
 
 @dataclass(frozen=True)

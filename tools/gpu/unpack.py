@@ -167,7 +167,7 @@ def install(project: Path, site: Path) -> str:
     command = site / "bin" / "flashquant"
     command.parent.mkdir(exist_ok=True)
     command.write_text(
-        f"#!{sys.executable}\nimport sys\nfrom flashquant.cli import main\nsys.exit(main())\n"
+        f"#!{sys.executable}\nimport sys\nfrom flashquant.cli.main import main\nsys.exit(main())\n"
     )
     command.chmod(0o755)
     return f"flashquant {facts['version']} in {project}"

@@ -15,7 +15,9 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.markup import escape
 
-from flashquant import cli_bench, cli_doctor, cli_profile
+from flashquant.cli import bench as cli_bench
+from flashquant.cli import doctor as cli_doctor
+from flashquant.cli import profile as cli_profile
 from flashquant.errors import FlashquantError
 
 
