@@ -1,4 +1,4 @@
-"""Stands for `flashquant.patches.diagnostics.examination`, and is killed in the step that DIES_IN names.
+"""`flashquant.patches.diagnostics.examination`, killed in the step that DIES_IN names.
 
 With HANGS, it does not come to an end there.
 """

@@ -1,6 +1,7 @@
 """One scheme, as a program of its own.
 
-    python -m flashquant.patches.diagnostics.examination SCHEME FOLDER ANSWER [--mode graphs] [--attention NAME]
+    python -m flashquant.patches.diagnostics.examination SCHEME FOLDER ANSWER
+        [--mode graphs] [--attention NAME]
 
 Each step is a line of JSON in ANSWER, written when it begins and when it is over: standard
 output belongs to vLLM.
