@@ -17,7 +17,7 @@ from flashquant.profiles import Entry, Profile, save_profile
 from tests import tiny_models
 
 if TYPE_CHECKING:
-    from flashquant.patches.diagnostics.bench import Sync
+    from flashquant.patches.diagnostics import Sync
 
 FLASHRL = "FlashRL's method"
 _BUCKET = 64 << 20  # bytes of a bucket

@@ -43,7 +43,7 @@ from flashquant.profiles.making import (
 )
 from flashquant.profiles.making.discovery import find_sites, linear_layers
 from flashquant.profiles.making.search import choose, factors_of, watch
-from flashquant.schemes.smoothed import scaled
+from flashquant.schemes import scaled
 from tests import flashrl
 
 Weights = dict[str, Tensor]

@@ -10,7 +10,7 @@ from benchmarks.results import markdown, milliseconds, save_plot
 
 if TYPE_CHECKING:
     from benchmarks.sync_latency import Result
-    from flashquant.patches.diagnostics.bench import Timing
+    from flashquant.patches.diagnostics import Timing
 
 COPY, NATIVE, OURS = "copy limit", "vLLM's own reload, bf16", "flashquant"
 FLASHRL = "FlashRL's method"

@@ -32,8 +32,8 @@ from torch import Tensor, nn
 
 from benchmarks.results import described, machine, markdown, save_json, save_plot, save_text
 from flashquant.config.checks import Checks
-from flashquant.schemes.quick import int8_channel
-from flashquant.update.session import Session
+from flashquant.schemes import int8_channel
+from flashquant.update import Session
 
 ROWS, COLUMNS = 8, 64
 LIMIT = 10.0  # microseconds a tensor: the acceptance
@@ -106,8 +106,7 @@ class Point:
 
 def _layer(name: str, shards: int, dtype: torch.dtype) -> Any:
     """A layer that is written where it lies, as the row-major kernels of a GPU have them."""
-    from flashquant.patches.layers.blueprint import LayerBlueprint
-    from flashquant.patches.layers.in_place import DirectLayer
+    from flashquant.patches.layers import DirectLayer, LayerBlueprint
 
     module = nn.Module()
     values = {"weight": torch.zeros(shards * ROWS, COLUMNS, dtype=dtype)}

@@ -29,7 +29,7 @@ from benchmarks.models import Weights, both_policies
 from benchmarks.results import machine, markdown, milliseconds
 
 if TYPE_CHECKING:
-    from flashquant.patches.diagnostics.bench import Sync, Timing
+    from flashquant.patches.diagnostics import Sync, Timing
 
 SCHEMES = ("bf16", "int8", "fp8_vllm", "fp8_channel")
 _NO_DIGEST = {"FLASHQUANT_DIGEST": "0"}
@@ -88,7 +88,7 @@ def measure(model: str, rounds: int) -> Result:
 def start_engines(path: Path) -> dict[str, Sync]:
     """One engine a scheme and column, ready to be reloaded, in the order of the turns."""
     import flashquant
-    from flashquant.patches.diagnostics.bench import whole
+    from flashquant.patches.diagnostics import whole
 
     flashquant.patch()
     arms = {EVERYTHING: ({}, True), **WITHOUT}
@@ -101,7 +101,7 @@ def start_engines(path: Path) -> dict[str, Sync]:
 
 def start_with(path: Path, scheme: str, variables: Mapping[str, str]) -> Any:
     """An engine whose reloads carry the proofs that these variables leave."""
-    from flashquant.patches.diagnostics.bench import start
+    from flashquant.patches.diagnostics import start
 
     with mock.patch.dict(os.environ, variables):
         return start(path, scheme)
@@ -111,7 +111,7 @@ def take_shuffled_turns(
     syncs: dict[str, Sync], policies: Sequence[Weights], rounds: int
 ) -> dict[str, Timing]:
     """Time each once a round, in an order of that round's own, after one round nobody counts."""
-    from flashquant.patches.diagnostics.bench import Timing, timed
+    from flashquant.patches.diagnostics import Timing, timed
 
     dice = random.Random(0)
     seconds: dict[str, list[float]] = {name: [] for name in syncs}

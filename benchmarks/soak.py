@@ -42,7 +42,7 @@ from benchmarks.results import machine
 from benchmarks.safety_cost import SCHEMES
 from benchmarks.soak_report import Result, save, tables
 from flashquant.errors import ReloadError
-from flashquant.update.integrity import footprints
+from flashquant.update import footprints
 from tests.engine import faults
 from tests.engine.checkpoints import Policies
 
@@ -101,7 +101,7 @@ def measure(
         with ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
             fresh = list(pool.map(fresh_digest, paths, [scheme] * 2))
         flashquant.patch()
-        from flashquant.patches.diagnostics.bench import start
+        from flashquant.patches.diagnostics import start
 
         llm = start(paths[0], scheme)
         # Clones: a tensor that still lies in its file would count as resident when it is read.
@@ -130,7 +130,7 @@ def measure(
 def fresh_digest(path: Path, scheme: str) -> str | None:
     """What an engine holds that was started on a policy; runs in a process of its own."""
     flashquant.patch()
-    from flashquant.patches.diagnostics.bench import start
+    from flashquant.patches.diagnostics import start
 
     digest: str | None = flashquant.status(start(path, scheme)).digest
     return digest

@@ -33,7 +33,7 @@ from benchmarks.results import described, earlier, machine, save_json, save_text
 from tests import tiny_models
 
 if TYPE_CHECKING:
-    from flashquant.patches.diagnostics.bench import Sync, Timing
+    from flashquant.patches.diagnostics import Sync, Timing
 
 SCHEMES = ("bf16", "int8", "int8 frozen", "int8 refreshed", "fp8_vllm", "fp8_channel")
 
@@ -62,7 +62,7 @@ def measure(model: str, scheme: str, rounds: int) -> Result:
     """One scheme; in a process of its own."""
     environment.prepare()
     import flashquant
-    from flashquant.patches.diagnostics.bench import take_turns
+    from flashquant.patches.diagnostics import take_turns
 
     flashquant.patch()
     path = models.checkpoint(model)
@@ -173,7 +173,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def known(file: Path) -> dict[str, Result]:
     """What earlier runs found of one model, by scheme."""
-    from flashquant.patches.diagnostics.bench import Timing
+    from flashquant.patches.diagnostics import Timing
 
     found = [
         Result(**{**each, "syncs": [Timing(**timing) for timing in each["syncs"]]})

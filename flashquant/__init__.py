@@ -14,8 +14,8 @@ from collections.abc import Awaitable
 from typing import TYPE_CHECKING, Any, Protocol, overload
 
 if TYPE_CHECKING:
-    from flashquant.plan.weights import Weights
-    from flashquant.update.report import ReloadReport, Status
+    from flashquant.plan import Weights
+    from flashquant.update import ReloadReport, Status
 
 __all__ = [
     "__version__",

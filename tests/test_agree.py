@@ -14,9 +14,8 @@ import pytest
 from torch.distributed import HashStore
 
 from flashquant.errors import MisfitTensor, PeerFailed, WorkerLost
+from flashquant.update import Ballot, Member
 from flashquant.update import agreement as agree
-from flashquant.update.agreement import Ballot
-from flashquant.update.members import Member
 
 
 @pytest.fixture

@@ -6,10 +6,9 @@ import pytest
 import torch
 
 from flashquant.errors import MisfitTensor, ProfileError
-from flashquant.profiles import Base, Entry, Profile, calibration, fingerprint
-from flashquant.profiles.calibration import Calibration
+from flashquant.profiles import Base, Calibration, Entry, Profile, calibration, fingerprint
 from flashquant.schemes import smoothed
-from flashquant.update.session import Session
+from flashquant.update import Session
 from tests import flashrl
 from tests.test_session import CPU, NEW, FakeEngine, serves
 

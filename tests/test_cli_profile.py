@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from flashquant.cli.main import main
-from flashquant.profiles import load_profile
-from flashquant.profiles.calibration import check_profile_fits
+from flashquant.profiles import check_profile_fits, load_profile
 from flashquant.profiles.making import Checkpoint
 from tests import flashrl, tiny_models
 

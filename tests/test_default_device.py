@@ -11,10 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from flashquant.plan.writes import Fill, View
-from flashquant.profiles import Profile, load_profile, save_profile
-from flashquant.profiles.calibration import Calibration
-from flashquant.update.staging import Stage, write
+from flashquant.plan import Fill, View
+from flashquant.profiles import Calibration, Profile, load_profile, save_profile
+from flashquant.update import Stage, write
 from tests import test_calibration
 from tests.test_calibration import FIELDS, entries
 from tests.test_session import CPU, NEW, OLD, FakeEngine, serves, serving

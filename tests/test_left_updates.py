@@ -8,7 +8,7 @@ import pytest
 
 from flashquant.config.checks import Checks
 from flashquant.errors import ReloadError
-from flashquant.update.session import Session
+from flashquant.update import Session
 from tests.test_session import NEW, OLD, FakeEngine, fresh, only, serves, serving
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flashquant.plan.writes import Fill, Replay, TensorPlan, View, Write, WritePlan, beside
+from flashquant.plan import Fill, Replay, TensorPlan, View, Write, WritePlan
+from flashquant.plan.writes import beside
 
 K_PROJ = TensorPlan(
     name="k_proj.weight",

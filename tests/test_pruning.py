@@ -11,7 +11,7 @@ from flashquant.errors import MisfitTensor, ProfileError
 from flashquant.profiles import Entry
 from flashquant.profiles.pruning import Pruning
 from flashquant.schemes.smoothed import int8_frozen
-from flashquant.update.session import Session
+from flashquant.update import Session
 from tests.test_calibration import FIELDS, opened
 from tests.test_session import NEW, FakeEngine
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from flashquant.errors import MisfitTensor, UnsupportedEngine
-from flashquant.plan.writes import Replay, Step, TensorPlan, View, Write
+from flashquant.plan import Replay, Step, TensorPlan, View, Write
 from flashquant.schemes import int8_channel
 from flashquant.update.quantize import Recipe, as_stored
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from flashquant.update.report import ReloadReport, Status
+from flashquant.update import ReloadReport, Status
 
 
 def a_report(**changes: Any) -> ReloadReport:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from flashquant.update import UndoLog
 from flashquant.update import reserve as reserve_module
 from flashquant.update.reserve import Copies, Reserve
-from flashquant.update.undo import UndoLog
 from tests.test_session import OLD, FakeEngine, serving
 
 LARGE = 1 << 20

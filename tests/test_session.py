@@ -24,9 +24,7 @@ from flashquant.errors import (
     UnknownWeight,
 )
 from flashquant.schemes import int8_channel
-from flashquant.update.agreement import Ballot
-from flashquant.update.session import Session
-from flashquant.update.staging import Stage, write
+from flashquant.update import Ballot, Session, Stage, write
 
 CPU = torch.device("cpu")
 

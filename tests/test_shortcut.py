@@ -14,8 +14,8 @@ from torch.distributed.tensor import DTensor
 from benchmarks.replay import Engine, serving
 from flashquant.errors import MisfitTensor, ReloadError
 from flashquant.schemes import int8_channel
+from flashquant.update import Session
 from flashquant.update.fast_bindings import Shortcut, Shortcuts
-from flashquant.update.session import Session
 
 Serving = tuple[Session, Engine]
 TENSORS = 6  # of three layers

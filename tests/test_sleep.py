@@ -14,9 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from flashquant.profiles import Profile
-from flashquant.profiles.calibration import Calibration
-from flashquant.update.session import Session
+from flashquant.profiles import Calibration, Profile
+from flashquant.update import Session
 from tests.test_calibration import checkpoint, entries, opened
 from tests.test_session import CPU, NEW, weights
 

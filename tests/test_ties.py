@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flashquant.errors import IncompleteUpdate, MisfitTensor
-from flashquant.update.session import Session
+from flashquant.update import Session
 from tests.test_session import FakeEngine, FakeLayer, serving
 
 EMBEDDINGS, HEAD = "embed.weight", "lm_head.weight"

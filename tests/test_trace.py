@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from flashquant.errors import ReloadError, UnknownWeight
+from flashquant.plan import Fill, Replay, TensorPlan, View, Write
 from flashquant.plan.trace import trace, trace_one
-from flashquant.plan.writes import Fill, Replay, TensorPlan, View, Write
 
 ROWS = {"q": (0, 4), "k": (4, 2), "v": (6, 2)}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flashquant.update.undo import UndoLog
+from flashquant.update import UndoLog
 
 
 def test_a_tensor_written_twice_returns_to_its_first_value():

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flashquant.errors import MovedTensor
-from flashquant.update.integrity import check_unmoved, digest, digests, fingerprint, footprints
+from flashquant.update import digests, footprints
+from flashquant.update.integrity import check_unmoved, digest, fingerprint
 
 DTYPES = [torch.bfloat16, torch.float8_e4m3fn, torch.int8, torch.float32, torch.bool]
 

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from flashquant.errors import ReloadError, UnknownWeight
-from flashquant.plan.weights import few_at_a_time, named_tensors, naming_the_file
+from flashquant.plan import few_at_a_time, named_tensors, naming_the_file
 
 WEIGHTS = {"a.weight": torch.arange(6.0).view(2, 3), "b.bias": torch.ones(2).bfloat16()}
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.nn import Parameter
 
+from flashquant.update import digests
 from flashquant.update.foreign import Witness
-from flashquant.update.integrity import digests
 
 
 @pytest.fixture

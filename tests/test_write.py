@@ -7,9 +7,8 @@ from itertools import permutations
 import pytest
 import torch
 
-from flashquant.plan.writes import Fill, View, Write
-from flashquant.update.staging import Stage, write
-from flashquant.update.undo import UndoLog
+from flashquant.plan import Fill, View, Write
+from flashquant.update import Stage, UndoLog, write
 
 CPU = torch.device("cpu")
 ROWS = {"q": (0, 3), "k": (3, 2), "v": (5, 1)}

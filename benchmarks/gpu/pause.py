@@ -28,7 +28,7 @@ def run(
     # What counts the copies travels to the engine core by pickle.
     os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
     os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
-    from flashquant.patches.diagnostics.bench import room_for_others
+    from flashquant.patches.diagnostics import room_for_others
 
     options = MODES[mode] | room_for_others()
     found = {}

@@ -23,7 +23,7 @@ from benchmarks.gpu.facts import Facts
 from benchmarks.results import markdown, milliseconds
 
 if TYPE_CHECKING:
-    from flashquant.patches.diagnostics.bench import Sync, Timing
+    from flashquant.patches.diagnostics import Sync, Timing
 
 SCHEMES = ("bf16", "int8", "fp8_vllm", "fp8_channel", "fp8_block")
 # Eager, or with CUDA graphs of layers that are not compiled, which start in seconds.
@@ -108,7 +108,7 @@ def measure(
     import flashquant
     from flashquant.patches.diagnostics import bench
     from flashquant.patches.seams.engine_args import ONLINE
-    from flashquant.plan.weights import named_tensors
+    from flashquant.plan import named_tensors
 
     flashquant.patch()
     weights = {name: tensor.to(device) for name, tensor in named_tensors(path)}

@@ -1,1 +1,1 @@
-"""TODO."""
+"""`flashquant` on the command line: `main`, and a file a command."""

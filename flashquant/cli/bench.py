@@ -18,7 +18,7 @@ from rich.table import Table
 from flashquant.errors import ConfigError
 
 if TYPE_CHECKING:
-    from flashquant.patches.diagnostics.bench import Result
+    from flashquant.patches.diagnostics import Result
 
 # Engines in this process, one beside the other, and quiet unless the user wants vLLM's log.
 _ENVIRONMENT = {
@@ -48,7 +48,7 @@ def _bench(chosen: argparse.Namespace) -> int:
         raise ConfigError(f"{chosen.model} is no folder of a checkpoint: it has no config.json")
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    from flashquant.patches.diagnostics.bench import measure
+    from flashquant.patches.diagnostics import measure
 
     result = measure(chosen.model, chosen.scheme, chosen.rounds)
     _show(result)

@@ -23,7 +23,7 @@ from rich.table import Table
 from flashquant.errors import ConfigError
 
 if TYPE_CHECKING:
-    from flashquant.patches.diagnostics.doctor import Finding
+    from flashquant.patches.diagnostics import Finding
 
 _STYLES = {"ok": "green", "skipped": "yellow", "fails": "bold red"}
 _SECONDS = 600.0  # for one scheme
@@ -79,7 +79,7 @@ def _doctor(chosen: argparse.Namespace) -> int:
 def _examined(chosen: argparse.Namespace) -> Iterator[Finding]:
     engines = _engines(chosen) if chosen.engine or chosen.gpu else ()
     if not chosen.engines_only:
-        from flashquant.patches.diagnostics.doctor import examine
+        from flashquant.patches.diagnostics import examine
 
         yield from examine()
     yield from engines

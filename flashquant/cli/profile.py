@@ -169,9 +169,8 @@ def _short(name: str) -> str:
 
 
 def _convert(old: str, new: str, model: str | None, revision: str | None) -> int:
-    from flashquant.plan.weights import named_tensors
-    from flashquant.profiles import load_profile, save_profile, with_base
-    from flashquant.profiles.calibration import check_profile_fits
+    from flashquant.plan import named_tensors
+    from flashquant.profiles import check_profile_fits, load_profile, save_profile, with_base
 
     profile = load_profile(old)
     if model is not None:

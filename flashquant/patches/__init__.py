@@ -11,40 +11,12 @@ from contextlib import ExitStack
 
 import vllm
 
-from flashquant.patches import guard, transfer
-from flashquant.patches.layers import cpu
-from flashquant.patches.layers import shard_maxima as shards
+from flashquant.patches import guard, layers, remote, seams, transfer
 from flashquant.patches.point import PatchPoint
-from flashquant.patches.remote import executor, replicas
-from flashquant.patches.seams import (
-    cutlass,
-    engine_args,
-    engine_core,
-    loading,
-    lora,
-    moe,
-    reload,
-    sleep,
-    worker,
-)
 
 logger = logging.getLogger(__name__)
 
-_KNOWN: tuple[PatchPoint, ...] = (
-    *engine_args.POINTS,
-    *replicas.POINTS,
-    *loading.POINTS,
-    *lora.POINTS,
-    *reload.POINTS,
-    *sleep.POINTS,
-    *worker.POINTS,
-    *executor.POINTS,
-    *shards.POINTS,
-    *engine_core.POINTS,
-    *cpu.POINTS,
-    *cutlass.POINTS,
-    *moe.POINTS,
-)
+_KNOWN: tuple[PatchPoint, ...] = (*seams.POINTS, *remote.POINTS, *layers.POINTS)
 POINTS = tuple(point for point in _KNOWN if point.is_in(vllm.__version__))
 # Seams of other versions: there is nothing to wrap, but that they are missing is looked at.
 ELSEWHERE = tuple(point for point in _KNOWN if not point.is_in(vllm.__version__))
@@ -64,7 +36,7 @@ def patch() -> None:
     if _applied is not None:
         return
     guard.check_version(vllm.__version__)
-    cpu.allow_amx()
+    layers.allow_amx()
     for point in POINTS:
         # All modules are imported before the first name is replaced: one that is imported
         # later would take a replaced name over by value, for good.

@@ -15,20 +15,23 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 
 from flashquant.config.checks import Checks
 from flashquant.errors import UnsupportedEngine
-from flashquant.patches.layers.attention import is_deferred_attention_layer
-from flashquant.patches.layers.blueprint import LayerBlueprint, ModelBlueprint
-from flashquant.patches.layers.direct import Direct
-from flashquant.patches.layers.in_place import DirectLayer
-from flashquant.patches.layers.kernel_state import is_processor
-from flashquant.patches.layers.per_tensor import LateLayer
-from flashquant.patches.layers.processed import Learned, LiveLayer
-from flashquant.patches.seams.engine_args import ADDITIONAL_CONFIG_KEY, ONLINE, PROFILE_KEY
-from flashquant.plan.weights import NamedTensors
-from flashquant.profiles import load_profile
-from flashquant.profiles.calibration import Calibration
-from flashquant.schemes import fp8_channel, fp8_tensor, int8_channel, warm, whole
-from flashquant.schemes.devices import resolved
-from flashquant.update.integrity import digests
+from flashquant.patches.decided import ADDITIONAL_CONFIG_KEY, PROFILE_KEY
+from flashquant.patches.layers import (
+    Direct,
+    DirectLayer,
+    LateLayer,
+    LayerBlueprint,
+    Learned,
+    LiveLayer,
+    ModelBlueprint,
+    is_deferred_attention_layer,
+    is_processor,
+)
+from flashquant.patches.seams.engine_args import ONLINE
+from flashquant.plan import NamedTensors
+from flashquant.profiles import Calibration, load_profile
+from flashquant.schemes import fp8_channel, fp8_tensor, int8_channel, resolved, warm, whole
+from flashquant.update import digests
 
 # vLLM warns of a bf16 tensor on its way into an int8 parameter; while we watch
 # its loader, on meta tensors, that is just what we want to see.

@@ -13,19 +13,19 @@ import torch
 from torch import Tensor
 
 from flashquant.errors import ReloadError, UnknownWeight
+from flashquant.plan.loader import Loader
 from flashquant.plan.trace import trace, trace_one
 from flashquant.plan.weights import NamedTensors
 from flashquant.plan.wrappers import hint
 from flashquant.plan.writes import Replay, TensorPlan, WritePlan, beside
-from flashquant.update.engine import Engine
 
 
-class Routes:
+class Planner:
     """The write plan of one engine, and what its checkpoint held."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, loader: Loader) -> None:
         self.plan = WritePlan()
-        self._engine = engine
+        self._loader = loader
         self._checkpoint: dict[str, tuple[torch.Size, torch.dtype]] = {}
         self._made: dict[str, tuple[torch.Size, torch.dtype]] = {}  # of it: scales, most of all
         self._wanted: dict[str, None] | None = None
@@ -34,7 +34,7 @@ class Routes:
     def open(self) -> None:
         """The engine serves; what became one parameter while it loaded, has one name now."""
         entries = (self.plan[name] for name in self.plan.names)
-        kept = (entry for entry in entries if self._engine.targets.keys() >= set(entry.targets))
+        kept = (entry for entry in entries if self._loader.targets.keys() >= set(entry.targets))
         self.plan, self._wanted = WritePlan(kept), None
 
     def note(self, name: str, tensor: Tensor) -> None:
@@ -67,9 +67,9 @@ class Routes:
         if name in self.plan:
             return
         try:
-            with self._engine.laid_out():
+            with self._loader.laid_out():
                 meta = _meta(tensor.shape, tensor.dtype)
-                self.plan.add(trace_one(self._engine.load, name, meta, self._engine.targets))
+                self.plan.add(trace_one(self._loader.load, name, meta, self._loader.targets))
         except ReloadError as refusal:
             if self.tie_of(name, tensor) is not None:
                 self.plan.add({name: TensorPlan(name, tuple(tensor.shape), tensor.dtype, ())})
@@ -117,17 +117,17 @@ class Routes:
         None where it leaves it out for another reason.
         """
         found = self._ties.get(name)
-        if found is None and self._engine.tied:
+        if found is None and self._loader.tied:
             found = self._tie_of(name, tensor)
             if found is not None:
                 self._ties[name] = found
         return found
 
     def _tie_of(self, name: str, tensor: Tensor) -> TensorPlan | None:
-        tied, meta = self._engine.tied, _meta(tensor.shape, tensor.dtype)
+        tied, meta = self._loader.tied, _meta(tensor.shape, tensor.dtype)
         try:
-            with self._engine.apart() as targets:
-                plan = trace_one(self._engine.load, name, meta, targets)[name]
+            with self._loader.apart() as targets:
+                plan = trace_one(self._loader.load, name, meta, targets)[name]
         except ReloadError:
             return None
         if plan.steps:
@@ -145,8 +145,8 @@ class Routes:
     def _learn_forms(self, forms: Mapping[str, tuple[torch.Size, torch.dtype]]) -> None:
         new = {name: _meta(*form) for name, form in forms.items() if name not in self.plan}
         if new:
-            with self._engine.laid_out():
-                self.plan.add(trace(self._engine.load, new, self._engine.targets))
+            with self._loader.laid_out():
+                self.plan.add(trace(self._loader.load, new, self._loader.targets))
 
     @property
     def wanted(self) -> Mapping[str, None]:
@@ -155,7 +155,7 @@ class Routes:
         An engine that started without one (dummy weights) needs all of them.
         """
         if not self._checkpoint:
-            return dict.fromkeys(self._engine.targets)
+            return dict.fromkeys(self._loader.targets)
         if self._wanted is None:
             self._wanted = self._filled()
         return self._wanted
@@ -175,7 +175,7 @@ class Routes:
         if weight == name or name in self._checkpoint or weight not in self.plan:
             return None
         scales = [f"{target}_scale" for target in self.plan[weight].targets]
-        stored, targets = self._engine.stored, self._engine.targets
+        stored, targets = self._loader.stored, self._loader.targets
         made = all(scale in stored and scale not in targets for scale in scales)
         return self.plan[weight] if scales and made else None
 

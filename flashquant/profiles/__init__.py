@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from flashquant.config.locate import locate
 from flashquant.errors import ProfileError
 from flashquant.profiles.bases import with_base
+from flashquant.profiles.calibration import Calibration, Clipping, check_profile_fits
 from flashquant.profiles.flashrl import read_flashrl
 from flashquant.profiles.header import Base
 from flashquant.profiles.profile import Entry, Profile, fingerprint
@@ -28,8 +29,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Base",
+    "Calibration",
+    "Clipping",
     "Entry",
     "Profile",
+    "check_profile_fits",
     "fingerprint",
     "load_profile",
     "save_profile",

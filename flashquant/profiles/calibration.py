@@ -17,20 +17,24 @@ import functools
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
-from typing import Final, Literal
+from typing import Final, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from flashquant.errors import MisfitTensor, ProfileError
-from flashquant.profiles import Entry, Profile, fingerprint
-from flashquant.profiles.pruning import Pruning
-from flashquant.schemes.chunks import row_chunks
-from flashquant.schemes.quick import int8_frozen, int8_refreshed, row_absmax
-from flashquant.schemes.smoothed import scaled, scaled_norm
-from flashquant.schemes.validation import Doubts, check_finite
-from flashquant.update.code_statistics import Clipping
-from flashquant.update.undo import UndoLog
+from flashquant.profiles.profile import Entry, Profile, fingerprint
+from flashquant.profiles.pruning import Pruning, Undo
+from flashquant.schemes import (
+    Doubts,
+    check_finite,
+    int8_frozen,
+    int8_refreshed,
+    row_absmax,
+    row_chunks,
+    scaled,
+    scaled_norm,
+)
 
 Scales = Literal["frozen", "refreshed"]
 
@@ -63,6 +67,19 @@ class _Seen:
     weight_scales: dict[str, Tensor] = field(default_factory=dict)  # by the name of the weight
     fingerprints: dict[str, str] = field(default_factory=dict)
     alike: dict[str, float] = field(default_factory=dict)  # of floats: to what was calibrated
+
+
+class Clipping(NamedTuple):
+    """How well frozen scales hold one weight, as scalars on its device.
+
+    Attributes:
+        outside: how many of its elements were clipped by a code or more.
+        peak: max |w| / (127 * scale); about 1 where they fit.
+
+    """
+
+    outside: Tensor
+    peak: Tensor
 
 
 class Calibration:
@@ -219,7 +236,7 @@ class Calibration:
         if self._pruning is not None:
             self._pruning.forget()
 
-    def remember(self, undo: UndoLog) -> None:
+    def remember(self, undo: Undo) -> None:
         """Let an undo log put back what pushes change here."""
         if self._pruning is not None:
             self._pruning.remember(undo)

@@ -11,19 +11,24 @@ again when the last of its readers has: in any order, over any number of pushes.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Set as AbstractSet
-from typing import Final
+from typing import Final, Protocol
 
 import torch
 from torch import Tensor
 
 from flashquant.errors import ProfileError
-from flashquant.profiles import Entry
-from flashquant.update.undo import UndoLog
+from flashquant.profiles.profile import Entry
 
 _BLOCK: Final = re.compile(r"^.*?\.\d+\.")
 _ONE: Final = 1e-4  # how near to it the product of two reciprocals has to be
+
+
+class Undo(Protocol):
+    """The undo log of an update, as far as what is remembered here needs one."""
+
+    def remember_how(self, undo: Callable[[], object], *, live: bool = True) -> None: ...
 
 
 class Pruning:
@@ -47,7 +52,7 @@ class Pruning:
         self._masks: dict[str, Tensor] = {}  # `[K]` bool, by norm: what it was last written with
         self._arrived: dict[str, frozenset[str]] = {}  # of its readers, since then
 
-    def remember(self, undo: UndoLog) -> None:
+    def remember(self, undo: Undo) -> None:
         """Let an undo log put back what is known now."""
         norms, dead = dict(self._norms), dict(self._dead)
         masks, arrived = dict(self._masks), dict(self._arrived)

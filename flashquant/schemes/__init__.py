@@ -9,6 +9,60 @@ them does the work is decided in `quick`, and nowhere else.
     fp8_tensor     codes [N, K] e4m3   scales [1]    float32   one scale a tensor
 """
 
-from flashquant.schemes.quick import fp8_channel, fp8_static, fp8_tensor, int8_channel, warm
+from __future__ import annotations
 
-__all__ = ["fp8_channel", "fp8_static", "fp8_tensor", "int8_channel", "warm"]
+from flashquant.schemes.build import BuildError, built
+from flashquant.schemes.chunks import row_chunks
+from flashquant.schemes.devices import current, resolved
+from flashquant.schemes.quick import (
+    Quantize,
+    Storing,
+    fp8_channel,
+    fp8_static,
+    fp8_tensor,
+    int8_channel,
+    int8_frozen,
+    int8_refreshed,
+    row_absmax,
+    storing,
+    warm,
+)
+from flashquant.schemes.smoothed import scaled, scaled_norm
+from flashquant.schemes.stored import holds_codes, quantizer
+from flashquant.schemes.validation import (
+    Doubts,
+    check_dtype,
+    check_finite,
+    check_form,
+    check_peak,
+    check_plain,
+)
+
+__all__ = [
+    "BuildError",
+    "Doubts",
+    "Quantize",
+    "Storing",
+    "built",
+    "check_dtype",
+    "check_finite",
+    "check_form",
+    "check_peak",
+    "check_plain",
+    "current",
+    "fp8_channel",
+    "fp8_static",
+    "fp8_tensor",
+    "holds_codes",
+    "int8_channel",
+    "int8_frozen",
+    "int8_refreshed",
+    "quantizer",
+    "resolved",
+    "row_absmax",
+    "row_chunks",
+    "scaled",
+    "scaled_norm",
+    "storing",
+    "warm",
+]

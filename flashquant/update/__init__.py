@@ -1,1 +1,42 @@
-"""TODO."""
+"""One update of one live model: all or nothing, in place, bit-identical to a fresh start.
+
+session             the only room that knows the order
+pipeline            one tensor: admitted, quantized, written, its layer committed
+bindings            what is known of a name before its tensor comes
+transaction, undo   the update stands, or the old weights are put back
+completeness        what has not arrived yet; passes, where one sync ends and the next begins
+agreement           all workers commit, or none does
+integrity           nothing moved, and what it all adds up to (fingerprints/)
+foreign, serving    other writers; whether the weights may be served
+code_statistics     how far codes moved, and what frozen scales clipped
+engine              the protocols that patches/ answers with vLLM, and a test with ten lines
+"""
+
+from __future__ import annotations
+
+from flashquant.update.agreement import Ballot
+from flashquant.update.engine import Engine, Layer, Reach
+from flashquant.update.integrity import digests, footprints
+from flashquant.update.members import Member
+from flashquant.update.report import Drift, Refusal, ReloadReport, Status
+from flashquant.update.session import Session
+from flashquant.update.staging import Stage, write
+from flashquant.update.undo import UndoLog
+
+__all__ = [
+    "Ballot",
+    "Drift",
+    "Engine",
+    "Layer",
+    "Member",
+    "Reach",
+    "Refusal",
+    "ReloadReport",
+    "Session",
+    "Stage",
+    "Status",
+    "UndoLog",
+    "digests",
+    "footprints",
+    "write",
+]

@@ -12,10 +12,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from flashquant.plan.planner import Routes
-from flashquant.plan.writes import Replay, Step, TensorPlan, Write
-from flashquant.profiles.calibration import Calibration
-from flashquant.schemes.validation import check_dtype, check_form, check_plain
+from flashquant.plan import Planner, Replay, Step, TensorPlan, Write
+from flashquant.profiles import Calibration
+from flashquant.schemes import check_dtype, check_form, check_plain
 from flashquant.update.engine import Engine, Layer
 from flashquant.update.quantize import Recipe, is_float
 from flashquant.update.staging import Stage
@@ -79,7 +78,7 @@ class Way:
 class Ways:
     """The ways of all names that have come by on one live engine."""
 
-    def __init__(self, engine: Engine, routes: Routes, calibration: Calibration | None) -> None:
+    def __init__(self, engine: Engine, routes: Planner, calibration: Calibration | None) -> None:
         self._engine, self._routes, self._calibration = engine, routes, calibration
         self._ways: dict[str, Way] = {}
         self._homes: dict[str, Layer] = {}
@@ -99,7 +98,7 @@ class Ways:
 
         Raises:
             MisfitTensor: what was sent is no tensor.
-            ReloadError: as `Routes.of`.
+            ReloadError: as `Planner.of`.
 
         """
         way = self._ways.get(name)

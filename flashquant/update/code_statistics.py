@@ -16,31 +16,19 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import accumulate, groupby, repeat
-from typing import Final, NamedTuple
+from typing import Final
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from flashquant.schemes.stored import holds_codes
+from flashquant.profiles import Clipping
+from flashquant.schemes import holds_codes
 from flashquant.update.report import Drift
 
 logger = logging.getLogger(__name__)
 
 _SAMPLE: Final = 1024
-
-
-class Clipping(NamedTuple):
-    """How well frozen scales hold one weight, as scalars on its device.
-
-    Attributes:
-        outside: how many of its elements were clipped by a code or more.
-        peak: max |w| / (127 * scale); about 1 where they fit.
-
-    """
-
-    outside: Tensor
-    peak: Tensor
 
 
 @dataclass(frozen=True)

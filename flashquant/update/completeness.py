@@ -10,8 +10,8 @@ from collections.abc import Set as AbstractSet
 from torch import Tensor
 
 from flashquant.errors import IncompleteUpdate
-from flashquant.plan.weights import NamedTensors
-from flashquant.profiles.calibration import Calibration
+from flashquant.plan import NamedTensors
+from flashquant.profiles import Calibration
 from flashquant.update.engine import Engine, Layer
 from flashquant.update.passes import Passes
 from flashquant.update.report import some_of

@@ -7,15 +7,13 @@ lines of torch.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from enum import Enum
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from flashquant.plan.weights import NamedTensors
-from flashquant.plan.writes import Fill, Write
+from flashquant.plan import Fill, Loader, Write
 from flashquant.update.staging import Stage
 from flashquant.update.undo import UndoLog
 
@@ -97,7 +95,7 @@ class Layer(Protocol):
     def contents(self) -> Iterator[tuple[str, Tensor | str]]: ...
 
 
-class Engine(Protocol):
+class Engine(Loader, Protocol):
     """The serving model: its own loader, its checkpoint-format parameters, its layers."""
 
     @property
@@ -105,32 +103,8 @@ class Engine(Protocol):
     @property
     def device(self) -> torch.device: ...
     @property
-    def targets(self) -> Mapping[str, Tensor]:
-        """Checkpoint-format parameters, on meta: what its loader writes into."""
-        ...
-
-    @property
-    def stored(self) -> Mapping[str, Tensor]:
-        """The same as stages hold them, on meta: codes where a layer takes codes of floats, and
-        the scales beside them, `<parameter>_scale`."""
-        ...
-
-    @property
-    def tied(self) -> Mapping[str, str]:
-        """The other names of parameters that the model holds once, and under which it does."""
-        ...
-
-    @property
     def layers(self) -> Sequence[Layer]: ...
     @property
     def shares_scales(self) -> bool:
         """Whether scales span the shards of other workers: maxima of whole tensors are wanted."""
-        ...
-
-    def load(self, weights: NamedTensors) -> object: ...
-    def laid_out(
-        self, values: Mapping[str, Tensor] | None = None
-    ) -> AbstractContextManager[None]: ...
-    def apart(self) -> AbstractContextManager[Mapping[str, Tensor]]:
-        """While a loader is watched: all parameters on meta, a tied one under each of its names."""
         ...

@@ -16,9 +16,8 @@ from typing import Final, NamedTuple
 import torch
 from torch import Tensor
 
-from flashquant.plan.writes import View, Write
-from flashquant.schemes.quick import Storing, storing
-from flashquant.schemes.validation import check_peak
+from flashquant.plan import View, Write
+from flashquant.schemes import Storing, check_peak, storing
 from flashquant.update.bindings import Landing, Way
 from flashquant.update.code_statistics import Noted, noted_in_place
 from flashquant.update.engine import Layer

@@ -9,10 +9,9 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from flashquant.plan.planner import Routes
-from flashquant.plan.weights import NamedTensors, few_at_a_time
-from flashquant.profiles.calibration import Calibration
-from flashquant.schemes.stored import holds_codes
+from flashquant.plan import NamedTensors, Planner, few_at_a_time
+from flashquant.profiles import Calibration
+from flashquant.schemes import holds_codes
 from flashquant.update.code_statistics import Drifts
 from flashquant.update.engine import Engine
 from flashquant.update.quantize import Recipe, as_stored
@@ -30,7 +29,7 @@ class FirstLoad:
     """
 
     def __init__(
-        self, engine: Engine, routes: Routes, drifts: Drifts, calibration: Calibration | None
+        self, engine: Engine, routes: Planner, drifts: Drifts, calibration: Calibration | None
     ) -> None:
         self._engine, self._routes, self._drifts = engine, routes, drifts
         self._calibration = calibration

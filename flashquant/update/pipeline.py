@@ -16,11 +16,9 @@ from torch import Tensor
 
 from flashquant.config.checks import Checks
 from flashquant.errors import MisfitTensor, ReloadError
-from flashquant.plan.weights import NamedTensors
-from flashquant.plan.writes import Replay, View, Write
-from flashquant.profiles.calibration import Calibration
-from flashquant.schemes.quick import row_absmax
-from flashquant.schemes.validation import check_finite
+from flashquant.plan import NamedTensors, Replay, View, Write
+from flashquant.profiles import Calibration
+from flashquant.schemes import check_finite, row_absmax
 from flashquant.update.bindings import Landing, Way, Ways
 from flashquant.update.code_statistics import Drifts
 from flashquant.update.engine import Engine, Layer, Reach

@@ -17,11 +17,9 @@ from types import MappingProxyType
 from torch import Tensor
 
 from flashquant.errors import UnsupportedEngine
-from flashquant.plan.writes import TensorPlan
-from flashquant.profiles.calibration import Calibration
-from flashquant.schemes.quick import Quantize
-from flashquant.schemes.stored import holds_codes, quantizer
-from flashquant.schemes.validation import Doubts, check_finite
+from flashquant.plan import TensorPlan
+from flashquant.profiles import Calibration
+from flashquant.schemes import Doubts, Quantize, check_finite, holds_codes, quantizer
 
 
 class Recipe:

@@ -9,7 +9,7 @@ from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from itertools import chain
 
-from flashquant.plan.planner import Routes
+from flashquant.plan import Planner
 from flashquant.update.completeness import Arrivals
 from flashquant.update.engine import Engine
 from flashquant.update.integrity import digest
@@ -36,7 +36,7 @@ class Reporter:
     def __init__(
         self,
         engine: Engine,
-        routes: Routes,
+        routes: Planner,
         arrivals: Arrivals,
         ties: Ties,
         transactions: Transactions,

@@ -19,11 +19,17 @@ from torch import Tensor
 
 from flashquant.config.checks import Checks
 from flashquant.errors import FlashquantError, MovedTensor, ReloadError, UnsupportedEngine
-from flashquant.plan.planner import Routes
-from flashquant.plan.weights import NamedTensors, Offered, Weights, named_tensors, naming_the_file
-from flashquant.plan.wrappers import Names
-from flashquant.plan.writes import WritePlan
-from flashquant.profiles.calibration import Calibration
+from flashquant.plan import (
+    NamedTensors,
+    Names,
+    Offered,
+    Planner,
+    Weights,
+    WritePlan,
+    named_tensors,
+    naming_the_file,
+)
+from flashquant.profiles import Calibration
 from flashquant.update.agreement import Ballot
 from flashquant.update.bindings import Ways
 from flashquant.update.code_statistics import Drifts
@@ -65,7 +71,7 @@ class Session:
         self._calibration = calibration
         self._engine = engine
         self._checks = checks or Checks()
-        self._routes = Routes(engine)
+        self._routes = Planner(engine)
         self._ways = Ways(engine, self._routes, calibration)
         self._arrivals = Arrivals(engine, calibration)
         self._witness = Witness({})

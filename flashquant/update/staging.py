@@ -15,7 +15,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from flashquant.plan.writes import Fill, View, Write
+from flashquant.plan import Fill, View, Write
 from flashquant.update.undo import UndoLog
 
 

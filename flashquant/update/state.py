@@ -6,8 +6,8 @@ import time
 from collections import defaultdict
 from dataclasses import dataclass, field
 
-from flashquant.plan.writes import View
-from flashquant.schemes.validation import Doubts
+from flashquant.plan import View
+from flashquant.schemes import Doubts
 from flashquant.update.code_statistics import Noted
 from flashquant.update.engine import Layer, Reach
 from flashquant.update.integrity import Footprint

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from flashquant.errors import IncompleteUpdate, MisfitTensor
-from flashquant.plan.writes import Replay, TensorPlan, Write
+from flashquant.plan import Replay, TensorPlan, Write
 from flashquant.update.engine import Layer
 from flashquant.update.integrity import fingerprint
 from flashquant.update.staging import write

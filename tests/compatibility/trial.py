@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import tests.conftest  # noqa: F401  (the environment in which engines share a process)
 from flashquant.errors import FlashquantError
-from flashquant.update.integrity import footprints
+from flashquant.update import footprints
 from tests import tiny_models
 from tests.architectures import write
 from tests.compatibility.cell import DIED, EXACT, REFUSED, WRONG, Cell

@@ -23,7 +23,7 @@ import flashquant
 from flashquant.patches.guard import vllm_is
 from flashquant.patches.layers import kernel_state
 from flashquant.patches.seams.loading import session_of
-from flashquant.update.session import Session
+from flashquant.update import Session
 from tests.engine.kernels import choosing as choosing
 from tests.engine.kernels import multiply_fp8_as_everywhere
 from tests.groups import make_experts_group

@@ -20,9 +20,8 @@ from torch import Tensor
 
 import flashquant
 from flashquant.errors import ReloadError
+from flashquant.update import Stage, UndoLog
 from flashquant.update.integrity import fingerprint
-from flashquant.update.staging import Stage
-from flashquant.update.undo import UndoLog
 from tests.engine import faults
 from tests.engine.checkpoints import Policies
 from tests.engine.faults import INJECTED, SEED

@@ -25,9 +25,8 @@ from torch import Tensor
 
 import flashquant
 from flashquant.errors import ReloadError
+from flashquant.update import Stage, Status
 from flashquant.update.passes import Passes
-from flashquant.update.report import Status
-from flashquant.update.staging import Stage
 from tests import tiny_models
 from tests.engine.serving import serve
 

@@ -25,11 +25,9 @@ from flashquant.errors import (
     TornWeights,
     UnknownWeight,
 )
-from flashquant.patches.layers import kernel_state
-from flashquant.patches.layers.in_place import DirectLayer
-from flashquant.patches.layers.kernel_state import is_handle
+from flashquant.patches.layers import DirectLayer, is_handle, kernel_state
 from flashquant.patches.seams import loading
-from flashquant.update.integrity import footprints
+from flashquant.update import footprints
 from tests.engine.checkpoints import SCHEMES, Policies, config_name
 from tests.engine.serving import Serving, needs, serve
 

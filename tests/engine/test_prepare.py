@@ -10,8 +10,8 @@ import torch
 
 import flashquant
 from flashquant.errors import IncompleteUpdate, MisfitTensor
-from flashquant.patches.layers.kernel_state import Carry
-from flashquant.update.integrity import footprints
+from flashquant.patches.layers import Carry
+from flashquant.update import footprints
 from tests.engine.checkpoints import Policies
 from tests.engine.serving import Serving, choosing, serve
 

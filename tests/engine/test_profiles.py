@@ -20,9 +20,8 @@ from torch import Tensor
 import flashquant
 from examples.demo import smollm2
 from flashquant.errors import ConfigError, MisfitTensor, ProfileError
-from flashquant.profiles import Base, fingerprint, load_profile, save_profile
+from flashquant.profiles import Base, Profile, fingerprint, load_profile, save_profile
 from flashquant.profiles.making import Checkpoint, factors_of_twins, profile_of, write_w8a8
-from flashquant.profiles.profile import Profile
 from flashquant.schemes import int8_channel
 from tests import flashrl, tiny_models
 from tests.engine.serving import Serving, serve

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from vllm.config.quantization import QuantizationConfigArgs
 
 from flashquant.patches.diagnostics.examination.layouts import kernel_of, stored
-from flashquant.patches.layers.memory_layout import Storage
+from flashquant.patches.layers import Storage
 from flashquant.patches.seams.engine_args import ONLINE
-from flashquant.update.integrity import Footprint, footprints
+from flashquant.update import footprints
+from flashquant.update.integrity import Footprint
 from tests import tiny_models
 from tests.engine.checkpoints import Policies, config_name
 from tests.layouts import models

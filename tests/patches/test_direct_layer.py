@@ -6,11 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from flashquant.patches.layers.blueprint import LayerBlueprint
-from flashquant.patches.layers.in_place import DirectLayer
-from flashquant.plan.writes import View, Write
-from flashquant.update.engine import Reach
-from flashquant.update.undo import UndoLog
+from flashquant.patches.layers import DirectLayer, LayerBlueprint
+from flashquant.plan import View, Write
+from flashquant.update import Reach, UndoLog
 
 ROWS, COLUMNS, SHARDS = 2, 4, 3
 

@@ -8,13 +8,10 @@ import pytest
 import torch
 from torch import nn
 
+from flashquant.patches.layers import LayerBlueprint, LiveLayer
 from flashquant.patches.layers import processed as layers
-from flashquant.patches.layers.blueprint import LayerBlueprint
-from flashquant.patches.layers.processed import LiveLayer
-from flashquant.plan.writes import View, Write
-from flashquant.update.engine import Reach
-from flashquant.update.integrity import digests
-from flashquant.update.undo import UndoLog
+from flashquant.plan import View, Write
+from flashquant.update import Reach, UndoLog, digests
 
 FORM = View((2, 4), (4, 1), 0)
 

@@ -9,9 +9,9 @@ import pytest
 from torch import nn
 
 from flashquant.errors import UnsupportedEngine
+from flashquant.patches.decided import ADDITIONAL_CONFIG_KEY, STARTS_ON_FLOATS
 from flashquant.patches.layers import cpu
 from flashquant.patches.seams import moe
-from flashquant.patches.seams.engine_args import ADDITIONAL_CONFIG_KEY, STARTS_ON_FLOATS
 
 
 def asked(monkeypatch: pytest.MonkeyPatch, rows: int, *, experts: int = 16, **decided: Any) -> bool:

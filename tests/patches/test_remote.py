@@ -11,7 +11,7 @@ import pytest
 from flashquant.errors import MisfitTensor, PeerFailed, ReloadError, WorkerLost
 from flashquant.patches.remote import conversation as remote
 from flashquant.patches.seams import worker
-from flashquant.update.members import Member
+from flashquant.update import Member
 from tests.test_report import a_report
 
 REFUSED = {"error": "MisfitTensor", "says": "q.weight holds NaN"}

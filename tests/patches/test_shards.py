@@ -12,9 +12,9 @@ from flashquant.patches.layers.shard_maxima import (
     _amax_for_tp_weight_quant,
     answered_by,
 )
-from flashquant.plan.writes import Fill, View, Write
+from flashquant.plan import Fill, View, Write
 from flashquant.schemes.absmax import row_absmax
-from flashquant.update.staging import Stage, write
+from flashquant.update import Stage, write
 
 CPU = torch.device("cpu")
 WHOLE = torch.tensor([[1.0, -8.0], [2.0, 3.0]])
@@ -58,7 +58,7 @@ def test_padding_counts_for_what_it_is() -> None:
 
 def test_a_maximum_comes_back_with_the_shard_it_belongs_to() -> None:
     """A push that fails brings other values, and takes them away again."""
-    from flashquant.update.undo import UndoLog
+    from flashquant.update import UndoLog
 
     stage, undo = first_column(row_absmax(WHOLE)), UndoLog()
     stage.remember(stage.windows, undo, values=True)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from flashquant.patches.layers.memory_layout import Storage, storages
+from flashquant.patches.layers import Storage, storages
 from flashquant.schemes.int8 import int8_channel
 
 Process = Callable[[Any], None]

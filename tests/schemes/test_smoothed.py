@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from flashquant.schemes import chunks
+from flashquant.schemes import chunks, scaled
 from flashquant.schemes.int8 import int8_channel
-from flashquant.schemes.smoothed import int8_frozen, int8_refreshed, scaled
+from flashquant.schemes.smoothed import int8_frozen, int8_refreshed
 from tests import flashrl
 
 FLOATS = [torch.bfloat16, torch.float16, torch.float32]

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from flashquant.errors import UnsupportedEngine
-from flashquant.schemes import fp8_channel, int8_channel
-from flashquant.schemes.stored import holds_codes, quantizer
+from flashquant.schemes import fp8_channel, holds_codes, int8_channel, quantizer
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from flashquant.errors import ProfileError
-from flashquant.profiles import Entry, Profile
-from flashquant.profiles.calibration import Calibration, check_profile_fits
+from flashquant.profiles import Calibration, Entry, Profile, check_profile_fits
 from flashquant.profiles.making import Checkpoint, Factors, Producer, Site, profile_of, write_w8a8
 from tests import tiny_models
 

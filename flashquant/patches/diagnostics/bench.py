@@ -25,10 +25,10 @@ from torch import Tensor
 from vllm import LLM
 
 from flashquant.patches import patch
-from flashquant.patches.remote.target import reload_weights
+from flashquant.patches.remote import reload_weights
 from flashquant.patches.seams.engine_args import ONLINE
-from flashquant.plan.weights import named_tensors
-from flashquant.update.report import ReloadReport
+from flashquant.plan import named_tensors
+from flashquant.update import ReloadReport
 
 COPY_LIMIT = "copy limit"
 NATIVE = "vLLM's own reload"

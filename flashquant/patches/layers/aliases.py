@@ -13,8 +13,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from flashquant.patches.layers import kernel_state
-from flashquant.plan.trace import storage_of
-from flashquant.plan.writes import View
+from flashquant.plan import View, storage_of
 
 
 class Borrowed(NamedTuple):

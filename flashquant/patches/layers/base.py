@@ -10,10 +10,8 @@ from torch import Tensor
 
 from flashquant.patches.layers import kernel_state
 from flashquant.patches.layers.blueprint import LayerBlueprint
-from flashquant.plan.writes import Fill, Write
-from flashquant.update.engine import Reach
-from flashquant.update.staging import Stage, write
-from flashquant.update.undo import UndoLog
+from flashquant.plan import Fill, Write
+from flashquant.update import Reach, Stage, UndoLog, write
 
 
 def belong_together(one: str, other: str) -> bool:

@@ -27,7 +27,7 @@ from flashquant.patches.layers import kernel_state
 from flashquant.patches.layers.aliases import Borrowed, borrowed
 from flashquant.patches.layers.attention import is_deferred_attention_layer
 from flashquant.patches.layers.kernel_state import is_processor
-from flashquant.plan.trace import storage_of
+from flashquant.plan import storage_of
 
 
 @dataclass(frozen=True)

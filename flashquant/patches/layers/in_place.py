@@ -15,10 +15,8 @@ from torch import Tensor
 from flashquant.patches.layers.base import StagedLayer, belong_together
 from flashquant.patches.layers.blueprint import LayerBlueprint
 from flashquant.patches.layers.kernel_state import Carry
-from flashquant.plan.writes import Fill, Write
-from flashquant.update.engine import Reach
-from flashquant.update.staging import Stage
-from flashquant.update.undo import UndoLog
+from flashquant.plan import Fill, Write
+from flashquant.update import Reach, Stage, UndoLog
 
 
 class DirectLayer(StagedLayer):

@@ -24,7 +24,7 @@ from vllm._custom_ops import CPUDNNLGEMMHandler
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 
 from flashquant.errors import ReloadError
-from flashquant.update.undo import UndoLog
+from flashquant.update import UndoLog
 
 
 class Handle(Protocol):

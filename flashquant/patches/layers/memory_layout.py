@@ -30,8 +30,8 @@ from torch import Tensor, nn
 
 from flashquant.patches.layers import kernel_state
 from flashquant.patches.layers.provenance import Origins
-from flashquant.plan.trace import storage_of
-from flashquant.update.integrity import digests
+from flashquant.plan import storage_of
+from flashquant.update import digests
 
 Kind = Literal["rows", "codes", "packed", "hidden"]
 Quantize = Callable[[Tensor], tuple[Tensor, Tensor]]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flashquant.patches.layers import kernel_state
-from flashquant.plan.trace import storage_of, tensors_in
+from flashquant.plan import storage_of, tensors_in
 
 # What may be done to a parameter without making anything new of it.
 _HANDED_ON = {

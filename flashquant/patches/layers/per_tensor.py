@@ -13,8 +13,8 @@ from torch import Tensor
 from flashquant.patches.layers.base import StagedLayer
 from flashquant.patches.layers.blueprint import LayerBlueprint
 from flashquant.patches.layers.kernel_state import Carry
-from flashquant.schemes.quick import Quantize
-from flashquant.update.undo import UndoLog
+from flashquant.schemes import Quantize
+from flashquant.update import UndoLog
 
 
 class LateLayer(StagedLayer):

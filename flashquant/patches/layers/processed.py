@@ -31,10 +31,8 @@ from flashquant.patches.layers.blueprint import LayerBlueprint
 from flashquant.patches.layers.direct import method_of
 from flashquant.patches.layers.kernel_state import Carry
 from flashquant.patches.layers.pass_through import handed_on
-from flashquant.plan.writes import Fill, Write
-from flashquant.update.engine import Reach
-from flashquant.update.integrity import digests
-from flashquant.update.undo import UndoLog
+from flashquant.plan import Fill, Write
+from flashquant.update import Reach, UndoLog, digests
 
 # What kind of module hands on which parameters, and as which leaves.
 Learned = dict[tuple[object, ...], Mapping[str, tuple[str, ...]]]

@@ -16,8 +16,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from flashquant.plan.trace import storage_of, tensors_in, written_by
-from flashquant.plan.writes import View
+from flashquant.plan import View, storage_of, tensors_in, written_by
 
 # Memory that nobody has written yet, or somebody past torch.
 _FROM_ELSEWHERE = frozenset(

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from flashquant.patches.point import PatchPoint
-from flashquant.update.staging import Stage
+from flashquant.update import Stage
 
 logger = logging.getLogger(__name__)
 

@@ -23,8 +23,7 @@ from pydantic import TypeAdapter
 from flashquant import errors
 from flashquant.errors import PeerFailed, ReloadError, WorkerLost
 from flashquant.patches.seams import worker
-from flashquant.update.members import Member
-from flashquant.update.report import ReloadReport
+from flashquant.update import Member, ReloadReport
 
 _T = TypeVar("_T")
 _REPORT = TypeAdapter(ReloadReport)  # a worker's answer comes as plain data

@@ -20,8 +20,8 @@ from flashquant.errors import ReloadError
 from flashquant.patches.remote import conversation as remote
 from flashquant.patches.seams import worker
 from flashquant.patches.seams.loading import session_of
-from flashquant.plan.weights import NamedTensors, Weights, named_tensors
-from flashquant.update.report import ReloadReport, Status
+from flashquant.plan import NamedTensors, Weights, named_tensors
+from flashquant.update import ReloadReport, Status
 
 _STATUS = TypeAdapter(Status)  # a worker's answer comes as plain data
 

@@ -1,1 +1,37 @@
-"""TODO."""
+"""Where flashquant goes into vLLM: a short file a seam, each with its points.
+
+engine_args   FLASHRL_CONFIG becomes engine arguments (logprobs)
+loading       a session opens, from the creation of a model until it serves (blame, peers)
+reload        vLLM's own reload becomes a bracket; sleep: weights that are put away
+worker        new methods on every worker; engine_core: the scheduler hears of it (derived)
+moe, lora, cutlass   what vLLM needs before it can serve these in our schemes
+"""
+
+from __future__ import annotations
+
+from flashquant.patches.seams import (
+    cutlass,
+    engine_args,
+    engine_core,
+    loading,
+    lora,
+    moe,
+    reload,
+    sleep,
+    worker,
+)
+from flashquant.patches.seams.loading import session_of
+
+__all__ = ["POINTS", "session_of"]
+
+POINTS = (
+    *engine_args.POINTS,
+    *loading.POINTS,
+    *lora.POINTS,
+    *reload.POINTS,
+    *sleep.POINTS,
+    *worker.POINTS,
+    *engine_core.POINTS,
+    *cutlass.POINTS,
+    *moe.POINTS,
+)

@@ -21,6 +21,7 @@ from flashquant.config.checks import Checks, checks_from_env
 from flashquant.config.locate import Located, locate, locate_in_model, split_revision
 from flashquant.config.schema import FlashConfig, RolloutConfig, config_from_env
 from flashquant.errors import ConfigError
+from flashquant.patches.decided import ADDITIONAL_CONFIG_KEY, PROFILE_KEY, STARTS_ON_FLOATS
 from flashquant.patches.guard import vllm_is
 from flashquant.patches.point import PatchPoint
 from flashquant.patches.seams.logprobs import configure_logprobs
@@ -29,9 +30,6 @@ from flashquant.profiles.making import W8A8
 
 logger = logging.getLogger(__name__)
 
-ADDITIONAL_CONFIG_KEY = "flashquant"
-PROFILE_KEY = "profile"  # in it, where pushes are quantized by one
-STARTS_ON_FLOATS = "starts_on_floats"  # in it: the checkpoint holds no codes, the load makes them
 # In a model that an entry names: the name that `profile make` gives, and FlashRL's.
 _OWN_PROFILES = ("profile.safetensors", "profile.pt")
 ENTRY = "flashquant_entry"  # of engine arguments: the entry they are for, whatever the rank

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from flashquant.errors import ReloadError
 from flashquant.patches.engine import LiveEngine, asks_for_session, scheme_of
-from flashquant.patches.layers.cpu import packed_once
+from flashquant.patches.layers import packed_once
 from flashquant.patches.point import PatchPoint
 from flashquant.patches.seams.blame import naming_the_layer
 from flashquant.patches.seams.peers import ballot_for
-from flashquant.update.session import Session
+from flashquant.update import Session
 
 logger = logging.getLogger(__name__)
 

@@ -20,8 +20,8 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
 )
 
 from flashquant.errors import UnsupportedEngine
+from flashquant.patches.decided import ADDITIONAL_CONFIG_KEY, STARTS_ON_FLOATS
 from flashquant.patches.point import PatchPoint
-from flashquant.patches.seams.engine_args import ADDITIONAL_CONFIG_KEY, STARTS_ON_FLOATS
 
 
 def _init_replicated(

@@ -8,7 +8,7 @@ from typing import Any
 import torch.distributed
 from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
-from flashquant.update.agreement import Ballot
+from flashquant.update import Ballot
 
 # Workers create their models (a target, a draft) in the same order, so the count tells
 # the ballots of a process apart, and means the same in all of them.

@@ -20,7 +20,7 @@ from flashquant.errors import ReloadError
 from flashquant.patches.guard import vllm_is
 from flashquant.patches.point import PatchPoint
 from flashquant.patches.seams.loading import check_servable, find_session, note_forgotten
-from flashquant.update.session import Session
+from flashquant.update import Session
 
 logger = logging.getLogger(__name__)
 

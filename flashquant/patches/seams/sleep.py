@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from flashquant.patches.point import PatchPoint
 from flashquant.patches.seams.loading import find_session, models_of
-from flashquant.update.session import Session
+from flashquant.update import Session
 
 _WEIGHTS = "weights"
 _SCALES = ("_q_scale", "_k_scale", "_v_scale")  # of an attention layer, for its cache

@@ -26,9 +26,8 @@ from flashquant.patches.seams.loading import (
     standing_of,
     take_forgotten,
 )
-from flashquant.plan.weights import Weights, named_tensors, naming_the_file
-from flashquant.update.members import Member
-from flashquant.update.report import ReloadReport
+from flashquant.plan import Weights, named_tensors, naming_the_file
+from flashquant.update import Member, ReloadReport
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from vllm.distributed.weight_transfer.base import WeightTransferInitInfo, Weight
 
 from flashquant.errors import ReloadError
 from flashquant.patches.transfer.bracketed import Bracketed, Load
-from flashquant.plan.weights import named_tensors
+from flashquant.plan import named_tensors
 
 
 @dataclass

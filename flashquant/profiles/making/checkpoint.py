@@ -15,8 +15,7 @@ from torch import Tensor
 
 from flashquant.errors import ProfileError
 from flashquant.profiles import Profile
-from flashquant.schemes.quick import int8_frozen
-from flashquant.schemes.smoothed import scaled_norm
+from flashquant.schemes import int8_frozen, scaled_norm
 
 W8A8: Final[Mapping[str, Any]] = {
     "quant_method": "compressed-tensors",

@@ -15,8 +15,7 @@ from torch import Tensor
 from flashquant.errors import ProfileError
 from flashquant.profiles import Base, Entry, Profile
 from flashquant.profiles.profile import KINDS
-from flashquant.schemes.quick import row_absmax
-from flashquant.schemes.smoothed import scaled
+from flashquant.schemes import row_absmax, scaled
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from flashquant.schemes.build import BuildError, built
+from flashquant.schemes import BuildError, built
 from flashquant.schemes.native import wanted
 from flashquant.update.fingerprints import definition
 

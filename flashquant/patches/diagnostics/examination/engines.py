@@ -20,12 +20,10 @@ from flashquant.patches.diagnostics.bench import room_for_others
 from flashquant.patches.diagnostics.examination import policies
 from flashquant.patches.diagnostics.examination.layouts import describe
 from flashquant.patches.layers import kernel_state
-from flashquant.patches.remote.target import reload_weights
+from flashquant.patches.remote import reload_weights
 from flashquant.patches.seams.engine_args import ONLINE
 from flashquant.patches.seams.loading import session_of
-from flashquant.update.integrity import footprints
-from flashquant.update.report import ReloadReport
-from flashquant.update.session import Session
+from flashquant.update import ReloadReport, Session, footprints
 
 SCHEMES = ("bf16", "int8", *ONLINE)
 Mode = Literal["eager", "graphs", "compiled"]

@@ -8,9 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flashquant.patches.layers.blueprint import LayerBlueprint
-from flashquant.patches.layers.kernel_state import is_processor
-from flashquant.patches.layers.memory_layout import Quantize, Storage, storages
+from flashquant.patches.layers import LayerBlueprint, Quantize, Storage, is_processor, storages
 from flashquant.patches.seams.loading import session_of
 from flashquant.schemes import fp8_channel, fp8_tensor
 
