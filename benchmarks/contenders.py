@@ -13,6 +13,7 @@ from torch import Tensor
 from benchmarks import models
 from benchmarks.flashrl_method import Method, int8_rows
 from flashquant.config.checks import Checks
+from flashquant.config.schemes import ONLINE
 from flashquant.profiles import Entry, Profile, save_profile
 from tests import tiny_models
 
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 FLASHRL = "FlashRL's method"
 _BUCKET = 64 << 20  # bytes of a bucket
 # vLLM's own name of a scheme, where it has an online load of it.
-_ONLINE = {"fp8_vllm": "fp8_per_tensor", "fp8_channel": "fp8_per_channel"}
 
 
 def config(path: Path, scheme: str) -> str:
@@ -59,9 +59,9 @@ def unpatched(path: Path, scheme: str, bf16: Any) -> dict[str, Sync]:
 
     if scheme == "bf16":
         return {f"{FLASHRL}, bf16": Method(bf16)}
-    if scheme in _ONLINE:
-        llm = bench.start(path, None, quantization=_ONLINE[scheme])
-        name = _ONLINE[scheme]
+    if scheme in ONLINE:
+        llm = bench.start(path, None, quantization=ONLINE[scheme])
+        name = ONLINE[scheme]
         return {f"{bench.NATIVE}, {name}": bench.native(llm), f"{FLASHRL}, {name}": Method(llm)}
     if scheme != "int8":  # through a profile: the same engine as without
         return {}

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from flashquant.config.schema import (
-    SCHEME_ALIASES,
     FlashConfig,
     RolloutConfig,
     config_from_env,
     load_config,
 )
+from flashquant.config.schemes import NAMES, SCHEMES
 from flashquant.errors import ConfigError
 
 # What FlashRL's own `setup` writes for int8, followed by `setup -a --fn bf16`.
@@ -70,7 +70,7 @@ def test_a_name_stands_for_one_scheme(name, scheme):
 
 
 def test_every_scheme_is_its_own_name():
-    assert all(SCHEME_ALIASES[scheme] == scheme for scheme in SCHEME_ALIASES.values())
+    assert all(NAMES[name].name == name for name in SCHEMES)
 
 
 def test_a_flashrl_file_loads_as_it_is(write):

@@ -27,9 +27,9 @@ REPOS = {
 # Each line of standard input is a reference; each of the output, what became of it.
 PROGRAM = """
 import json, sys
-from flashquant.config import load_config
+from flashquant.config.schema import load_config
 from flashquant.errors import ConfigError
-from flashquant.locate import locate, locate_in_model
+from flashquant.config.locate import locate, locate_in_model
 assert "huggingface_hub" not in sys.modules
 for line in sys.stdin.read().splitlines():
     verb, reference = line.split(" ", 1)

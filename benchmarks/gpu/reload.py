@@ -49,8 +49,8 @@ class Engines:
 
     def add_vllms(self, scheme: str) -> bool:
         """vLLM's own engine: in bf16, or in one of its online schemes; whether it serves that."""
+        from flashquant.config.schemes import ONLINE
         from flashquant.patches.diagnostics import bench
-        from flashquant.patches.seams.engine_args import ONLINE
 
         online = {"quantization": ONLINE[scheme]} if scheme in ONLINE else {}
         name = f"{bench.NATIVE}, {ONLINE.get(scheme, 'bf16')}"
@@ -106,8 +106,8 @@ def measure(
     """Timings, seconds of each engine's start in this process, and bytes of what is pushed."""
     environment.prepare()
     import flashquant
+    from flashquant.config.schemes import ONLINE
     from flashquant.patches.diagnostics import bench
-    from flashquant.patches.seams.engine_args import ONLINE
     from flashquant.plan import named_tensors
 
     flashquant.patch()

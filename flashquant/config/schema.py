@@ -30,30 +30,13 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from flashquant.config.locate import locate, named_in
+from flashquant.config.schemes import NAMES
 from flashquant.errors import ConfigError, LocateError
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
 CONFIG_VARIABLE: Final = "FLASHRL_CONFIG"
-
-SCHEME_ALIASES: Final[Mapping[str, str]] = MappingProxyType(
-    {
-        "bf16": "bf16",
-        "fp8": "fp8_vllm",
-        "fp8_vllm": "fp8_vllm",
-        "fp8_fast": "fp8_vllm",
-        "fp8_vllm_fast": "fp8_vllm",
-        "fp8_tensor": "fp8_tensor",
-        "fp8_channel": "fp8_channel",
-        "fp8_block": "fp8_block",
-        "int8": "int8",
-        "int8_fast": "int8",
-        "int8_wo_prune": "int8",
-        "int8_prune": "int8_prune",
-    }
-)
-"""Every configuration name -> the scheme it stands for."""
 
 _MAX_BYTES: Final = 1 << 20
 _MAX_PROBLEMS: Final = 8
@@ -100,13 +83,13 @@ class RolloutConfig(BaseModel):
     @property
     def scheme(self) -> str:
         """The canonical name of what a quantized layer stores."""
-        return SCHEME_ALIASES[self.fn]
+        return NAMES[self.fn].name
 
     @field_validator("fn")
     @classmethod
     def _fn_names_a_configuration(cls, fn: str) -> str:
-        if fn not in SCHEME_ALIASES:
-            raise ValueError(f"{fn!r} names no configuration; {_nearest(fn, SCHEME_ALIASES)}")
+        if fn not in NAMES:
+            raise ValueError(f"{fn!r} names no configuration; {_nearest(fn, NAMES)}")
         return fn
 
     @field_validator(
@@ -131,7 +114,7 @@ class RolloutConfig(BaseModel):
 
     @model_validator(mode="after")
     def _only_int8_has_scales_to_keep(self) -> RolloutConfig:
-        if "scales" in self.model_fields_set and not self.scheme.startswith("int8"):
+        if "scales" in self.model_fields_set and not NAMES[self.fn].takes_profile:
             raise ValueError(
                 f"scales is {self.scales!r}, but fn {self.fn!r} knows no profile; leave scales "
                 "out, or write fn: int8"
@@ -140,7 +123,7 @@ class RolloutConfig(BaseModel):
 
     @model_validator(mode="after")
     def _a_profile_needs_real_weights_to_start_from(self) -> RolloutConfig:
-        if self.scheme.startswith("int8") and self.profile and self.load_format == "dummy":
+        if NAMES[self.fn].takes_profile and self.profile and self.load_format == "dummy":
             raise ValueError(
                 "load_format is 'dummy', but an int8 profile scales by what the w8a8 checkpoint "
                 "holds; write load_format: auto"
@@ -201,15 +184,15 @@ def load_config(reference: str) -> FlashConfig:
     wanted = reference.strip()
     if not wanted:
         raise ConfigError(
-            f"the configuration is blank. Write a name ({_listed(SCHEME_ALIASES)}) "
+            f"the configuration is blank. Write a name ({_listed(NAMES)}) "
             "or the path of a YAML file."
         )
-    if wanted in SCHEME_ALIASES:
+    if wanted in NAMES:
         return FlashConfig(configs=(RolloutConfig(fn=wanted),), source=wanted)
     if not _is_path(wanted):
         raise ConfigError(
             f"{wanted!r} is neither a configuration nor the path of a YAML file; "
-            f"{_nearest(wanted, SCHEME_ALIASES)}"
+            f"{_nearest(wanted, NAMES)}"
         )
     path, source = locate(wanted)
     try:

@@ -1,9 +1,32 @@
-"""What was decided for an engine travels in vLLM's `additional_config`, under these keys."""
+"""What was decided for an engine, as it travels in vLLM's `additional_config`."""
 
 from __future__ import annotations
 
 from typing import Final
 
+from vllm.config import VllmConfig
+
+from flashquant.config.checks import Checks
+
 ADDITIONAL_CONFIG_KEY: Final = "flashquant"
 PROFILE_KEY: Final = "profile"  # in it, where pushes are quantized by one
 STARTS_ON_FLOATS: Final = "starts_on_floats"  # in it: the load makes the codes
+
+
+def asks_for_session(vllm_config: VllmConfig) -> bool:
+    """Whether this engine was configured by flashquant."""
+    additional = vllm_config.additional_config
+    return isinstance(additional, dict) and ADDITIONAL_CONFIG_KEY in additional
+
+
+def bracket_timeout(vllm_config: VllmConfig) -> float:
+    """Seconds after which an update that its trainer has left is rolled back; 0 for never."""
+    decided = vllm_config.additional_config[ADDITIONAL_CONFIG_KEY]
+    return Checks(**decided["checks"]).bracket_timeout
+
+
+def scheme_of(vllm_config: VllmConfig) -> str:
+    """What flashquant was asked to serve; bf16 where it was not asked."""
+    if not asks_for_session(vllm_config):
+        return "bf16"
+    return str(vllm_config.additional_config[ADDITIONAL_CONFIG_KEY]["scheme"])

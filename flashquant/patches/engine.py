@@ -14,6 +14,7 @@ from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from flashquant.config.checks import Checks
+from flashquant.config.schemes import ONLINE
 from flashquant.errors import UnsupportedEngine
 from flashquant.patches.decided import ADDITIONAL_CONFIG_KEY, PROFILE_KEY
 from flashquant.patches.layers import (
@@ -27,23 +28,14 @@ from flashquant.patches.layers import (
     is_deferred_attention_layer,
     is_processor,
 )
-from flashquant.patches.seams.engine_args import ONLINE
 from flashquant.plan import NamedTensors
 from flashquant.profiles import Calibration, load_profile
-from flashquant.schemes import fp8_channel, fp8_tensor, int8_channel, resolved, warm, whole
+from flashquant.schemes import DEFINITIONS, WHOLE, resolved, warm
 from flashquant.update import digests
 
 # vLLM warns of a bf16 tensor on its way into an int8 parameter; while we watch
 # its loader, on meta tensors, that is just what we want to see.
 _LOADERS_LOG = logging.getLogger("vllm.model_executor")
-# What a push is quantized with in each scheme, where it is not vLLM that does it.
-_QUANTIZERS: dict[str, tuple[Callable[[Tensor], object], ...]] = {
-    "bf16": (),
-    "int8": (int8_channel,),
-    "fp8_channel": (fp8_channel,),
-    "fp8_vllm": (fp8_tensor,),
-    "fp8_block": (),
-}
 
 
 class LiveEngine:
@@ -131,8 +123,7 @@ class LiveEngine:
         # vLLM's online schemes are ours to the bit. By tensor, one has to see all of it; the
         # scale of a shard that another worker has the rest of, vLLM has to find.
         late = self.scheme == "fp8_vllm" and not self.shares_scales
-        by_row = whole.fp8_channel if self.scheme == "fp8_channel" else None
-        ours = whole.fp8_tensor if late else by_row
+        ours = WHOLE.get(self.scheme) if late or self.scheme == "fp8_channel" else None
         direct = Direct(ours, self._context, self.device, by_row=not late)
         stale = self._blueprint.stale()
         lent = {target for _, target, _ in stale}
@@ -156,8 +147,14 @@ class LiveEngine:
             layers.append(layer)
         self.layers = tuple(layers)
         self._blueprint.release_originals()
-        own = self.calibration.quantizers() if self.calibration else _QUANTIZERS[self.scheme]
-        warm(own, self._vllm_config.model_config.dtype, self.device)
+        warm(tuple(self._quantizers()), self._vllm_config.model_config.dtype, self.device)
+
+    def _quantizers(self) -> Iterator[Callable[[Tensor], object]]:
+        """What pushes are quantized with, where it is not vLLM that does it."""
+        if self.calibration is not None:
+            yield from self.calibration.quantizers()
+        elif self.scheme in DEFINITIONS:
+            yield DEFINITIONS[self.scheme]
 
     @contextmanager
     def _context(self) -> Iterator[None]:
@@ -223,22 +220,3 @@ def _refuse_own_processing(model: nn.Module) -> None:
                 "make anew when new ones are pushed: it would go stale. Unset FLASHRL_CONFIG to "
                 "serve this model unpatched."
             )
-
-
-def asks_for_session(vllm_config: VllmConfig) -> bool:
-    """Whether this engine was configured by flashquant."""
-    additional = vllm_config.additional_config
-    return isinstance(additional, dict) and ADDITIONAL_CONFIG_KEY in additional
-
-
-def bracket_timeout(vllm_config: VllmConfig) -> float:
-    """Seconds after which an update that its trainer has left is rolled back; 0 for never."""
-    decided = vllm_config.additional_config[ADDITIONAL_CONFIG_KEY]
-    return Checks(**decided["checks"]).bracket_timeout
-
-
-def scheme_of(vllm_config: VllmConfig) -> str:
-    """What flashquant was asked to serve; bf16 where it was not asked."""
-    if not asks_for_session(vllm_config):
-        return "bf16"
-    return str(vllm_config.additional_config[ADDITIONAL_CONFIG_KEY]["scheme"])

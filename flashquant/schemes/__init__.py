@@ -12,6 +12,7 @@ them does the work is decided in `quick`, and nowhere else.
 from __future__ import annotations
 
 from flashquant.schemes.build import BuildError, built
+from flashquant.schemes.by_name import DEFINITIONS, WHOLE
 from flashquant.schemes.chunks import row_chunks
 from flashquant.schemes.devices import current, resolved
 from flashquant.schemes.quick import (
@@ -39,6 +40,8 @@ from flashquant.schemes.validation import (
 )
 
 __all__ = [
+    "DEFINITIONS",
+    "WHOLE",
     "BuildError",
     "Doubts",
     "Quantize",

@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable
 from types import ModuleType
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import torch
 from torch import Tensor
@@ -18,8 +18,14 @@ from flashquant.schemes.smoothed import Frozen
 
 logger = logging.getLogger(__name__)
 
+
 # Rows, and where their codes are to be written (None: in new memory), to codes and scales.
-Quantize = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
+class Quantize(Protocol):
+    """Floats become codes and scales; the codes where they are wanted, if that is given."""
+
+    def __call__(self, weight: Tensor, codes: Tensor | None = None, /) -> tuple[Tensor, Tensor]: ...
+
+
 Storing = Callable[[Tensor], float | Tensor]
 
 _CANNOT: Final = (
@@ -141,6 +147,13 @@ def warm(runs: Iterable[Callable[[Tensor], object]], dtype: torch.dtype, on: tor
     logger.info("kernels for %s are compiled (%.1f s)", on, time.perf_counter() - start)
 
 
+_IN_C: Final[dict[Quantize | None, str]] = {
+    None: "copied",
+    int8_channel: "int8_channel",
+    fp8_channel: "fp8_channel",
+}
+
+
 def storing(
     quantize: Quantize | None, dtype: torch.dtype, home: Tensor, scales: Tensor | None = None
 ) -> Storing:
@@ -159,7 +172,7 @@ def storing(
     """
     kernels = native.kernels() if home.device.type == "cpu" and dtype in native.TYPES else None
     if kernels is not None:
-        name = "copied" if quantize is None else quantize.__name__
+        name = _IN_C[quantize]
         return kernels.storing(name, dtype, home, scales)
 
     def store(weight: Tensor) -> float | Tensor:

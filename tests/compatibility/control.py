@@ -10,9 +10,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from flashquant.config.schemes import ONLINE, W8A8
 from flashquant.patches.layers import cpu
-from flashquant.patches.seams.engine_args import ONLINE
-from flashquant.profiles.making import W8A8
 from tests.compatibility.cell import ENGINE, WRONG, Cell
 from tests.compatibility.trial import kernels, policy
 

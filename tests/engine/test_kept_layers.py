@@ -12,8 +12,8 @@ import torch
 from transformers import GraniteMoeConfig, GraniteMoeForCausalLM
 
 import flashquant
+from flashquant.config.schemes import W8A8
 from flashquant.errors import ConfigError, UnsupportedEngine
-from flashquant.profiles.making import W8A8
 from tests import tiny_models
 from tests.engine.checkpoints import Policies
 from tests.engine.serving import Serving, serve

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from vllm.config.quantization import QuantizationConfigArgs
 
+from flashquant.config.schemes import ONLINE
 from flashquant.patches.diagnostics.examination.layouts import kernel_of, stored
 from flashquant.patches.layers import Storage
-from flashquant.patches.seams.engine_args import ONLINE
 from flashquant.update import footprints
 from flashquant.update.integrity import Footprint
 from tests import tiny_models

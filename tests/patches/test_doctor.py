@@ -15,14 +15,14 @@ def found(monkeypatch: pytest.MonkeyPatch, **other: float) -> doctor.Finding:
     """Beside a kernel that does what ours does, but for one scale, or one code."""
 
     def theirs(weight: Tensor) -> tuple[Tensor, Tensor]:
-        codes, scales = doctor.int8_channel(weight)
+        codes, scales = doctor.DEFINITIONS["int8"](weight)
         for name, value in other.items():
             row = ZEROS if name.endswith("of_zeros") else ZEROS + 1
             (codes if name.startswith("code") else scales)[row, 0] = value
         return codes, scales
 
     monkeypatch.setitem(doctor._VLLMS, "int8", theirs)
-    return doctor._as_vllms("int8", doctor.int8_channel, doctor._weight(), "cpu:0")
+    return doctor._as_vllms("int8", doctor.DEFINITIONS["int8"], doctor._weight(), "cpu:0")
 
 
 def test_a_row_of_zeros_may_have_another_scale(monkeypatch: pytest.MonkeyPatch) -> None:

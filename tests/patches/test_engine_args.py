@@ -11,10 +11,10 @@ from vllm.engine.arg_utils import EngineArgs
 
 from flashquant.config.checks import Checks
 from flashquant.config.schema import FlashConfig, RolloutConfig
+from flashquant.config.schemes import W8A8
 from flashquant.errors import ConfigError, ProfileError
 from flashquant.patches.seams import engine_args
 from flashquant.patches.seams.engine_args import configure, rank_of
-from flashquant.profiles.making import W8A8
 from tests import flashrl, tiny_models
 
 
@@ -105,7 +105,7 @@ def test_ranks_that_would_scale_their_own_shards_are_refused(
 ) -> None:
     """In vLLM before 0.28, a push would not equal a fresh start."""
     configured(bf16, RolloutConfig(fn="fp8_channel"), tensor_parallel_size=2)
-    monkeypatch.setattr(engine_args, "vllm_is", lambda _: False)
+    monkeypatch.setattr(engine_args, "vllm_is", lambda versions: versions != ">=0.28")
 
     with pytest.raises(ConfigError, match=r"2 tensor-parallel ranks needs vLLM 0\.28"):
         configured(bf16, RolloutConfig(fn="fp8_channel"), tensor_parallel_size=2)

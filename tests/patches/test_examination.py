@@ -244,7 +244,7 @@ def test_a_kernel_that_does_not_run_is_a_finding_and_not_the_end(
     def broken(*_: object) -> Any:
         raise RuntimeError("no kernel image is available")
 
-    monkeypatch.setitem(doctor._DEFINITIONS, "int8", broken)
+    monkeypatch.setattr(doctor, "DEFINITIONS", {**doctor.DEFINITIONS, "int8": broken})
     monkeypatch.setattr(speed, "int8_channel", broken)
 
     found = [*doctor._kernels(), *timings(torch.device("cpu"))]

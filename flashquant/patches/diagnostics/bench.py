@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 from vllm import LLM
 
+from flashquant.config.schemes import ONLINE
 from flashquant.patches import patch
 from flashquant.patches.remote import reload_weights
-from flashquant.patches.seams.engine_args import ONLINE
 from flashquant.plan import named_tensors
 from flashquant.update import ReloadReport
 

@@ -21,10 +21,11 @@ from torch import Tensor
 from vllm import _custom_ops as ops
 
 from flashquant import patches
+from flashquant.config.schemes import SCHEMES
 from flashquant.errors import PatchError
 from flashquant.patches import guard
 from flashquant.patches.seams import engine_args
-from flashquant.schemes import fp8_channel, fp8_tensor, int8_channel
+from flashquant.schemes import DEFINITIONS
 
 Verdict = Literal["ok", "skipped", "fails"]
 _WORDS = 400  # shown of what a kernel raises
@@ -94,18 +95,18 @@ def _hardware() -> Iterator[Finding]:
 def _schemes() -> Iterator[Finding]:
     yield Finding("schemes", "bf16", "ok", "no quantization")
     yield Finding("schemes", "int8", "ok", "compressed-tensors W8A8, a scale a channel")
-    for scheme, online in engine_args.ONLINE.items():
-        if scheme not in engine_args.NOT_SERVED:
-            yield Finding("schemes", scheme, "ok", f"vLLM's online {online}")
-    for scheme, why in engine_args.NOT_SERVED.items():
-        yield Finding("schemes", scheme, "skipped", why)
+    for scheme in SCHEMES.values():
+        if not engine_args.is_served(scheme):
+            yield Finding("schemes", scheme.name, "skipped", scheme.instead)
+        elif scheme.online is not None:
+            yield Finding("schemes", scheme.name, "ok", f"vLLM's online {scheme.online}")
 
 
 def _kernels() -> Iterator[Finding]:
     weight = _weight()
     devices = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
     for device in devices:
-        for name, quantize in _DEFINITIONS.items():
+        for name, quantize in DEFINITIONS.items():
             for look in (_as_on_the_cpu, _as_vllms):
                 yield _looked(f"{name} on {device}", partial(look, name, quantize, weight, device))
         if device != "cpu":
@@ -190,11 +191,6 @@ def _same(one: Tensor, other: Tensor) -> bool:
     return one.dtype == other.dtype and torch.equal(one.view(torch.uint8), other.view(torch.uint8))
 
 
-_DEFINITIONS: dict[str, Quantize] = {
-    "int8": int8_channel,
-    "fp8_channel": fp8_channel,
-    "fp8_vllm": fp8_tensor,
-}
 # Half a step of an integer; half of the widest step of e4m3, which is 32 at 448.
 _COARSEST = {"int8": 0.51, "fp8_channel": 16.01, "fp8_vllm": 16.01}
 _VLLMS: dict[str, Quantize] = {

@@ -20,7 +20,7 @@ from flashquant.patches.layers.blueprint import LayerBlueprint, ModelBlueprint
 from flashquant.patches.layers.cpu import allow_amx, packed_once
 from flashquant.patches.layers.direct import Direct
 from flashquant.patches.layers.in_place import DirectLayer
-from flashquant.patches.layers.kernel_state import Carry, is_handle, is_processor
+from flashquant.patches.layers.kernel_state import Carry, is_handle, is_processor, leaves
 from flashquant.patches.layers.memory_layout import Quantize, Storage, storages
 from flashquant.patches.layers.per_tensor import LateLayer
 from flashquant.patches.layers.processed import Learned, LiveLayer
@@ -41,6 +41,7 @@ __all__ = [
     "is_deferred_attention_layer",
     "is_handle",
     "is_processor",
+    "leaves",
     "packed_once",
     "storages",
 ]

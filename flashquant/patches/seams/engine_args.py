@@ -20,37 +20,19 @@ from vllm.config.quantization import resolve_quantization_config
 from flashquant.config.checks import Checks, checks_from_env
 from flashquant.config.locate import Located, locate, locate_in_model, split_revision
 from flashquant.config.schema import FlashConfig, RolloutConfig, config_from_env
+from flashquant.config.schemes import SCHEMES, W8A8, Scheme
 from flashquant.errors import ConfigError
 from flashquant.patches.decided import ADDITIONAL_CONFIG_KEY, PROFILE_KEY, STARTS_ON_FLOATS
 from flashquant.patches.guard import vllm_is
 from flashquant.patches.point import PatchPoint
 from flashquant.patches.seams.logprobs import configure_logprobs
 from flashquant.profiles import load_profile
-from flashquant.profiles.making import W8A8
 
 logger = logging.getLogger(__name__)
 
 # In a model that an entry names: the name that `profile make` gives, and FlashRL's.
 _OWN_PROFILES = ("profile.safetensors", "profile.pt")
 ENTRY = "flashquant_entry"  # of engine arguments: the entry they are for, whatever the rank
-
-# Where vLLM has an online load of a scheme, its name there.
-ONLINE = {
-    "fp8_vllm": "fp8_per_tensor",
-    "fp8_channel": "fp8_per_channel",
-    "fp8_block": "fp8_per_block",
-}
-# What the weights of a compressed-tensors checkpoint in a scheme look like.
-_STORED = {"int8": ("int", 8, "channel"), "fp8_channel": ("float", 8, "channel")}
-CALIBRATED = frozenset({"int8", "int8_prune"})  # what a profile is for
-NOT_SERVED = {
-    "fp8_tensor": "not built yet; fp8_vllm stores one scale a layer, fp8_channel one an output "
-    "channel",
-}
-if not vllm_is(">=0.24"):
-    NOT_SERVED["fp8_channel"] = (
-        "vLLM quantizes by channel while it loads since 0.24; fp8_vllm stores one scale a layer"
-    )
 
 
 def _create_model_config(original: Any, args: Any) -> Any:
@@ -106,7 +88,8 @@ def configure(args: Any, config: RolloutConfig, checks: Checks) -> None:
         args.distributed_executor_backend = config.distributed_executor_backend
     checkpoint, _ = PretrainedConfig.get_config_dict(args.model, revision=args.revision)
     own = checkpoint.get("quantization_config")
-    scheme = "int8" if config.scheme in CALIBRATED else config.scheme
+    asked = SCHEMES[config.scheme]
+    scheme = asked.held_as or asked.name
     profile = _profile_of(config)
     if profile is None and config.scheme == "int8_prune":
         raise ConfigError(
@@ -124,9 +107,9 @@ def configure(args: Any, config: RolloutConfig, checks: Checks) -> None:
         _check_same_scheme(own, scheme, args.model)
     elif scheme == "int8":
         _serve_as_w8a8(args)
-    elif config.scheme in ONLINE:
+    elif asked.online is not None:
         _refuse_overrides(args, config.scheme)
-        _set_quantization(args, ONLINE[config.scheme], config.scheme)
+        _set_quantization(args, asked.online, asked.name)
         # vLLM makes settings of the name when the arguments are created, which is over; where
         # they are missing, only 0.30 and later would make them once more.
         args.quantization_config = resolve_quantization_config(
@@ -157,11 +140,17 @@ def configure(args: Any, config: RolloutConfig, checks: Checks) -> None:
 
 
 def _refuse_what_is_not_served(config: RolloutConfig) -> None:
-    if config.scheme in NOT_SERVED:
+    scheme = SCHEMES[config.scheme]
+    if not is_served(scheme):
         raise ConfigError(
             f"{config.fn} is a valid name, but its scheme is not served in vLLM "
-            f"{vllm.__version__}: {NOT_SERVED[config.scheme]}. Use another scheme."
+            f"{vllm.__version__}: {scheme.instead}. Use another scheme."
         )
+
+
+def is_served(scheme: Scheme) -> bool:
+    """Whether the vLLM that is installed serves it."""
+    return scheme.vllm is not None and vllm_is(scheme.vllm)
 
 
 def _refuse_scales_of_shards(args: Any, config: RolloutConfig) -> None:
@@ -192,7 +181,7 @@ def _profile_of(config: RolloutConfig) -> Located | None:
         LocateError: it names one that cannot be had.
 
     """
-    if config.scheme not in CALIBRATED:
+    if not SCHEMES[config.scheme].takes_profile:
         if config.profile is not None:
             logger.warning(
                 "%s needs no profile; %s is not read, as in FlashRL", config.fn, config.profile
@@ -280,7 +269,7 @@ def _check_same_scheme(own: Mapping[str, Any], scheme: str, model: str) -> None:
     groups = own.get("config_groups") or {}
     weights = [group.get("weights") or {} for group in groups.values()]
     stored = {(w.get("type"), w.get("num_bits"), w.get("strategy")) for w in weights}
-    if own.get("quant_method") == "compressed-tensors" and stored == {_STORED.get(scheme)}:
+    if own.get("quant_method") == "compressed-tensors" and stored == {SCHEMES[scheme].checkpoint}:
         return
     raise ConfigError(
         f"{model} is quantized already ({own.get('quant_method')}, {sorted(map(str, stored))}), "

@@ -29,7 +29,7 @@ from vllm.v1.engine.core import DPEngineCoreProc, EngineCoreProc
 from vllm.v1.request import RequestStatus
 
 from flashquant.errors import TornWeights
-from flashquant.patches.engine import asks_for_session, bracket_timeout
+from flashquant.patches.decided import asks_for_session, bracket_timeout
 from flashquant.patches.guard import vllm_is
 from flashquant.patches.point import PatchPoint
 from flashquant.patches.seams import derived, worker

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from flashquant.errors import ReloadError
-from flashquant.patches.engine import LiveEngine, asks_for_session, scheme_of
+from flashquant.patches.decided import asks_for_session, scheme_of
+from flashquant.patches.engine import LiveEngine
 from flashquant.patches.layers import packed_once
 from flashquant.patches.point import PatchPoint
 from flashquant.patches.seams.blame import naming_the_layer

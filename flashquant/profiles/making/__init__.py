@@ -15,12 +15,11 @@ Whoever made x is divided once and for all: a norm, or the rows of the layer bef
 
 from __future__ import annotations
 
-from flashquant.profiles.making.checkpoint import W8A8, Checkpoint, write_w8a8
+from flashquant.profiles.making.checkpoint import Checkpoint, write_w8a8
 from flashquant.profiles.making.factors import Factors, Producer, Site, profile_of
 from flashquant.profiles.making.w8a8_pairs import factors_of_twins
 
 __all__ = [
-    "W8A8",
     "Checkpoint",
     "Factors",
     "Producer",

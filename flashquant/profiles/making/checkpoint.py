@@ -13,35 +13,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from flashquant.config.schemes import W8A8
 from flashquant.errors import ProfileError
 from flashquant.profiles import Profile
 from flashquant.schemes import int8_frozen, scaled_norm
-
-W8A8: Final[Mapping[str, Any]] = {
-    "quant_method": "compressed-tensors",
-    "format": "int-quantized",
-    "ignore": ["lm_head"],
-    "config_groups": {
-        "group_0": {
-            "targets": ["Linear"],
-            "weights": {
-                "num_bits": 8,
-                "type": "int",
-                "strategy": "channel",
-                "symmetric": True,
-                "dynamic": False,
-            },
-            "input_activations": {
-                "num_bits": 8,
-                "type": "int",
-                "strategy": "token",
-                "symmetric": True,
-                "dynamic": True,
-            },
-        }
-    },
-}
-"""The quantization config of such a checkpoint: a scale a channel, and one a token."""
 
 _INDEX: Final = "model.safetensors.index.json"
 # What else a model needs; nothing that could be run.

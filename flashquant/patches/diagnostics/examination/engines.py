@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 from vllm import LLM, SamplingParams
 
+from flashquant.config.schemes import ONLINE
 from flashquant.patches import patch
 from flashquant.patches.diagnostics.bench import room_for_others
 from flashquant.patches.diagnostics.examination import policies
 from flashquant.patches.diagnostics.examination.layouts import describe
-from flashquant.patches.layers import kernel_state
+from flashquant.patches.layers import leaves
 from flashquant.patches.remote import reload_weights
-from flashquant.patches.seams.engine_args import ONLINE
 from flashquant.patches.seams.loading import session_of
 from flashquant.update import ReloadReport, Session, footprints
 
@@ -213,7 +213,7 @@ def tensors(model: nn.Module) -> dict[str, Tensor]:
         f"{name}.{path}": leaf
         for name, module in model.named_modules()
         if not name.endswith(".attn")
-        for path, leaf in kernel_state.leaves(module).items()
+        for path, leaf in leaves(module).items()
         # A compressed attention holds weights beside its cache.
         if isinstance(leaf, Tensor) and not path.startswith("kv_cache")
     }

@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flashquant.patches.layers import LayerBlueprint, Quantize, Storage, is_processor, storages
+from flashquant.config.schemes import ONLINE
+from flashquant.patches.layers import LayerBlueprint, Storage, is_processor, storages
 from flashquant.patches.seams.loading import session_of
-from flashquant.schemes import fp8_channel, fp8_tensor
-
-_ONLINE_QUANTIZERS: dict[str, Quantize] = {"fp8_vllm": fp8_tensor, "fp8_channel": fp8_channel}
+from flashquant.schemes import DEFINITIONS
 
 
 def kernel_of(holder: object) -> str:
@@ -45,7 +44,7 @@ def stored(live: nn.Module) -> Iterator[tuple[str, str, dict[str, Storage]]]:
                 values = _random_values(blueprint, engine.device)
                 with engine._context():
                     twin = blueprint.build(values)
-                    quantize = _ONLINE_QUANTIZERS.get(engine.scheme)
+                    quantize = DEFINITIONS.get(engine.scheme) if engine.scheme in ONLINE else None
                     yield blueprint.name, kernel, storages(twin, values, quantize)
 
 

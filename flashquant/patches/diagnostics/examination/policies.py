@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from flashquant.profiles.making import W8A8
-from flashquant.schemes.int8 import int8_channel
+from flashquant.config.schemes import W8A8
+from flashquant.schemes import int8_channel
 
 # Widths are multiples of 128, for blocks; the vocabulary is none of 64, so that it is padded.
 VOCABULARY = 1000

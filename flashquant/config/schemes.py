@@ -1,0 +1,135 @@
+"""Every scheme as one record: what a quantized layer stores, and what others call it.
+
+To add one is to add a record here and its definition in `flashquant.schemes`, under the same name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Final, Literal
+
+Granularity = Literal["channel", "tensor", "block"]
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """What a quantized layer stores.
+
+    Attributes:
+        name: its canonical name, one of those that FLASHRL_CONFIG takes.
+        aliases: the others, most of them FlashRL's.
+        codes: the dtype of its codes, as torch names it; None where nothing is quantized.
+        scales: what shares one scale: an output channel, a tensor, or a block of 128 x 128.
+        online: what vLLM calls its own quantization to it while loading, if it has one.
+        checkpoint: type, num_bits and strategy of its weights in a compressed-tensors checkpoint,
+            if vLLM serves such a one.
+        takes_profile: whether a profile of calibration may scale it.
+        held_as: the scheme that live layers hold, where it differs only in how it gets there.
+        vllm: the versions that serve it, as PEP 440 writes them; None where none does yet.
+        instead: what to do where it is not served.
+
+    """
+
+    name: str
+    aliases: tuple[str, ...] = ()
+    codes: str | None = None
+    scales: Granularity | None = None
+    online: str | None = None
+    checkpoint: tuple[str, int, str] | None = None
+    takes_profile: bool = False
+    held_as: str = ""
+    vllm: str | None = ""
+    instead: str = ""
+
+
+_E4M3: Final = "float8_e4m3fn"
+
+SCHEMES: Final[Mapping[str, Scheme]] = MappingProxyType(
+    {
+        scheme.name: scheme
+        for scheme in (
+            Scheme("bf16"),
+            Scheme(
+                "fp8_vllm",
+                ("fp8", "fp8_fast", "fp8_vllm_fast"),
+                codes=_E4M3,
+                scales="tensor",
+                online="fp8_per_tensor",
+            ),
+            Scheme(
+                "fp8_tensor",
+                codes=_E4M3,
+                scales="tensor",
+                vllm=None,
+                instead="not built yet; fp8_vllm stores one scale a layer, fp8_channel one an "
+                "output channel",
+            ),
+            Scheme(
+                "fp8_channel",
+                codes=_E4M3,
+                scales="channel",
+                online="fp8_per_channel",
+                checkpoint=("float", 8, "channel"),
+                vllm=">=0.24",
+                instead="vLLM quantizes by channel while it loads since 0.24; fp8_vllm stores one "
+                "scale a layer",
+            ),
+            Scheme("fp8_block", codes=_E4M3, scales="block", online="fp8_per_block"),
+            Scheme(
+                "int8",
+                ("int8_fast", "int8_wo_prune"),
+                codes="int8",
+                scales="channel",
+                checkpoint=("int", 8, "channel"),
+                takes_profile=True,
+            ),
+            Scheme(
+                "int8_prune",
+                codes="int8",
+                scales="channel",
+                checkpoint=("int", 8, "channel"),
+                takes_profile=True,
+                held_as="int8",
+            ),
+        )
+    }
+)
+"""By canonical name."""
+
+NAMES: Final[Mapping[str, Scheme]] = MappingProxyType(
+    {name: scheme for scheme in SCHEMES.values() for name in (scheme.name, *scheme.aliases)}
+)
+"""By every name that FLASHRL_CONFIG takes."""
+
+ONLINE: Final[Mapping[str, str]] = MappingProxyType(
+    {name: scheme.online for name, scheme in SCHEMES.items() if scheme.online is not None}
+)
+"""vLLM's names of its own online quantization, by scheme."""
+
+W8A8: Final[Mapping[str, Any]] = {
+    "quant_method": "compressed-tensors",
+    "format": "int-quantized",
+    "ignore": ["lm_head"],
+    "config_groups": {
+        "group_0": {
+            "targets": ["Linear"],
+            "weights": {
+                "num_bits": 8,
+                "type": "int",
+                "strategy": "channel",
+                "symmetric": True,
+                "dynamic": False,
+            },
+            "input_activations": {
+                "num_bits": 8,
+                "type": "int",
+                "strategy": "token",
+                "symmetric": True,
+                "dynamic": True,
+            },
+        }
+    },
+}
+"""The quantization config of a W8A8 checkpoint: a scale a channel, and one a token."""
