@@ -29,8 +29,8 @@ from torch import Tensor
 
 from benchmarks import arms
 from benchmarks.arms import ARMS, FLASHQUANT, NATIVE
-from tests import tiny_models
-from tests.engine.checkpoints import FP8, W8A8, Policies
+from tools.models import tiny_models
+from tools.models.policies import FP8, W8A8, Policies
 
 TITLES = ("situation", "vLLM's own reload", "flashquant")
 

@@ -15,7 +15,7 @@ from benchmarks.flashrl_method import Method, int8_rows
 from flashquant.config.checks import Checks
 from flashquant.config.schemes import ONLINE
 from flashquant.profiles import Entry, Profile, save_profile
-from tests import tiny_models
+from tools.models import tiny_models
 
 if TYPE_CHECKING:
     from flashquant.patches.diagnostics import Sync

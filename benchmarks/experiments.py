@@ -39,8 +39,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from benchmarks import arms
 from benchmarks.arms import ARMS, FLASHQUANT, NATIVE
 from benchmarks.pushes import EXPERIMENTS, Experiment, Weights
-from tests import tiny_models
-from tests.engine.checkpoints import W8A8, Policies
+from tools.models import tiny_models
+from tools.models.policies import W8A8, Policies
 
 # Processes that begin with vLLM imported, which takes longer than all the rest, and with nothing
 # else: flashquant comes with the first engine, or does not.
@@ -62,7 +62,7 @@ class Engine:
     """One kind of engine that a trainer feeds.
 
     Attributes:
-        stored: what its checkpoint holds, in the words of `tests.engine.checkpoints`.
+        stored: what its checkpoint holds, in the words of `tools.models.policies`.
         fed: what the trainer sends, in the same words.
         config: what FLASHRL_CONFIG says in flashquant's arm.
         options: what vLLM is told in its own arm.

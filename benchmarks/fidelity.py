@@ -44,7 +44,7 @@ from flashquant.profiles.making import (
 from flashquant.profiles.making.discovery import find_sites, linear_layers
 from flashquant.profiles.making.search import choose, factors_of, watch
 from flashquant.schemes import scaled
-from tests import flashrl
+from tools.models import flashrl
 
 Weights = dict[str, Tensor]
 LENGTH = 512

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from benchmarks.shapes import CONFIGS, write
 from examples.demo import smollm2
-from tests import tiny_models
+from tools.models import tiny_models
 
 Weights = dict[str, Tensor]
 

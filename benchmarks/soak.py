@@ -44,7 +44,7 @@ from benchmarks.soak_report import Result, save, tables
 from flashquant.errors import ReloadError
 from flashquant.update import footprints
 from tests.engine import faults
-from tests.engine.checkpoints import Policies
+from tools.models.policies import Policies
 
 _FUSED = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "gate_proj.weight", "up_proj.weight")
 

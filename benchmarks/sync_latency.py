@@ -30,7 +30,7 @@ from torch import Tensor
 
 from benchmarks import contenders, environment, latency_report, models
 from benchmarks.results import described, earlier, machine, save_json, save_text
-from tests import tiny_models
+from tools.models import tiny_models
 
 if TYPE_CHECKING:
     from flashquant.patches.diagnostics import Sync, Timing

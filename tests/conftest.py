@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests import isa
+from tests.support import isa
 
 isa.pretend()  # before torch is imported
 os.environ.pop("FLASHRL_CONFIG", None)

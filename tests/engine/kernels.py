@@ -1,6 +1,6 @@
 """Which of vLLM's CPU kernels this machine has, and which of them an engine gets.
 
-`tests.isa` says what the CPU is, or pretends to be; here is what follows from it.
+`tests.support.isa` says what the CPU is, or pretends to be; here is what follows from it.
 """
 
 from __future__ import annotations

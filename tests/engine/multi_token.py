@@ -10,9 +10,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Glm4MoeConfig
 
-from tests import tiny_models
-from tests.architectures.moe import EXPERT_INNER, EXPERTS
-from tests.architectures.shapes import HIDDEN, LAYERS, shaped
+from tools.architectures.moe import EXPERT_INNER, EXPERTS
+from tools.architectures.shapes import HIDDEN, LAYERS, shaped
+from tools.models import tiny_models
 
 
 def make(path: Path, seed: int) -> Path:

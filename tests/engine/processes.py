@@ -10,8 +10,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from tests.engine.checkpoints import Policies
 from tests.engine.programs.engine import RESULT_FILE
+from tools.models.policies import Policies
 
 ROOT = Path(__file__).parents[2]
 CORES = "|".join(map(str, sorted(os.sched_getaffinity(0))[:2]))

@@ -26,7 +26,7 @@ from flashquant.patches.seams.loading import session_of
 from flashquant.update import Session
 from tests.engine.kernels import choosing as choosing
 from tests.engine.kernels import multiply_fp8_as_everywhere
-from tests.groups import make_experts_group
+from tests.support.groups import make_experts_group
 
 _KEPT: list[Any] = []  # of every Serving, those that a test drops included
 _IN_USE: list[Any] = []  # of them, those that have not been put away

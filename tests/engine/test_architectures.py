@@ -1,6 +1,6 @@
 """Of each architecture two cells of docs/compatibility.md: bf16, and one scheme where it is exact.
 
-`python -m tests.compatibility` makes the whole table; this holds it to what the code does.
+`python -m tools.compatibility` makes the whole table; this holds it to what the code does.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.compatibility.__main__ import PAGE, has_experts
-from tests.compatibility.cell import EXACT, SCHEMES, Cell
-from tests.compatibility.table import read
-from tests.compatibility.workers import Asked, Worker
 from tests.engine.kernels import NO_AMX_KERNELS, has_amx_kernels
 from tests.engine.serving import needs
+from tools.compatibility.__main__ import PAGE, has_experts
+from tools.compatibility.cell import EXACT, SCHEMES, Cell
+from tools.compatibility.table import read
+from tools.compatibility.workers import Asked, Worker
 
 pytestmark = [pytest.mark.engine, needs(">=0.32", "layers like those of the table")]
 

@@ -14,7 +14,6 @@ from torch import Tensor
 from vllm import SamplingParams
 
 import flashquant
-from tests.engine.checkpoints import Policies
 from tests.engine.serving import WEIGHT_VERSIONS, Serving, needs, scheduling_ahead
 from tests.engine.test_engine_state import (
     GREEDY,
@@ -25,6 +24,7 @@ from tests.engine.test_engine_state import (
     by_vllms_reload,
     said,
 )
+from tools.models.policies import Policies
 
 pytestmark = [pytest.mark.engine, needs(">=0.28", "scheduling ahead that drops what is stale")]
 

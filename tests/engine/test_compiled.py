@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from tests.engine.checkpoints import Policies
 from tests.engine.processes import run_program
 from tests.engine.serving import FP8_CHANNEL, needs, serve
+from tools.models.policies import Policies
 
 pytestmark = pytest.mark.engine
 

@@ -15,9 +15,9 @@ import pytest
 import flashquant
 from flashquant.patches.seams import derived
 from tests.engine import processes, sounds
-from tests.engine.checkpoints import Policies
 from tests.engine.programs import heard
 from tests.engine.serving import serve
+from tools.models.policies import Policies
 
 pytestmark = pytest.mark.engine
 

@@ -15,9 +15,9 @@ from torch import Tensor
 
 import flashquant
 from flashquant.errors import IncompleteUpdate, MisfitTensor, ReloadError
-from tests import tiny_models
-from tests.engine.checkpoints import FP8, STORED, W8A8, Policies, config_name
 from tests.engine.serving import Serving, serve
+from tools.models import tiny_models
+from tools.models.policies import FP8, STORED, W8A8, Policies, config_name
 
 pytestmark = pytest.mark.engine
 

@@ -11,8 +11,8 @@ import torch
 import flashquant
 from flashquant.errors import MisfitTensor
 from flashquant.schemes import validation as fit
-from tests.engine.checkpoints import Policies
 from tests.engine.serving import Serving, serve
+from tools.models.policies import Policies
 
 pytestmark = pytest.mark.engine
 

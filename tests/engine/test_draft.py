@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 import flashquant
 from flashquant.errors import IncompleteUpdate
-from tests import tiny_models
 from tests.engine import multi_token as mtp
-from tests.engine.checkpoints import Policies
 from tests.engine.serving import Serving, same_bits, serve
+from tools.models import tiny_models
+from tools.models.policies import Policies
 
 pytestmark = pytest.mark.engine
 

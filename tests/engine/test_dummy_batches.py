@@ -15,8 +15,8 @@ from vllm.v1.worker.gpu import model_runner as second
 
 import flashquant
 from flashquant.errors import TornWeights
-from tests.engine.checkpoints import Policies
 from tests.engine.serving import Serving, serve
+from tools.models.policies import Policies
 
 pytestmark = pytest.mark.engine
 

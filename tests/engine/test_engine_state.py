@@ -18,8 +18,8 @@ from vllm.lora.request import LoRARequest
 import flashquant
 from flashquant.errors import SleepingWeights, TornWeights
 from flashquant.patches.seams import sleep
-from tests.engine.checkpoints import Policies
 from tests.engine.serving import BY_ROW, WEIGHT_VERSIONS, Serving, needs, serve, weight_version
+from tools.models.policies import Policies
 
 pytestmark = pytest.mark.engine
 

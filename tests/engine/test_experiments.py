@@ -14,8 +14,8 @@ from torch import Tensor
 
 import flashquant
 from flashquant.errors import IncompleteUpdate, MisfitTensor, ReloadError, UnknownWeight
-from tests.engine.checkpoints import Policies
 from tests.engine.serving import Serving, serve
+from tools.models.policies import Policies
 
 pytestmark = pytest.mark.engine
 

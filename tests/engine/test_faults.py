@@ -23,9 +23,9 @@ from flashquant.errors import ReloadError
 from flashquant.update import Stage, UndoLog
 from flashquant.update.integrity import fingerprint
 from tests.engine import faults
-from tests.engine.checkpoints import Policies
 from tests.engine.faults import INJECTED, SEED
 from tests.engine.serving import choosing, same_bits, serve
+from tools.models.policies import Policies
 
 pytestmark = pytest.mark.engine
 

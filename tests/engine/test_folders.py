@@ -13,8 +13,8 @@ from torch import Tensor
 
 import flashquant
 from flashquant.errors import UnknownWeight
-from tests.engine.checkpoints import Policies
 from tests.engine.serving import serve
+from tools.models.policies import Policies
 
 pytestmark = pytest.mark.engine
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 import flashquant
 from flashquant.errors import MisfitTensor, TornWeights
-from tests.engine.checkpoints import Policies
 from tests.engine.serving import Serving, needs, serve
+from tools.models.policies import Policies
 
 pytestmark = pytest.mark.engine
 

@@ -27,8 +27,8 @@ import flashquant
 from flashquant.errors import ReloadError
 from flashquant.update import Stage, Status
 from flashquant.update.passes import Passes
-from tests import tiny_models
 from tests.engine.serving import serve
+from tools.models import tiny_models
 
 pytestmark = pytest.mark.engine
 

@@ -14,9 +14,9 @@ from transformers import GraniteMoeConfig, GraniteMoeForCausalLM
 import flashquant
 from flashquant.config.schemes import W8A8
 from flashquant.errors import ConfigError, UnsupportedEngine
-from tests import tiny_models
-from tests.engine.checkpoints import Policies
 from tests.engine.serving import Serving, serve
+from tools.models import tiny_models
+from tools.models.policies import Policies
 
 pytestmark = pytest.mark.engine
 

@@ -17,8 +17,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import flashquant
-from tests import tiny_models
 from tests.engine.serving import Serving
+from tools.models import tiny_models
 
 pytestmark = pytest.mark.engine
 

@@ -25,10 +25,10 @@ from vllm.model_executor.layers.linear import ReplicatedLinear, UnquantizedLinea
 import flashquant
 from flashquant.errors import IncompleteUpdate, MisfitTensor, UnsupportedEngine
 from tests.engine import faults
-from tests.engine.checkpoints import W8A8, Policies, config_name
 from tests.engine.serving import Serving, choosing, needs, serve
 from tests.engine.test_faults import Target, reload_failing
 from tests.engine.test_reload_equals_restart import WAYS, Push
+from tools.models.policies import W8A8, Policies, config_name
 
 pytestmark = pytest.mark.engine
 

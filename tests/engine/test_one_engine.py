@@ -28,8 +28,8 @@ from flashquant.errors import (
 from flashquant.patches.layers import DirectLayer, is_handle, kernel_state
 from flashquant.patches.seams import loading
 from flashquant.update import footprints
-from tests.engine.checkpoints import SCHEMES, Policies, config_name
 from tests.engine.serving import Serving, needs, serve
+from tools.models.policies import SCHEMES, Policies, config_name
 
 pytestmark = pytest.mark.engine
 

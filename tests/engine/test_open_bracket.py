@@ -10,9 +10,9 @@ import pytest
 from flashquant.errors import TornWeights
 from flashquant.patches.seams.loading import check_servable
 from tests.engine import processes
-from tests.engine.checkpoints import Policies
 from tests.engine.programs.open_bracket import LONG, SHORT
 from tests.engine.serving import Serving, serve
+from tools.models.policies import Policies
 
 pytestmark = pytest.mark.engine
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 import flashquant
 from flashquant.errors import MisfitTensor
-from tests.engine.checkpoints import Policies
 from tests.engine.serving import Serving, choosing, serve
+from tools.models.policies import Policies
 
 pytestmark = pytest.mark.engine
 

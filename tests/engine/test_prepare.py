@@ -12,8 +12,8 @@ import flashquant
 from flashquant.errors import IncompleteUpdate, MisfitTensor
 from flashquant.patches.layers import Carry
 from flashquant.update import footprints
-from tests.engine.checkpoints import Policies
 from tests.engine.serving import Serving, choosing, serve
+from tools.models.policies import Policies
 
 pytestmark = pytest.mark.engine
 

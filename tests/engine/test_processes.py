@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from tests.engine.checkpoints import Policies
 from tests.engine.processes import CORES, assert_lost, run_program
 from tests.engine.serving import BY_ROW, WEIGHT_VERSIONS, Serving, serve
+from tools.models.policies import Policies
 
 pytestmark = pytest.mark.engine
 

@@ -23,10 +23,10 @@ from flashquant.errors import ConfigError, MisfitTensor, ProfileError
 from flashquant.profiles import Base, Profile, fingerprint, load_profile, save_profile
 from flashquant.profiles.making import Checkpoint, factors_of_twins, profile_of, write_w8a8
 from flashquant.schemes import int8_channel
-from tests import flashrl, tiny_models
 from tests.engine.serving import Serving, serve
 from tests.engine.test_doors import DOORS, Weights
 from tests.engine.test_reload_equals_restart import buckets_cut_inside_qkv
+from tools.models import flashrl, tiny_models
 
 pytestmark = pytest.mark.engine
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from tests.engine.checkpoints import Policies
 from tests.engine.processes import CORES, TORCHRUN, assert_lost, run_program
 from tests.engine.serving import needs
+from tools.models.policies import Policies
 
 pytestmark = pytest.mark.engine
 WHOLE_ROWS = needs(">=0.28", "scales of whole rows over ranks")

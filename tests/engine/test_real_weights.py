@@ -8,9 +8,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from tests.engine.checkpoints import SCHEMES, Policies
 from tests.engine.serving import Serving
 from tests.engine.test_reload_equals_restart import WAYS, Push, assert_there_and_back, engines
+from tools.models.policies import SCHEMES, Policies
 
 pytestmark = pytest.mark.engine
 

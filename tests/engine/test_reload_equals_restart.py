@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from flashquant.patches.guard import vllm_is
-from tests.engine.checkpoints import SCHEMES, TINY, Policies, config_name
 from tests.engine.serving import Serving, choosing, serve
+from tools.models.policies import SCHEMES, TINY, Policies, config_name
 
 pytestmark = pytest.mark.engine
 

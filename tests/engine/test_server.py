@@ -19,9 +19,9 @@ import pytest
 import requests
 from safetensors.torch import save_file
 
-from tests import tiny_models
-from tests.engine.checkpoints import Policies
 from tests.engine.serving import KNOWS_VERSION, serve
+from tools.models import tiny_models
+from tools.models.policies import Policies
 
 pytestmark = pytest.mark.engine
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from tests.engine import processes
-from tests.engine.checkpoints import Policies
 from tests.engine.serving import serve
+from tools.models.policies import Policies
 
 pytestmark = pytest.mark.engine
 

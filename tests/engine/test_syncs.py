@@ -14,9 +14,9 @@ from torch import Tensor
 
 import flashquant
 from flashquant.errors import IncompleteUpdate, ReloadError
-from tests import tiny_models
-from tests.engine.checkpoints import FP8, SCHEMES, W8A8, Policies, config_name
 from tests.engine.serving import Serving, choosing, serve
+from tools.models import tiny_models
+from tools.models.policies import FP8, SCHEMES, W8A8, Policies, config_name
 
 pytestmark = pytest.mark.engine
 

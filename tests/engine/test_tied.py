@@ -21,9 +21,9 @@ from torch import Tensor
 import flashquant
 from flashquant.errors import IncompleteUpdate, MisfitTensor
 from flashquant.patches.remote.target import _each_its_own
-from tests import tiny_models
-from tests.engine.checkpoints import Policies
 from tests.engine.serving import Serving, choosing, serve
+from tools.models import tiny_models
+from tools.models.policies import Policies
 
 pytestmark = pytest.mark.engine
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 import flashquant
 from flashquant.errors import IncompleteUpdate, MisfitTensor, ReloadError
-from tests.engine.checkpoints import Policies
 from tests.engine.serving import KNOWS_VERSION, Serving, needs, serve, weight_version
+from tools.models.policies import Policies
 
 pytestmark = pytest.mark.engine
 

@@ -15,7 +15,7 @@ from flashquant.config.schemes import W8A8
 from flashquant.errors import ConfigError, ProfileError
 from flashquant.patches.seams import engine_args
 from flashquant.patches.seams.engine_args import configure, rank_of
-from tests import flashrl, tiny_models
+from tools.models import flashrl, tiny_models
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from flashquant.patches.diagnostics.examination.front import Serving
 from flashquant.patches.diagnostics.examination.programs import last_words
 from flashquant.patches.diagnostics.examination.speed import timings
 from tests.engine.serving import choosing
-from tests.groups import make_experts_group
+from tests.support.groups import make_experts_group
 
 STEPS = ["vllm", "start", "runner", "bytes", "addresses", "outputs", "back"]
 

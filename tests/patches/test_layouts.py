@@ -1,7 +1,7 @@
 """For each kernel that vLLM can choose on a GPU: its storage, and our bytes beside vLLM's.
 
-No GPU is here: see `tests.layouts.machine` for what stands in for it, and docs/layouts.md for
-what follows. `python -m tests.layouts` writes the table there from the same cases.
+No GPU is here: see `tools.layouts.machine` for what stands in for it, and docs/layouts.md for
+what follows. `python -m tools.layouts` writes the table there from the same cases.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import torch
 
 from flashquant.errors import ConfigError, UnsupportedEngine
 from flashquant.schemes import fp8_tensor
-from tests import tiny_models
-from tests.engine.checkpoints import Policies, config_name
-from tests.layouts import models
-from tests.layouts.cases import CORNERS, EXPERTS, HOPPER, LINEAR, MI350, REFUSED, Case
-from tests.layouts.layout import load, look
-from tests.layouts.machine import pretending
+from tools.layouts import models
+from tools.layouts.cases import CORNERS, EXPERTS, HOPPER, LINEAR, MI350, REFUSED, Case
+from tools.layouts.layout import load, look
+from tools.layouts.machine import pretending
+from tools.models import tiny_models
+from tools.models.policies import Policies, config_name
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +103,7 @@ def test_twins_are_processed_without_a_default_device_as_vllm_processes_layers(
 
 
 def test_the_document_has_a_row_for_each_of_these_tests() -> None:
-    """Remade by `python -m tests.layouts`, when cases change."""
+    """Remade by `python -m tools.layouts`, when cases change."""
     table = (Path(__file__).parents[2] / "docs/layouts.md").read_text()
 
     missing = [case.id for case in (*LINEAR, *EXPERTS, *CORNERS) if f"[{case.id}]" not in table]

@@ -1,6 +1,6 @@
 """What could not be made anew when weights are pushed is refused by name, before it serves.
 
-And what has to be learned of a layer is learned then. On a pretended GPU: `tests.layouts.machine`.
+And what has to be learned of a layer is learned then. On a pretended GPU: `tools.layouts.machine`.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM, Qwen2MLP
 from flashquant.errors import ConfigError, UnsupportedEngine
 from flashquant.patches import engine
 from flashquant.patches.layers import processed as layers
-from tests.engine.checkpoints import Policies
-from tests.layouts import models
-from tests.layouts.cases import AMPERE, HOPPER, Case
-from tests.layouts.layout import load
-from tests.layouts.machine import pretending
+from tools.layouts import models
+from tools.layouts.cases import AMPERE, HOPPER, Case
+from tools.layouts.layout import load
+from tools.layouts.machine import pretending
+from tools.models.policies import Policies
 
 METHODS = {
     "fp8_channel": online.Fp8PtpcOnlineLinearMethod,

@@ -12,7 +12,7 @@ from flashquant.errors import MisfitTensor, PeerFailed, ReloadError, WorkerLost
 from flashquant.patches.remote import conversation as remote
 from flashquant.patches.seams import worker
 from flashquant.update import Member
-from tests.test_report import a_report
+from tests.update.test_report import a_report
 
 REFUSED = {"error": "MisfitTensor", "says": "q.weight holds NaN"}
 FOLLOWED = {"error": "PeerFailed", "says": "rank 1 did not commit"}

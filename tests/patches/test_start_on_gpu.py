@@ -15,10 +15,10 @@ from flashquant.patches import engine
 from flashquant.patches.layers import blueprint
 from flashquant.patches.seams.loading import session_of
 from flashquant.schemes import fp8_channel, fp8_tensor, int8_channel
-from tests.engine.checkpoints import Policies, config_name
-from tests.layouts import models
-from tests.layouts.cases import BLACKWELL, HOPPER
-from tests.layouts.machine import Machine, pretending
+from tools.layouts import models
+from tools.layouts.cases import BLACKWELL, HOPPER
+from tools.layouts.machine import Machine, pretending
+from tools.models.policies import Policies, config_name
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from torch import Tensor
 from flashquant.schemes import chunks, scaled
 from flashquant.schemes.int8 import int8_channel
 from flashquant.schemes.smoothed import int8_frozen, int8_refreshed
-from tests import flashrl
+from tools.models import flashrl
 
 FLOATS = [torch.bfloat16, torch.float16, torch.float32]
 

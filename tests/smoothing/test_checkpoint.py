@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from flashquant.errors import ProfileError
 from flashquant.profiles import Calibration, Entry, Profile, check_profile_fits
 from flashquant.profiles.making import Checkpoint, Factors, Producer, Site, profile_of, write_w8a8
-from tests import tiny_models
+from tools.models import tiny_models
 
 LAYER = "model.layers.0"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.engine.checkpoints import Policies
+from tools.models.policies import Policies
 
 
 @pytest.fixture(scope="session")

@@ -7,8 +7,8 @@ import subprocess
 import sys
 from typing import Any
 
-from tests.engine.checkpoints import Policies
 from tests.stacks import overlays
+from tools.models.policies import Policies
 
 
 def fresh(stack: str, policies: Policies, *, scheme: str, vllm: str) -> tuple[Any, Any]:

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tests import short_smollm2
 from tests.stacks import overlays
 from tests.stacks.running import run
+from tools.models import short_smollm2
 
 EXAMPLES = overlays.ROOT / "examples"
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.hub import hub
 from tests.stacks import overlays
 from tests.stacks.running import run
+from tests.support.hub import hub
 
 FOLDER = overlays.ROOT / "examples" / "skyrl"
 FILES = sorted(FOLDER.glob("*.env"))

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import pytest
 
-from tests.engine.checkpoints import Policies
 from tests.stacks import overlays
 from tests.stacks.running import fresh, run
+from tools.models.policies import Policies
 
 pytestmark = overlays.needed("skyrl")
 

@@ -11,9 +11,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tests import tiny_models
 from tests.engine.programs.engine import OPTIONS, print_result
 from tests.engine.programs.failing import fail_in_the_middle, raised_by
+from tools.models import tiny_models
 
 
 def main(starts_on: str, pushed: str) -> dict[str, Any] | None:

@@ -19,8 +19,8 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from tests import tiny_models
 from tests.engine.programs.engine import OPTIONS, PROMPT, print_result
+from tools.models import tiny_models
 
 PATIENCE = 60.0  # seconds
 LONG = 80  # tokens: more than come before a bracket is open

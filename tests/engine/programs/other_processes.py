@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from tests import tiny_models
 from tests.engine.programs.engine import OPTIONS, PROMPT, print_result
 from tests.engine.programs.failing import fail_in_the_middle, raised_by
+from tools.models import tiny_models
 
 
 def main(starts_on: str, pushed: str) -> dict[str, Any]:

@@ -17,8 +17,8 @@ from typing import Any
 
 import ray
 
-from tests import tiny_models
 from tests.engine.programs.engine import OPTIONS, PROMPT, print_result
+from tools.models import tiny_models
 
 
 class EngineActor:

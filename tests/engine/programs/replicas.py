@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tests import tiny_models
 from tests.engine.programs.engine import OPTIONS, PROMPT, print_result
+from tools.models import tiny_models
 
 
 async def main(starts_on: str, pushed: str) -> dict[str, Any]:

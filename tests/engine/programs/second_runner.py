@@ -17,9 +17,9 @@ from typing import Any
 
 from triton.backends import backends
 
-from tests import tiny_models
 from tests.engine.programs.engine import OPTIONS, PROMPT, print_result
 from tests.engine.programs.failing import raised_by
+from tools.models import tiny_models
 
 # vLLM asks whether Triton has a backend for the CPU, which the interpreter does not need.
 backends["cpu"] = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: True), compiler=None)

@@ -20,9 +20,9 @@ from areal.engine.vllm_ext.vllm_worker_extension import VLLMWorkerExtension
 from torch import Tensor
 from vllm.triton_utils import dispatcher
 
-from tests import tiny_models
 from tests.stacks.programs import gloo
 from tests.stacks.programs.rollouts import beside, print_result, said, start
+from tools.models import tiny_models
 
 _GROUP = "update_weight_group_0"
 _EXTENSION = f"tests.stacks.programs.areal.{VLLMWorkerExtension.__name__}"

@@ -20,9 +20,9 @@ import zmq
 from checkpoint_engine import worker
 from torch import Tensor
 
-from tests import tiny_models
 from tests.stacks.programs import shared
 from tests.stacks.programs.rollouts import beside, print_result, raised_by, said, start
+from tools.models import tiny_models
 
 _DEVICE = "CPU-0"
 _BUCKET = 1 << 18

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests import tiny_models
 from tests.stacks.programs import cuda, shared
 from tests.stacks.programs.rollouts import print_result, raised_by, said, start
+from tools.models import tiny_models
 
 
 def _enter(package: str) -> None:

@@ -23,8 +23,8 @@ from verl.plugin.platform.platform_cuda import PlatformCUDA
 from verl.workers.rollout.vllm_rollout.bucketed_weight_transfer import BucketedWeightSender
 from verl.workers.rollout.vllm_rollout.utils import vLLMColocateWorkerExtension
 
-from tests import tiny_models
 from tests.stacks.programs.rollouts import beside, print_result, raised_by, said, start
+from tools.models import tiny_models
 
 
 class PlatformCPU(PlatformCUDA):

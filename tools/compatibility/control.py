@@ -1,0 +1,54 @@
+"""Whose fault is it? The same engine, with nothing of flashquant but its CPU fixes.
+
+Without those (permission to use AMX tiles, an op that vLLM leaves empty, a float32 bias)
+vLLM would run even less. It has no int8 for a bf16 checkpoint, so there its W8A8 sibling
+is served with made-up weights.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from flashquant.config.schemes import ONLINE, W8A8
+from flashquant.patches.layers import cpu
+from tools.compatibility.cell import ENGINE, WRONG, Cell
+from tools.compatibility.trial import kernels, policy
+
+_APPLIED: list[Any] = []
+
+
+def blame(architecture: str, scheme: str, folder: Path) -> Cell:
+    """`engine` with its reason where vLLM alone cannot either; else flashquant is `WRONG`."""
+    from vllm import LLM, SamplingParams
+
+    from tests.engine.serving import choosing
+
+    if not _APPLIED:
+        cpu.allow_amx()
+        _APPLIED.extend(point.apply() for point in cpu.POINTS)
+    options: dict[str, Any] = {"quantization": ONLINE.get(scheme)}
+    if scheme == "int8":
+        options = {
+            "quantization": "compressed-tensors",
+            "hf_overrides": {"quantization_config": dict(W8A8)},
+            "load_format": "dummy",
+        }
+    try:
+        with choosing(kernels()):
+            llm = LLM(
+                str(policy(folder, architecture, "a")),
+                skip_tokenizer_init=True,
+                enforce_eager=True,
+                enable_prefix_caching=False,
+                kv_cache_memory_bytes=16 << 20,
+                max_model_len=128,
+                dtype="bfloat16",
+                **options,
+            )
+            prompt = {"prompt_token_ids": list(range(5, 45))}
+            llm.generate([prompt], SamplingParams(max_tokens=2, ignore_eos=True), use_tqdm=False)
+    except Exception as error:  # whatever an engine dies of
+        return Cell(architecture, scheme, ENGINE, f"{type(error).__name__}: {error}")
+    _APPLIED.append(llm)  # an engine that is collected takes the others' parallel state along
+    return Cell(architecture, scheme, WRONG, "vLLM alone starts and generates")

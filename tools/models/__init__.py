@@ -1,0 +1,1 @@
+"""Small checkpoints that tests, tools and benchmarks share: random weights, real layouts."""
