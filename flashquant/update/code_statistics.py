@@ -49,7 +49,7 @@ class Noted:
 Standing = tuple[Tensor, int, int]
 
 
-class Drifts:
+class CodeStatistics:
     """The codes that stand, by sample, and who is told when scales no longer hold.
 
     Args:

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 Waiting = Mapping[str, tuple[str, ...]]
 
 
-class Arrivals:
+class Completeness:
     """What one engine still has to be sent, as far as can be told.
 
     Args:

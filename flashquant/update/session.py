@@ -31,17 +31,17 @@ from flashquant.plan import (
 )
 from flashquant.profiles import Calibration
 from flashquant.update.agreement import Ballot
-from flashquant.update.bindings import Ways
-from flashquant.update.code_statistics import Drifts
-from flashquant.update.completeness import Arrivals
+from flashquant.update.bindings import Bindings
+from flashquant.update.code_statistics import CodeStatistics
+from flashquant.update.completeness import Completeness
 from flashquant.update.engine import Engine, Layer
 from flashquant.update.first_load import FirstLoad
-from flashquant.update.foreign import Witness
+from flashquant.update.foreign_writes import ForeignWrites
 from flashquant.update.integrity import Fingerprints, Footprint, digest, digests
-from flashquant.update.pipeline import Road
+from flashquant.update.pipeline import Pipeline
 from flashquant.update.report import ReloadReport, Status
 from flashquant.update.reporter import Reporter
-from flashquant.update.serving import Health
+from flashquant.update.serving_state import ServingState
 from flashquant.update.state import Update
 from flashquant.update.ties import Ties
 from flashquant.update.transaction import Transactions
@@ -71,32 +71,36 @@ class Session:
         self._calibration = calibration
         self._engine = engine
         self._checks = checks or Checks()
-        self._routes = Planner(engine)
-        self._ways = Ways(engine, self._routes, calibration)
-        self._arrivals = Arrivals(engine, calibration)
-        self._witness = Witness({})
+        self._planner = Planner(engine)
+        self._bindings = Bindings(engine, self._planner, calibration)
+        self._completeness = Completeness(engine, calibration)
+        self._foreign_writes = ForeignWrites({})
         self._unaudited: dict[str, Footprint] = {}
         self._layers: dict[str, Layer] = {}
-        self._drifts = Drifts(1.0 if calibration is None else calibration.warn_above)
+        self._code_statistics = CodeStatistics(
+            1.0 if calibration is None else calibration.warn_above
+        )
         self._ties = Ties()
-        self._road = Road(engine, self._ways, self._ties, self._drifts, calibration, self._checks)
-        self._road.about_to_write = lambda layer: self._witness.look_at(layer)
-        self._first_load = FirstLoad(engine, self._routes, self._drifts, calibration)
-        self._names = Names(self._routes)
+        self._pipeline = Pipeline(
+            engine, self._bindings, self._ties, self._code_statistics, calibration, self._checks
+        )
+        self._pipeline.about_to_write = lambda layer: self._foreign_writes.look_at(layer)
+        self._first_load = FirstLoad(engine, self._planner, self._code_statistics, calibration)
+        self._names = Names(self._planner)
         self._transactions = Transactions(ballot, self._settle)
         self._reporter = Reporter(
-            engine, self._routes, self._arrivals, self._ties, self._transactions
+            engine, self._planner, self._completeness, self._ties, self._transactions
         )
 
     @property
     def plan(self) -> WritePlan:
         """Where every name seen so far lands."""
-        return self._routes.plan
+        return self._planner.plan
 
     @property
     def live(self) -> bool:
         """Whether the model has been loaded and processed, so that pushes are reloads."""
-        return bool(self._ways.homes)
+        return bool(self._bindings.homes)
 
     @property
     def version(self) -> int:
@@ -104,7 +108,7 @@ class Session:
         return self._transactions.version
 
     @property
-    def health(self) -> Health:
+    def health(self) -> ServingState:
         """Whether what is live may be served and written."""
         return self._transactions.health
 
@@ -119,7 +123,7 @@ class Session:
             return self._engine.load(self._first_load.stream(weights))
         except (KeyError, ValueError) as refusal:
             ours = isinstance(refusal, FlashquantError)
-            if ours or (scales := self._routes.refused_of_made()) is None:
+            if ours or (scales := self._planner.refused_of_made()) is None:
                 raise
             raise UnsupportedEngine(
                 f"{scales.removesuffix('_scale')} becomes codes and scales in "
@@ -136,11 +140,11 @@ class Session:
         """
         if self._calibration is not None:
             self._calibration.check_fit()
-        self._routes.open()
-        self._ways.open()
+        self._planner.open()
+        self._bindings.open()
         self._layers = {layer.name: layer for layer in self._engine.layers}
-        self._ties.open(set(self._engine.tied.values()), self._ways.homes)
-        self._witness = Witness(
+        self._ties.open(set(self._engine.tied.values()), self._bindings.homes)
+        self._foreign_writes = ForeignWrites(
             {layer.name: _parameters(layer.tensors()) for layer in self._engine.layers}
         )
 
@@ -166,10 +170,10 @@ class Session:
             torch.no_grad(),
         ):
             if not alone:
-                return self._road.take(offered, update)
+                return self._pipeline.take(offered, update)
             update.offered = offered.names
-            written = self._road.take(self._arrivals.watched(offered, update), update)
-            self._road.finish(update)
+            written = self._pipeline.take(self._completeness.watched(offered, update), update)
+            self._pipeline.finish(update)
             return written
 
     def begin(self, *, atomic: bool = True, prepares: bool = False) -> None:
@@ -189,10 +193,10 @@ class Session:
         update = Update(undo, bracket=True, prepares=prepares)
         with self._reporter.refusing(), self._transactions.begin(update):
             if not atomic:
-                update.at_stake = frozenset(self._routes.wanted)
-            self._arrivals.drop()
+                update.at_stake = frozenset(self._planner.wanted)
+            self._completeness.drop()
             self._ties.reset()
-            update.before = self._road.footprints(*self._engine.layers)
+            update.before = self._pipeline.footprints(*self._engine.layers)
 
     def finish(self, *, strict: bool = False, keeps: bool = False) -> None:
         """Close the bracket.
@@ -211,15 +215,17 @@ class Session:
         """
         with self._reporter.refusing(), self._transactions.finish() as update, torch.no_grad():
             if keeps:
-                self._road.keep_rest(update, self.health.stale)
-            self._road.finish(update)
+                self._pipeline.keep_rest(update, self.health.stale)
+            self._pipeline.finish(update)
             self._ties.check_complete()
-            self._arrivals.check_complete(update, self._routes.wanted, strict=strict, keeps=keeps)
-            self._road.swap_in(update)
+            self._completeness.check_complete(
+                update, self._planner.wanted, strict=strict, keeps=keeps
+            )
+            self._pipeline.swap_in(update)
             if update.prepares:
                 self._unaudited = update.before
             else:
-                self._road.check_unmoved(update.before, *self._engine.layers)
+                self._pipeline.check_unmoved(update.before, *self._engine.layers)
         self._ties.reset()
 
     @property
@@ -255,7 +261,7 @@ class Session:
         if not self.in_bracket:
             with self._reporter.refusing():
                 self._ties.check_complete()
-                self._arrivals.check_nothing_waits(self._routes.wanted)
+                self._completeness.check_nothing_waits(self._planner.wanted)
 
     def abandon(self) -> None:
         """Close a bracket that will not be finished: roll it back, if it is still open."""
@@ -312,7 +318,7 @@ class Session:
         before, self._unaudited = self._unaudited, {}
         try:
             if before:
-                self._road.check_unmoved(before, *self._engine.layers)
+                self._pipeline.check_unmoved(before, *self._engine.layers)
         except MovedTensor:
             self.health.moved = True
             raise
@@ -328,7 +334,7 @@ class Session:
             yield None
         if self.version == version and self._transactions.current is None:
             taken = fingerprints.read()
-            self._witness.compare(taken)
+            self._foreign_writes.compare(taken)
             yield digest(taken)
 
     @property
@@ -344,30 +350,30 @@ class Session:
     def look_around(self) -> None:
         """Report who wrote into live weights past this session, unless an update is under way."""
         if self._transactions.current is None:
-            self._witness.look()
+            self._foreign_writes.look()
 
     def sleep(self, *, keeps_weights: bool) -> None:
         """The engine is about to put its weights away, for good unless `keeps_weights`."""
         self.abandon()
-        self._arrivals.drop()
+        self._completeness.drop()
         self._ties.reset()
         self._transactions.sweep()
         self.free_reserve()
         self.health.asleep = True
         if not keeps_weights:
-            self._drifts.forget()
-            self._witness.forget()
+            self._code_statistics.forget()
+            self._foreign_writes.forget()
             if self._calibration is not None:
                 self._calibration.forget_device()
-            self.health.tear(self._routes.wanted)
+            self.health.tear(self._planner.wanted)
 
     def overwritten(self) -> None:
         """Somebody has overwritten everything: it is nobody's policy until all of it was pushed."""
         self.abandon()
-        self._arrivals.drop()
+        self._completeness.drop()
         self._ties.reset()
-        self._witness.forget()
-        self.health.tear(self._routes.wanted)
+        self._foreign_writes.forget()
+        self.health.tear(self._planner.wanted)
 
     def free_reserve(self) -> None:
         """Give back the host memory that is held for the next update's undo log."""
@@ -382,7 +388,7 @@ class Session:
         """How the model stands: version, pending shards, roads and fresh digests."""
         parameters = {} if self.health.asleep else self.digests()
         self.look_around()
-        return self._reporter.status(parameters, self._witness.foreign)
+        return self._reporter.status(parameters, self._foreign_writes.foreign)
 
     def digest(self) -> str:
         """Fingerprint of everything the kernels read, equal for equal policies."""
@@ -392,7 +398,7 @@ class Session:
         """The same for each thing they read, by name."""
         taken = digests(item for layer in self._engine.layers for item in layer.contents())
         if self._transactions.current is None:
-            self._witness.compare(taken)
+            self._foreign_writes.compare(taken)
         return taken
 
     def _settle(self, update: Update, stands: bool) -> None:
@@ -400,21 +406,22 @@ class Session:
         for layer in () if stands else update.prepared.values():
             layer.drop()
         if stands:
-            update.drift = self._drifts.settle(update.noted)
-            self._arrivals.settle(update)
+            noted = update.statistics.noted
+            update.statistics.drift = self._code_statistics.settle(noted)
+            self._completeness.settle(update)
             if not update.bracket:
-                self._reporter.note_ignored(update.ignored)
-            self._witness.settle(update.committed, self._unsent(update), update.live)
+                self._reporter.note_ignored(update.statistics.ignored)
+            self._foreign_writes.settle(update.committed, self._unsent(update), update.live)
             return
-        self._witness.rebase(None if update.bracket else update.touched)
+        self._foreign_writes.rebase(None if update.bracket else update.touched)
         if not update.undo.can_restore:
-            self._witness.forget()
+            self._foreign_writes.forget()
 
     def _unsent(self, update: Update) -> dict[str, set[str]]:
         """Of layers that went live without some of their parameters: which those are."""
         found = {}
         for name in update.committed:
-            targets = set(self._layers[name].targets) & self._routes.wanted.keys()
+            targets = set(self._layers[name].targets) & self._planner.wanted.keys()
             if not targets <= update.live:
                 found[name] = targets - update.live
         return found

@@ -16,7 +16,7 @@ from flashquant.errors import MovedTensor, ReloadError, TornWeights
 from flashquant.update.agreement import Ballot
 from flashquant.update.interrupts import uninterrupted
 from flashquant.update.reserve import Reserve
-from flashquant.update.serving import Health
+from flashquant.update.serving_state import ServingState
 from flashquant.update.state import Update
 from flashquant.update.undo import UndoLog
 
@@ -42,7 +42,7 @@ class Transactions:
 
         """
         self.current: Update | None = None
-        self.health = Health()
+        self.health = ServingState()
         self.version = 0
         self.reserve = Reserve()
         self._ballot = ballot

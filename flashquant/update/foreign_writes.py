@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 _VERSION = operator.attrgetter("_version")
 
 
-class Witness:
+class ForeignWrites:
     """Remembers how the live parameters of one model were left by its own updates.
 
     Args:
