@@ -132,7 +132,7 @@ def measure(layout: str, dtype: str, tensors: int, rounds: int) -> Iterator[Poin
     policies = [engine.weights(seed) for seed in (1, 2)]
     session.reload(policies[1])  # learns the plan
     for proofs, (atomic, checked) in PROOFS.items():
-        session._checks = session._pipeline._checks = Checks(ledger=checked, digest=checked)
+        session.proofs.checks = Checks(ledger=checked, digest=checked)
         work = bare_work(engine, keep=atomic)
         reload, bare = [], []
         for turn in range(rounds):

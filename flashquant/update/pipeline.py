@@ -8,13 +8,12 @@ What an update is, and whether it is committed, is the session's business.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from itertools import chain
 
 from torch import Tensor
 
-from flashquant.config.checks import Checks
 from flashquant.errors import MisfitTensor, ReloadError
 from flashquant.plan import NamedTensors, Replay, View, Write
 from flashquant.profiles import Calibration
@@ -22,7 +21,7 @@ from flashquant.schemes import check_finite, row_absmax
 from flashquant.update.bindings import Binding, Bindings, Destination
 from flashquant.update.code_statistics import CodeStatistics
 from flashquant.update.engine import Engine, Layer, Reach
-from flashquant.update.integrity import Footprint, check_unmoved, footprints
+from flashquant.update.proofs import Proofs
 from flashquant.update.quantize import as_stored, is_float
 from flashquant.update.staging import Stage
 from flashquant.update.state import Update
@@ -38,7 +37,7 @@ class Pipeline:
         ties: the parameters that have several names.
         code_statistics: learns how codes move.
         calibration: the profile by which pushes are quantized; None where each row is by itself.
-        checks: which proofs every update carries.
+        proofs: watch what it writes.
 
     """
 
@@ -49,12 +48,11 @@ class Pipeline:
         ties: Ties,
         code_statistics: CodeStatistics,
         calibration: Calibration | None,
-        checks: Checks,
+        proofs: Proofs,
     ) -> None:
         self._engine, self._bindings, self._ties = engine, bindings, ties
         self._code_statistics = code_statistics
-        self._calibration, self._checks = calibration, checks
-        self.about_to_write: Callable[[str], object] = lambda layer: None
+        self._calibration, self._proofs = calibration, proofs
 
     def take(self, weights: NamedTensors, update: Update) -> set[str]:
         """Plan, quantize, write and commit, one tensor at a time."""
@@ -177,7 +175,7 @@ class Pipeline:
 
     def _claim(self, layer: Layer, stage: Stage, view: View, update: Update) -> None:
         if not update.bracket and layer.name not in update.touched:  # `begin` looks at all of them
-            self.about_to_write(layer.name)
+            self._proofs.look_at(layer.name)
             update.touched.add(layer.name)
         update.claim(stage, view)
 
@@ -250,10 +248,10 @@ class Pipeline:
             update.prepared[layer.name] = layer
             return
         update.committed.add(layer.name)
-        before = {} if update.bracket else self.footprints(layer)
+        before = {} if update.bracket else self._proofs.footprints(layer)
         update.statistics.bytes_out += layer.commit(update.undo)
         if not update.bracket:
-            self.check_unmoved(before, layer)
+            self._proofs.check_unmoved(before, layer)
 
     def swap_in(self, update: Update) -> None:
         """What was prepared goes live: from here on, the engine may not generate."""
@@ -264,16 +262,6 @@ class Pipeline:
             update.statistics.bytes_out += layer.commit(update.undo)
         if update.prepares:
             update.statistics.since(start, "swap")
-
-    def footprints(self, *layers: Layer) -> dict[str, Footprint]:
-        """Where the live tensors of some layers are, if a ledger is kept."""
-        if not self._checks.ledger:
-            return {}
-        return footprints(item for layer in layers for item in layer.tensors())
-
-    def check_unmoved(self, before: dict[str, Footprint], *layers: Layer) -> None:
-        """Raise MovedTensor where one is no longer what it was."""
-        check_unmoved(before, self.footprints(*layers))
 
 
 def _is_new(layer: Layer, update: Update) -> bool:

@@ -102,7 +102,7 @@ class Reporter:
         for layer in self._engine.layers:
             road = layer.road if replayed.isdisjoint(layer.targets) else "fallback"
             by_road[road].append(layer.name)
-        health, whole = self._transactions.health, digest(digests) if digests else None
+        health, whole = self._transactions.serving, digest(digests) if digests else None
         return Status(
             scheme=self._engine.scheme,
             version=self._transactions.version,
