@@ -7,7 +7,7 @@ the codes of every later push their meaning, and enough to tell whether profile 
 belong together.
 
 Limits
-    1. Codes that are pushed later are refused: of the norms beside them nobody could tell
+    1. Codes that are pushed later are refused: it could not be known of the norms beside them
        whether they have been smoothed already. A trainer pushes floats.
 """
 
@@ -56,7 +56,7 @@ class Calibration:
 
     Attributes:
         clipping: of each weight as it was last pushed; only of frozen scales.
-        warn_above: the fraction of a weight that may be clipped before somebody is told.
+        warn_above: the fraction of a weight that may be clipped before the log warns.
 
     Args:
         profile: as it was read.
@@ -64,8 +64,8 @@ class Calibration:
             makes each anew from its channel at every push, and keeps only the smoothing.
         device: of the engine, where its vectors are wanted.
         starts_on_floats: the checkpoint is none of codes.
-        warn_above: the fraction of a weight that may be clipped before somebody is told.
-        prunes: silence channels that nobody reads any more, as FlashRL's `int8_prune`.
+        warn_above: the fraction of a weight that may be clipped before the log warns.
+        prunes: silence channels that no layer reads any more, as FlashRL's `int8_prune`.
 
     """
 

@@ -1,4 +1,4 @@
-"""Whether a profile and a checkpoint belong together, told from what passes by while it is loaded.
+"""Whether a profile and a checkpoint belong together, seen from what is loaded.
 
 A checkpoint of codes holds the weight scales, norms and fingerprints that its profile was made
 with. One of floats need not hold the same bits, for it may have been trained since, but its large
@@ -122,7 +122,7 @@ class Fit:
             )
 
     def _unknown_scales(self) -> Iterator[str]:
-        """Nobody noted a fingerprint, but the checkpoint's scales are in the profile themselves."""
+        """No fingerprint was noted, but the checkpoint's scales are in the profile themselves."""
         known: list[str] = []
         strange: list[str] = []
         for name, scale in self.weight_scales.items():
@@ -183,7 +183,7 @@ def _likeness(weight: Tensor, entry: Entry) -> float:
     """
     rows = entry.weight_scale
     if rows is None or weight.dim() != 2 or weight.shape[0] != len(rows) or len(rows) < 2:
-        return 1.0  # of another shape; that is told elsewhere
+        return 1.0  # of another shape; that is reported elsewhere
     found = [
         row_absmax(scaled(weight[part], entry.input_scale, None)) for part in row_chunks(weight)
     ]

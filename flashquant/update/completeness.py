@@ -73,7 +73,7 @@ class Completeness:
         self._passes.note_refused(names)
 
     def settle(self, update: Update) -> None:
-        """An update stands."""
+        """An update is committed."""
         for layer in update.committed:
             self.dropped.pop(layer, None)
             self._times_dropped.pop(layer, None)

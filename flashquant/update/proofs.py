@@ -1,4 +1,4 @@
-"""What shows that live weights are right: nothing moved, nobody else wrote, what they add up to."""
+"""What shows that live weights are right: nothing moved, nothing else wrote, and a digest."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a session says of itself: how the model stands, what an update did, what was refused."""
+"""Status and reports of a session: the state of the model, what an update did, what was refused."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 class Reporter:
-    """Tells how one model stands.
+    """Makes the status and the reports of one model.
 
     Args:
         engine: the model.
@@ -48,7 +48,7 @@ class Reporter:
 
     @contextmanager
     def refusing(self, names: AbstractSet[str] = frozenset()) -> Iterator[None]:
-        """Note what is refused in the block: whoever is told may not pass it on.
+        """Note what is refused in the block: the caller that gets the error may not pass it on.
 
         Args:
             names: of a push; they may become more in the block.
@@ -94,7 +94,7 @@ class Reporter:
 
         Args:
             digests: of what the kernels read, by name; none while it is asleep.
-            foreign: live weights that somebody else wrote.
+            foreign: live parameters that were modified outside flashquant.
 
         """
         by_road: dict[str, list[str]] = {"direct": [], "staged": [], "fallback": []}

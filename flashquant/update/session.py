@@ -5,7 +5,7 @@
 
 A push outside a bracket is a transaction of its own; a layer goes live when the
 last of its shards has arrived, in whichever push of one sync (`passes` tells syncs
-apart). Inside a bracket (`begin` to `finish`) nothing stands until the end.
+apart). Inside a bracket (`begin` to `finish`) nothing is committed until the end.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class Session:
 
     @property
     def version(self) -> int:
-        """How many updates stand; 0 is the checkpoint the engine started on."""
+        """How many updates are committed; 0 is the checkpoint the engine started on."""
         return self.transactions.version
 
     @property
@@ -116,8 +116,8 @@ class Session:
         try:
             return self._engine.load(self._first_load.stream(weights))
         except (KeyError, ValueError) as refusal:
-            ours = isinstance(refusal, FlashquantError)
-            if ours or (scales := self._planner.refused_of_made()) is None:
+            explained = isinstance(refusal, FlashquantError)
+            if explained or (scales := self._planner.refused_of_made()) is None:
                 raise
             raise UnsupportedEngine(
                 f"{scales.removesuffix('_scale')} becomes codes and scales in "
@@ -168,7 +168,7 @@ class Session:
             return written
 
     def begin(self, *, atomic: bool = True, prepares: bool = False) -> None:
-        """Open a bracket: nothing stands until `finish`. What waits is dropped, and said so.
+        """Open a bracket: nothing is committed until `finish`. What waits is dropped, and said so.
 
         A bracket that is still open, because whoever began it went away, is rolled back.
 
@@ -299,7 +299,7 @@ class Session:
             self.serving.tear(self._planner.wanted)
 
     def overwritten(self) -> None:
-        """Somebody has overwritten everything: it is nobody's policy until all of it was pushed."""
+        """Everything was overwritten: the engine is torn until a complete update was pushed."""
         self.abandon()
         self._completeness.drop()
         self._ties.reset()
@@ -311,7 +311,7 @@ class Session:
         self.serving.asleep = False
 
     def status(self) -> Status:
-        """How the model stands: version, pending shards, roads and fresh digests."""
+        """How the model stands: version, pending shards, kinds of layers and fresh digests."""
         parameters = {} if self.serving.asleep else self.proofs.digests()
         self.proofs.look()
         return self._reporter.status(parameters, self.proofs.foreign)

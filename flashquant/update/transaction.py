@@ -1,7 +1,7 @@
-"""The update under way: it stands, or it is taken back, whatever cuts in.
+"""The update under way: committed, or rolled back, whatever interrupts it.
 
 It is noted before anything is touched, busy while a call works on it, and crossed
-out when it stands or has been taken back. So no interrupt leaves it between the two
+out when it is committed or has been rolled back. So no interrupt leaves it between the two
 for long: whoever comes next finds a busy update, and takes it back.
 """
 
@@ -28,9 +28,9 @@ class Transactions:
 
     Attributes:
         current: the update under way; a bracket also after it was rolled back, until
-            somebody closes it.
+            it is closed.
         health: whether what is live may be served and written.
-        version: how many updates stand.
+        version: how many updates are committed.
         reserve: the memory of their undo logs.
 
     """
@@ -86,7 +86,7 @@ class Transactions:
 
     @contextmanager
     def push(self) -> Iterator[Update]:
-        """Work on the bracket that is open, or on an update that stands when the block is done."""
+        """Work on the bracket that is open, or on an update that the end of the block commits."""
         self.take_back_what_was_cut_off()
         update = self.current
         if update is None:
@@ -97,12 +97,12 @@ class Transactions:
                 "this update failed and was rolled back; the old weights are served. Finish it, or "
                 "begin a new one, before you push again."
             )
-        with self._all_or_nothing(update, stands=not update.bracket):
+        with self._all_or_nothing(update, commits=not update.bracket):
             yield update
 
     @contextmanager
     def finish(self) -> Iterator[Update]:
-        """Close the bracket: it stands when the block is done and every worker is ready.
+        """Close the bracket: it is committed when the block is done and every worker is ready.
 
         Raises:
             ReloadError: there is none, or it has been rolled back.
@@ -118,7 +118,7 @@ class Transactions:
                 "no update is under way: it failed and was rolled back, or it never began"
             )
         try:
-            with self._all_or_nothing(update, stands=True):
+            with self._all_or_nothing(update, commits=True):
                 yield update
                 if self._ballot is not None and update.round is not None:
                     self._ballot.agree(update.round)
@@ -183,13 +183,13 @@ class Transactions:
             )
 
     @contextmanager
-    def _all_or_nothing(self, update: Update, *, stands: bool) -> Iterator[None]:
+    def _all_or_nothing(self, update: Update, *, commits: bool) -> Iterator[None]:
         """Leave with everything done, or with everything as it was."""
         update.busy = True
         try:
             yield
             with uninterrupted():
-                if stands:
+                if commits:
                     self._stand(update)
                 update.busy, update.heard = False, time.monotonic()
         except BaseException as failure:
@@ -197,7 +197,7 @@ class Transactions:
             raise
 
     def _roll_back(self, update: Update, failure: BaseException) -> None:
-        """Take an update back, unless it stands, or the workers have agreed that it does."""
+        """Roll an update back, unless it is committed, or the workers have agreed to commit it."""
         if update.over:
             return
         with uninterrupted():

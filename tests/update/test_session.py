@@ -819,7 +819,7 @@ def test_one_worker_that_fails_takes_all_of_them_back(bad_weights):
 def test_a_worker_that_is_interrupted_after_all_agreed_commits_all_the_same(monkeypatch):
     """It is too late to go back: the others stand already."""
     ranks = workers()
-    ballot = ranks[1][1]._transactions._ballot
+    ballot = ranks[1][1].transactions._ballot
     agree = ballot.agree
 
     def interrupted(round):
