@@ -1,4 +1,4 @@
-"""A layer that is staged: what is looked at to prepare it."""
+"""A layer that waits in checkpoint format: what is fingerprinted to prepare it."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from flashquant.patches.layers import LayerBlueprint, LiveLayer
-from flashquant.patches.layers import processed as layers
+from flashquant.patches.layers import LayerBlueprint, ProcessedLayer, packed_digests
 from flashquant.plan import View, Write
 from flashquant.update import Reach, UndoLog, digests
 
@@ -29,13 +28,19 @@ def layer():
         targets={name: f"layer.{name}" for name in module._parameters},
     )
     loaded = digests(blueprint.loaded())
-    return LiveLayer([blueprint], loaded, contextlib.nullcontext, torch.device("cpu"), {})
+    alone = {f"layer.{name}": (value,) for name, value in module.named_parameters()}
+    return ProcessedLayer([blueprint], loaded, alone, contextlib.nullcontext, torch.device("cpu"))
+
+
+def fingerprints(layer):
+    """Those of the layer's contents that stand for memory that cannot be read."""
+    return {name: held for name, held in layer.contents() if isinstance(held, str)}
 
 
 def test_what_shows_its_bytes_is_not_fingerprinted_to_prepare_it(layer, monkeypatch):
     """The digest reads it when it is live; a stage in bf16 is twice as large, or more."""
     undo, looked_at = UndoLog(), []
-    monkeypatch.setattr(layers, "digests", lambda items: looked_at.extend(items) or {})
+    monkeypatch.setattr(packed_digests, "digests", lambda items: looked_at.extend(items) or {})
     step = Write("weight", FORM, "layer.weight", FORM)
     layer.receive(step, torch.ones(2, 4), undo, Reach.NOTHING, None)
 
@@ -50,16 +55,18 @@ def test_what_shows_its_bytes_is_not_fingerprinted_to_prepare_it(layer, monkeypa
 def test_of_memory_that_cannot_be_read_the_fingerprint_is_that_of_what_was_packed(
     layer, monkeypatch
 ):
-    monkeypatch.setattr(LiveLayer, "_is_packed", True)
+    monkeypatch.setattr(packed_digests, "holds_handles", lambda _: True)
     undo, values = UndoLog(), torch.ones(2, 4)
     step = Write("weight", FORM, "layer.weight", FORM)
     layer.receive(step, values, undo, Reach.NOTHING, None)
-    before = dict(layer._digests)
+    before = fingerprints(layer)
 
     layer.prepare(undo)
-    assert layer._digests == before
+    assert fingerprints(layer) == before
     layer.commit(undo)
 
-    assert layer._digests == before | digests([("layer.weight", values)])
+    assert fingerprints(layer) == before | {
+        "layer.<packed>.weight": digests([("", values)])[""],
+    }
     undo.restore()
-    assert layer._digests == before
+    assert fingerprints(layer) == before

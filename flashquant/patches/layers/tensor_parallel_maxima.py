@@ -1,23 +1,25 @@
-"""Scales that span the shards of several workers, without asking the others.
+"""Scales that span tensor-parallel shards, without asking the other workers.
 
 Where one scale covers rows or columns that tensor parallelism has cut up, vLLM asks the other
 ranks for the maxima of their shards, layer by layer, while it processes the weights. In
-an update that would be the death of all or nothing: a rank that fails alone leaves the others
+an update that would be the end of all or nothing: a rank that fails alone leaves the others
 waiting for its answer. But every rank is sent whole tensors, and knows the maxima of what it
 has cut off. So it answers itself; the bits are the same.
+
+vLLM's processing lies between who knows the maxima (`answered_by`, around the processing) and
+who is asked for them (the wrapped functions), so they travel in a context variable.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from flashquant.patches.channels import Ambient
 from flashquant.patches.point import PatchPoint
 from flashquant.update import Stage
 
@@ -97,21 +99,12 @@ def _is_about(shards: Tensor, stage: Stage) -> bool:
         return False
     weight = stage.memory(shards.device)
     low, high = torch.aminmax(weight.flatten(1) if shards.dim() == 1 else weight, dim=-1)
-    mine = torch.maximum(-low, high).flatten().float()
-    return mine.numel() == shards.numel() and torch.equal(mine, shards.flatten().float())
+    held = torch.maximum(-low, high).flatten().float()
+    return held.numel() == shards.numel() and torch.equal(held, shards.flatten().float())
 
 
-_maxima: ContextVar[Maxima | None] = ContextVar("flashquant_maxima", default=None)
-
-
-@contextmanager
-def answered_by(maxima: Maxima) -> Iterator[None]:
-    """Process a layer whose whole tensors have these maxima."""
-    before = _maxima.set(maxima)
-    try:
-        yield
-    finally:
-        _maxima.reset(before)
+_maxima = Ambient[Maxima]("flashquant_maxima")
+answered_by = _maxima.given  # while a layer is processed, whose whole tensors have these maxima
 
 
 def _amax_for_tp_weight_quant(original: Any, amax: Tensor, is_sharded: bool) -> Any:
