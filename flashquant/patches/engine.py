@@ -102,7 +102,7 @@ class LiveEngine:
 
     @contextmanager
     def apart(self) -> Iterator[Mapping[str, Tensor]]:
-        """The same on meta, each name of a tied parameter with one of its own; all, by name."""
+        """Like `laid_out`, on meta, with a parameter for each name of a tied one; all, by name."""
         with _loaders_are_quiet(), self._blueprint.apart() as targets, torch.no_grad():
             yield targets
 

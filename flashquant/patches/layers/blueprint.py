@@ -46,7 +46,7 @@ class LayerBlueprint:
 
         Args:
             values: one tensor a parameter, in checkpoint format, used as it is.
-            instead: what stands in for modules and parameters of other layers, by id.
+            instead: what replaces modules and parameters of other layers, by id.
 
         """
         twin = object.__new__(type(self.module))

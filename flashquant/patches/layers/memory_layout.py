@@ -108,7 +108,7 @@ def _layout(name: str, own: Tensor, made: _Made, *, changed: bool) -> MemoryLayo
     elif others:
         reason = f"{', '.join(others)} is made of it"
     elif made.handles:
-        # Whoever made it may have read anything: such operations pass torch's dispatcher unseen.
+        # What made it may have read anything: such operations pass torch's dispatcher unseen.
         reason = f"{', '.join(made.handles)} keeps memory of its own"
     elif not views:
         reason = "nothing that the kernels read is made of it"
@@ -122,7 +122,7 @@ def _layout(name: str, own: Tensor, made: _Made, *, changed: bool) -> MemoryLayo
 def _quantized(
     own: Mapping[str, Tensor], made: _Made, found: Mapping[str, MemoryLayout], quantize: Quantize
 ) -> dict[str, MemoryLayout]:
-    """Those that are packed just as `quantize` would, and of which nothing else is made."""
+    """The parameters that are packed as `quantize` would, and of which nothing else is made."""
     leaves, codes = dict(made.leaves), {}
     for name, tensor in own.items():
         read = found[name].leaves
@@ -156,13 +156,13 @@ class _Made:
         self.leaves = _tensor_leaves(twin)
         everything = kernel_state.leaves(twin).items()
         self.handles = [path for path, leaf in everything if not isinstance(leaf, Tensor)]
-        self._from = {path: self._origins(leaf, held) for path, leaf in self.leaves}
+        self._from = {path: self._provenance(leaf, held) for path, leaf in self.leaves}
         in_sight = {storage_of(leaf) for _, leaf in self.leaves}
         self.hidden = watcher.kept_outside(in_sight)
 
     def of(self, name: str) -> tuple[str, ...]:
         """The leaves that are, or were made of, a parameter."""
-        return tuple(path for path, origins in self._from.items() if name in origins)
+        return tuple(path for path, made_of in self._from.items() if name in made_of)
 
     def made_of(self, path: str) -> frozenset[str]:
         """The parameters of which a leaf was made."""
@@ -175,7 +175,7 @@ class _Made:
         copy_of = self.watcher.copy_of
         return tuple(path for path, leaf in self.leaves if copy_of.get(storage_of(leaf)) == name)
 
-    def _origins(self, leaf: Tensor, held: set[int]) -> frozenset[str]:
+    def _provenance(self, leaf: Tensor, held: set[int]) -> frozenset[str]:
         storage = storage_of(leaf)
         unknown = not self.watcher.saw(storage) and storage not in held
         if unknown or storage in self.watcher.blank:

@@ -27,7 +27,14 @@ from flashquant.plan import storage_of
 
 
 class ModelBlueprint:
-    """The blueprints of all layers that own parameters, and the way to load onto them."""
+    """The blueprints of all layers that own parameters.
+
+    Attributes:
+        layers: one blueprint a module, in the model's order.
+        targets: the parameters on meta, by name.
+        tied: the other names of parameters that several modules hold, and the name of each.
+
+    """
 
     def __init__(self, model: nn.Module) -> None:
         metas: dict[int, Tensor] = {}
@@ -56,13 +63,12 @@ class ModelBlueprint:
             for name, child in parent.named_children()
         ]
         self.targets: dict[str, Tensor] = {names[key]: meta for key, meta in metas.items()}
-        # The other names of a parameter that several modules hold, and its first one.
         self.tied = dict(_other_names(model, self.layers, names))
         # Parameters are told apart by id; keeping them alive keeps the ids theirs.
         self._originals = list(model.parameters())
 
     def release_originals(self) -> None:
-        """The ids are no longer needed: let processed-away parameters be freed."""
+        """Let parameters be freed that processing has replaced: their ids are needed no more."""
         self._originals.clear()
 
     def groups(self) -> list[list[LayerBlueprint]]:
@@ -87,7 +93,7 @@ class ModelBlueprint:
                 seen.add(id(parameter))
 
     def tie(self) -> None:
-        """What has become one parameter since the model was created, is one from now on.
+        """Treat as one parameter those that vLLM has tied since the model was created.
 
         vLLM ties a head once it has loaded one that equals the embeddings.
         """
@@ -97,7 +103,7 @@ class ModelBlueprint:
             for name, target in layer.targets.items():
                 live, meta = layer.module._parameters.get(name), parameters[name]
                 if live is None or meta is None or live.shape != meta.shape:
-                    continue  # processed away; what is left in its place may be anybody's
+                    continue  # processed away; what is left in its place may be anything
                 first, its_meta = firsts.setdefault(id(live), (target, meta))
                 if first != target and meta.dtype == its_meta.dtype:
                     parameters[name], targets[name] = its_meta, first
@@ -131,7 +137,7 @@ class ModelBlueprint:
 
     @contextmanager
     def apart(self) -> Iterator[Mapping[str, Tensor]]:
-        """The same on meta, with a parameter of its own under each name of one that is tied.
+        """Like `laid_out`, on meta, with a parameter of its own under each name of a tied one.
 
         So a loader that leaves such a name out shows where it would put what comes under it.
         """
@@ -151,7 +157,7 @@ class ModelBlueprint:
     def _exchanged(
         self, parameter: Callable[[LayerBlueprint, str, Tensor], Tensor]
     ) -> Iterator[None]:
-        """Other parameters under the model, by layer, name and checkpoint form."""
+        """Put other parameters under the model, each made of its layer, name and form."""
         kept = [(layer.module, layer.module._parameters) for layer in self.layers]
         exchanged = self._dropped_children()
         children = [(parent, dict(parent._modules)) for parent, _, _ in exchanged]
@@ -172,7 +178,7 @@ class ModelBlueprint:
                 parent._modules.update(live)
 
     def _dropped_children(self) -> list[tuple[nn.Module, str, nn.Module]]:
-        """The children that were dropped for others since, as a draft's head for its target's.
+        """The children that others have replaced since, as a draft's head by its target's.
 
         A wrapper, such as an adapter's, still holds what was there.
         """
@@ -187,7 +193,7 @@ class ModelBlueprint:
 def _other_names(
     model: nn.Module, layers: Sequence[LayerBlueprint], names: Mapping[int, str]
 ) -> Iterator[tuple[str, str]]:
-    """Those of parameters that two modules hold, or of embeddings that the model holds twice."""
+    """Other names of parameters that two modules hold, or of embeddings that are held twice."""
     for layer in layers:
         for name, target in layer.targets.items():
             path = f"{layer.name}.{name}" if layer.name else name

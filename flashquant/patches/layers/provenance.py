@@ -79,7 +79,7 @@ class Provenance(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch l
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        read = self._origins_of((args, kwargs))
+        read = self._made_of((args, kwargs))
         result = func(*args, **kwargs)
         results = [value for value in tree_leaves(result) if value is not None]
         unchanged = _only_views(func) or _copies_onto_itself(func, args)
@@ -158,7 +158,7 @@ class Provenance(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch l
         read -= {storage_of(tensor) for tensor in written}
         return self.everything if read & self.blank else frozenset()
 
-    def _origins_of(self, values: Any) -> frozenset[str]:
+    def _made_of(self, values: Any) -> frozenset[str]:
         found = (self.of.get(storage_of(tensor)) for tensor in tensors_in(values))
         return frozenset().union(*(names for names in found if names))
 
