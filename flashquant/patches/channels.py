@@ -94,5 +94,5 @@ DIGESTING = Attribute[Iterator[str | None]]("_flashquant_digesting")
 # (seams/loading.py).
 FORGOT = Attribute[bool]("_flashquant_forgot")
 
-# Of an engine core: what it has last been told of its workers' weights (seams/engine_core.py).
+# Of an engine core: what it last learned of its workers' weights (seams/engine_core.py).
 NOTED = Attribute[Any]("_flashquant")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -39,7 +40,7 @@ def tied(blueprint: LayerBlueprint, other: LayerBlueprint) -> list[LayerBlueprin
     held = blueprint.module._parameters["weight"]
     assert isinstance(held, nn.Parameter)
     other.module._parameters["weight"] = held
-    return [blueprint, other]
+    return [blueprint, replace(other, targets=blueprint.targets)]
 
 
 def test_modules_of_one_kind_are_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

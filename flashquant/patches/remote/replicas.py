@@ -2,7 +2,7 @@
 
 vLLM makes one configuration in the front end and gives it to every replica. Where the
 entries differ, the front end makes one for each of them, sends all along, and a replica
-picks its own as it starts. Replicas that somebody starts one by one (`--data-parallel-rank`,
+picks its own as it starts. Replicas that are started one by one (`--data-parallel-rank`,
 torchrun) need none of this: each has a front end of its own, and `engine_args` asks its rank.
 """
 
