@@ -82,7 +82,7 @@ def reload_weights(
 
 
 def status(target: Any) -> Any:
-    """How an engine, a worker or a model stands: version, pending shards, digest, roads.
+    """The status of an engine, a worker or a model: version, pending shards, digest, its layers.
 
     Returns:
         A `Status`; for an `AsyncLLM`, an awaitable of one.

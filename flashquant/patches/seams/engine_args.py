@@ -22,6 +22,7 @@ from flashquant.config.locate import Located, locate, locate_in_model, split_rev
 from flashquant.config.schema import FlashConfig, RolloutConfig, config_from_env
 from flashquant.config.schemes import SCHEMES, W8A8, Scheme
 from flashquant.errors import ConfigError
+from flashquant.patches.channels import ENTRY
 from flashquant.patches.decided import ADDITIONAL_CONFIG_KEY, PROFILE_KEY, STARTS_ON_FLOATS
 from flashquant.patches.guard import vllm_is
 from flashquant.patches.point import PatchPoint
@@ -32,13 +33,12 @@ logger = logging.getLogger(__name__)
 
 # In a model that an entry names: the name that `profile make` gives, and FlashRL's.
 _OWN_PROFILES = ("profile.safetensors", "profile.pt")
-ENTRY = "flashquant_entry"  # of engine arguments: the entry they are for, whatever the rank
 
 
 def _create_model_config(original: Any, args: Any) -> Any:
     flash = config_from_env(os.environ)
     if flash is not None:
-        entry = vars(args).get(ENTRY) or flash.for_rank(rank_of(args, flash, os.environ))
+        entry = ENTRY.get(args) or flash.for_rank(rank_of(args, flash, os.environ))
         configure(args, entry, checks_from_env(os.environ))
         configure_logprobs(args, os.environ)
     return original(args)
@@ -79,6 +79,25 @@ def configure(args: Any, config: RolloutConfig, checks: Checks) -> None:
     _refuse_what_is_not_served(config)
     _refuse_moving_experts(args)
     _refuse_scales_of_shards(args, config)
+    _apply_defaults(args, config)
+    checkpoint, _ = PretrainedConfig.get_config_dict(args.model, revision=args.revision)
+    own = checkpoint.get("quantization_config")
+    profile = _profile_of(config)
+    _check_profile(profile, config, args.model, is_quantized=own is not None)
+    _choose_quantization(args, config, own)
+    if config.params_to_ignore:
+        logger.warning(
+            "params_to_ignore has no effect: what a reload writes is learned from vLLM's loader. "
+            "To keep layers in bf16, give the engine quantization_config={'ignore': [...]}"
+        )
+    decided = _decided(config, checks, profile, starts_on_floats=own is None)
+    args.additional_config = {**(args.additional_config or {}), ADDITIONAL_CONFIG_KEY: decided}
+    by = "" if profile is None else f" by {profile.reference}, scales {config.scales}"
+    logger.info("flashquant serves %s in %s%s", args.model, config.scheme, by)
+
+
+def _apply_defaults(args: Any, config: RolloutConfig) -> None:
+    """Fill in what a file says of the model, of its load format and of the executor's backend."""
     if config.model is not None:
         args.model, revision = split_revision(config.model)
         args.revision = revision or args.revision
@@ -86,23 +105,44 @@ def configure(args: Any, config: RolloutConfig, checks: Checks) -> None:
         args.load_format = config.load_format
     if args.distributed_executor_backend is None:
         args.distributed_executor_backend = config.distributed_executor_backend
-    checkpoint, _ = PretrainedConfig.get_config_dict(args.model, revision=args.revision)
-    own = checkpoint.get("quantization_config")
-    asked = SCHEMES[config.scheme]
-    scheme = asked.held_as or asked.name
-    profile = _profile_of(config)
-    if profile is None and config.scheme == "int8_prune":
-        raise ConfigError(
-            "int8_prune silences norms by what a profile says of them, and there is none. Name it "
-            "under `profile`, or use int8."
-        )
-    # Read here too: a file that cannot be is better known here than in a worker.
-    if profile is not None and not load_profile(profile.path).knows_weight_scales() and own is None:
+
+
+def _check_profile(
+    profile: Located | None, config: RolloutConfig, model: str, *, is_quantized: bool
+) -> None:
+    """Refuse a scheme without the profile it needs, and a profile without its checkpoint.
+
+    Raises:
+        ConfigError: there is none where one is needed, or it needs a W8A8 checkpoint.
+        ProfileError: it cannot be read, which is better known here than in a worker.
+
+    """
+    if profile is None:
+        if config.scheme == "int8_prune":
+            raise ConfigError(
+                "int8_prune silences norms by what a profile says of them, and there is none. Name "
+                "it under `profile`, or use int8."
+            )
+        return
+    if not load_profile(profile.path).knows_weight_scales() and not is_quantized:
         raise ConfigError(
             f"the profile {profile.reference} scales by what its W8A8 checkpoint holds, and "
-            f"{args.model} is not quantized. Name that checkpoint under `model`, or leave "
+            f"{model} is not quantized. Name that checkpoint under `model`, or leave "
             "`profile` out for plain per-channel int8."
         )
+
+
+def _choose_quantization(args: Any, config: RolloutConfig, own: Mapping[str, Any] | None) -> None:
+    """Let vLLM quantize as the scheme asks, or check that the checkpoint is quantized so already.
+
+    Args:
+        args: vLLM's `EngineArgs`, changed in place.
+        config: which scheme is asked for.
+        own: the `quantization_config` of the checkpoint, if it has one.
+
+    """
+    asked = SCHEMES[config.scheme]
+    scheme = _held_as(asked)
     if own is not None:
         _check_same_scheme(own, scheme, args.model)
     elif scheme == "int8":
@@ -115,28 +155,31 @@ def configure(args: Any, config: RolloutConfig, checks: Checks) -> None:
         args.quantization_config = resolve_quantization_config(
             args.quantization, args.quantization_config
         )
-    if config.params_to_ignore:
-        logger.warning(
-            "params_to_ignore has no effect: what a reload writes is learned from vLLM's loader. "
-            "To keep layers in bf16, give the engine quantization_config={'ignore': [...]}"
-        )
+
+
+def _decided(
+    config: RolloutConfig, checks: Checks, profile: Located | None, *, starts_on_floats: bool
+) -> dict[str, Any]:
+    """What travels to the workers, in vLLM's `additional_config`."""
     decided: dict[str, Any] = {
-        "scheme": scheme,
-        STARTS_ON_FLOATS: own is None,
+        "scheme": _held_as(SCHEMES[config.scheme]),
+        STARTS_ON_FLOATS: starts_on_floats,
         "checks": checks.model_dump(),
     }
-    by = ""
     if profile is not None:
         decided[PROFILE_KEY] = {
             "reference": profile.reference,
             "scales": config.scales,
-            "starts_on_floats": own is None,
+            "starts_on_floats": starts_on_floats,
             "warn_above": config.clipped_warning,
             "prunes": config.scheme == "int8_prune",
         }
-        by = f" by {profile.reference}, scales {config.scales}"
-    args.additional_config = {**(args.additional_config or {}), ADDITIONAL_CONFIG_KEY: decided}
-    logger.info("flashquant serves %s in %s%s", args.model, config.scheme, by)
+    return decided
+
+
+def _held_as(scheme: Scheme) -> str:
+    """The scheme as which the engine's memory is written."""
+    return scheme.held_as or scheme.name
 
 
 def _refuse_what_is_not_served(config: RolloutConfig) -> None:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from flashquant.errors import ReloadError
+from flashquant.patches.channels import FORGOT
 from flashquant.patches.decided import asks_for_session, scheme_of
 from flashquant.patches.engine import LiveEngine
 from flashquant.patches.layers import packed_once
@@ -143,16 +144,12 @@ def standing_of(worker: Any) -> Standing:
 
 def note_forgotten(runner: Any) -> None:
     """A worker's half of the encoder cache is empty; the scheduler's has to be emptied, too."""
-    vars(runner)[_FORGOT] = True
+    FORGOT.put(runner, True)
 
 
 def take_forgotten(worker: Any) -> bool:
     """Whether it was emptied since this was last asked."""
-    forgot: bool = vars(worker.model_runner).pop(_FORGOT, False)
-    return forgot
-
-
-_FORGOT = "_flashquant_forgot"
+    return FORGOT.take(worker.model_runner) is not None
 
 
 def check_servable(model: nn.Module) -> None:

@@ -26,7 +26,7 @@ _HEAD: Final = "FLASHRL_LMHEAD_FP32"
 def configure_logprobs(args: Any, environ: Mapping[str, str]) -> None:
     """Ask vLLM for the log-probs of what was sampled, and for a float32 head if wanted.
 
-    A mode of logits is somebody's explicit wish and stays; so does a `head_dtype`.
+    A mode of logits was asked for explicitly and stays; so does a `head_dtype`.
 
     Args:
         args: vLLM's `EngineArgs`, changed in place.
