@@ -69,7 +69,9 @@ def patch_from_env() -> None:
         ConfigError: FLASHRL_CONFIG or a logging variable says something impossible.
 
     """
-    if not os.environ.get("FLASHRL_CONFIG"):
+    from flashquant.config import env
+
+    if not env.CONFIG.read(os.environ):
         from flashquant.config.late import ask_again
 
         ask_again(patch_from_env, is_patched)
@@ -78,6 +80,7 @@ def patch_from_env() -> None:
     from flashquant.config.schema import config_from_env
 
     config_from_env(os.environ)
+    env.check(os.environ)
     set_up_logging(os.environ)
     patch()
 

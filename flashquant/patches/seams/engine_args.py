@@ -17,6 +17,7 @@ import vllm
 from transformers import PretrainedConfig
 from vllm.config.quantization import resolve_quantization_config
 
+from flashquant.config import env
 from flashquant.config.checks import Checks, checks_from_env
 from flashquant.config.locate import Located, locate, locate_in_model, split_revision
 from flashquant.config.schema import FlashConfig, RolloutConfig, config_from_env
@@ -38,6 +39,7 @@ ENTRY = "flashquant_entry"  # of engine arguments: the entry they are for, whate
 def _create_model_config(original: Any, args: Any) -> Any:
     flash = config_from_env(os.environ)
     if flash is not None:
+        env.check(os.environ)
         entry = vars(args).get(ENTRY) or flash.for_rank(rank_of(args, flash, os.environ))
         configure(args, entry, checks_from_env(os.environ))
         configure_logprobs(args, os.environ)
@@ -53,10 +55,11 @@ def rank_of(args: Any, flash: FlashConfig, environ: Mapping[str, str]) -> int:
     if args.data_parallel_rank is not None:
         return int(args.data_parallel_rank)
     backend = args.distributed_executor_backend or flash.configs[0].distributed_executor_backend
-    if backend == "external_launcher" and "RANK" in environ:
+    rank = env.RANK.read(environ)
+    if backend == "external_launcher" and rank >= 0:
         ranks: int = args.tensor_parallel_size * args.pipeline_parallel_size
-        return int(environ["RANK"]) // ranks
-    return int(environ.get("VLLM_DP_RANK", 0))
+        return rank // ranks
+    return env.DP_RANK.read(environ)
 
 
 def configure(args: Any, config: RolloutConfig, checks: Checks) -> None:
