@@ -13,9 +13,9 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import Final
 
 from flashquant.config import env
-from typing import Final
 
 _HERE: Final = Path(__file__).parent
 ROWS: Final = tuple(_HERE / name for name in ("rows.c", "lanes.h", "mantissas.h"))

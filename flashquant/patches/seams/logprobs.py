@@ -44,7 +44,8 @@ def configure_logprobs(args: Any, environ: Mapping[str, str]) -> None:
     if env.LMHEAD_FP32.read(environ):
         if callable(args.hf_overrides):
             raise ConfigError(
-                f"{env.LMHEAD_FP32.name}=1 adds head_dtype to hf_overrides, which was given as a function. Pass "
-                "hf_overrides as a dict, or let the function set head_dtype='float32'."
+                f"{env.LMHEAD_FP32.name}=1 adds head_dtype to hf_overrides, which was given as a "
+                "function. Pass hf_overrides as a dict, or let the function set "
+                "head_dtype='float32'."
             )
         args.hf_overrides = {"head_dtype": "float32", **(args.hf_overrides or {})}
