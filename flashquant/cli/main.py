@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.markup import escape
 
+import flashquant
 from flashquant.cli import bench as cli_bench
 from flashquant.cli import doctor as cli_doctor
 from flashquant.cli import profile as cli_profile
@@ -24,6 +25,7 @@ from flashquant.errors import FlashquantError
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; 0 when all is well."""
     parser = argparse.ArgumentParser(prog="flashquant", description="fp8 and int8 rollouts in vLLM")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {flashquant.__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     cli_doctor.add_to(commands)
     cli_profile.add_to(commands)

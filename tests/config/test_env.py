@@ -70,7 +70,7 @@ def test_a_process_that_is_to_be_patched_refuses_every_wrong_variable(
 
 
 def _read_elsewhere(tree: ast.AST) -> Iterator[str]:
-    """The names that are looked up in an environment by themselves: `environ.get("X")` and alike."""
+    """The names that are looked up in an environment one by one: `environ.get("X")`."""
     for node in ast.walk(tree):
         match node:
             case ast.Call(
