@@ -3,6 +3,7 @@
 doctor       versions, seams, kernels
 examination  real engines, scheme by scheme
 bench        a sync beside vLLM's own reload and the copy of its bytes
+inspection   where each tensor of a checkpoint would land, without its weights
 """
 
 from __future__ import annotations
@@ -19,13 +20,25 @@ from flashquant.patches.diagnostics.bench import (
     whole,
 )
 from flashquant.patches.diagnostics.doctor import Finding, examine
+from flashquant.patches.diagnostics.inspected import (
+    Destination,
+    InspectedLayer,
+    InspectedTensor,
+    Inspection,
+)
+from flashquant.patches.diagnostics.inspection import inspect_model
 
 __all__ = [
+    "Destination",
     "Finding",
+    "InspectedLayer",
+    "InspectedTensor",
+    "Inspection",
     "Result",
     "Sync",
     "Timing",
     "examine",
+    "inspect_model",
     "measure",
     "room_for_others",
     "start",
