@@ -18,6 +18,7 @@ from rich.markup import escape
 import flashquant
 from flashquant.cli import bench as cli_bench
 from flashquant.cli import doctor as cli_doctor
+from flashquant.cli import inspect as cli_inspect
 from flashquant.cli import profile as cli_profile
 from flashquant.errors import FlashquantError
 
@@ -30,6 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cli_doctor.add_to(commands)
     cli_profile.add_to(commands)
     cli_bench.add_to(commands)
+    cli_inspect.add_to(commands)
     chosen = parser.parse_args(arguments)
     try:
         code: int = chosen.run(chosen)

@@ -19,6 +19,17 @@ How = Literal["in place", "whole", "copied", "processed", "loader"]
 
 
 @dataclass(frozen=True)
+class Form:
+    """Dtype and shape of a tensor; `oneDNN handler` and (k, n) of what shows no tensor."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{self.dtype} {' x '.join(map(str, self.shape))}"
+
+
+@dataclass(frozen=True)
 class Destination:
     """One step of a write plan; units are elements.
 
@@ -51,8 +62,7 @@ class InspectedTensor:
     """
 
     name: str
-    shape: tuple[int, ...]
-    dtype: str
+    form: Form
     steps: tuple[Destination, ...]
     refused: str = ""
 
@@ -67,8 +77,8 @@ class InspectedLayer:
         processed_by: the classes of vLLM that process its weights, outermost first.
         how: see `How`.
         quantized: whether kernels read codes of it.
-        parameters: its parameters, in checkpoint format: dtype and shape.
-        reads: what its kernels read: dtype and shape, by path; of another layer of its kind.
+        parameters: its parameters, in checkpoint format.
+        reads: what its kernels read, by path; seen in the layer of its kind that was processed.
 
     """
 
@@ -77,8 +87,13 @@ class InspectedLayer:
     processed_by: tuple[str, ...]
     how: How
     quantized: bool
-    parameters: Mapping[str, str]
-    reads: Mapping[str, str]
+    parameters: Mapping[str, Form]
+    reads: Mapping[str, Form]
+
+    def kept_as(self, target: str) -> str:
+        """The dtype in which kernels read one of its parameters."""
+        form, read = self.parameters[target], self.reads.get(target.removeprefix(f"{self.name}."))
+        return read.dtype if self.quantized and read is not None else form.dtype
 
 
 @dataclass(frozen=True)

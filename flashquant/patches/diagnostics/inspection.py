@@ -31,6 +31,7 @@ from flashquant.patches import is_patched, patch, unpatch
 from flashquant.patches.diagnostics.bench import flashrl_config, room_for_others
 from flashquant.patches.diagnostics.inspected import (
     Destination,
+    Form,
     How,
     InspectedLayer,
     InspectedTensor,
@@ -220,9 +221,7 @@ def _tensor(
 ) -> InspectedTensor:
     entry = None if name in refused else planner.plan[name]
     steps = () if entry is None else tuple(map(_destination, entry.steps))
-    return InspectedTensor(
-        name, tuple(form.shape), _name_of(form.dtype), steps, refused.get(name, "")
-    )
+    return InspectedTensor(name, _form_of(form), steps, refused.get(name, ""))
 
 
 def _destination(step: Step) -> Destination:
@@ -279,19 +278,15 @@ def _how(layer: Layer) -> How:
     return "processed" if layer.road == "staged" else "copied"
 
 
-def _forms(blueprint: LayerBlueprint) -> dict[str, str]:
+def _forms(blueprint: LayerBlueprint) -> dict[str, Form]:
     """Dtype and shape of each parameter in checkpoint format."""
     return {name: _form_of(meta) for name, meta in blueprint.parameters.items() if meta is not None}
 
 
-def _form_of(leaf: Any) -> str:
+def _form_of(leaf: Any) -> Form:
     if is_handle(leaf):
-        return f"oneDNN handler ({leaf.k}, {leaf.n})"
-    return f"{_name_of(leaf.dtype)} {tuple(leaf.shape)}"
-
-
-def _name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+        return Form("oneDNN handler", (leaf.k, leaf.n))
+    return Form(str(leaf.dtype).removeprefix("torch."), tuple(leaf.shape))
 
 
 def _unfilled(planner: Planner, targets: Mapping[str, Tensor]) -> tuple[str, ...]:
