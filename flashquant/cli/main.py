@@ -1,6 +1,8 @@
 """`flashquant` on the command line.
 
 flashquant doctor [--engine|--gpu] [--json]   does it work on this machine? see `cli_doctor`
+flashquant config [FILE] [--env] [--json]     what does FLASHRL_CONFIG mean here? see `cli_config`
+flashquant inspect --model PATH [NAME]        where does each tensor land? see `cli_inspect`
 flashquant profile make|inspect|compare|convert    int8 profiles: see `cli_profile`
 flashquant bench --model PATH                 how long does a sync take here? see `cli_bench`
 
@@ -17,6 +19,7 @@ from rich.markup import escape
 
 import flashquant
 from flashquant.cli import bench as cli_bench
+from flashquant.cli import config as cli_config
 from flashquant.cli import doctor as cli_doctor
 from flashquant.cli import inspect as cli_inspect
 from flashquant.cli import profile as cli_profile
@@ -31,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cli_doctor.add_to(commands)
     cli_profile.add_to(commands)
     cli_bench.add_to(commands)
+    cli_config.add_to(commands)
     cli_inspect.add_to(commands)
     chosen = parser.parse_args(arguments)
     try:

@@ -29,7 +29,7 @@ from flashquant.patches.diagnostics.inspected import (
     Inspection,
 )
 from flashquant.patches.diagnostics.inspection import inspect_model
-from flashquant.patches.diagnostics.lines import Line, lines_of
+from flashquant.patches.diagnostics.lines import Line, lines_of, names_together
 
 __all__ = [
     "Destination",
@@ -46,6 +46,7 @@ __all__ = [
     "inspect_model",
     "lines_of",
     "measure",
+    "names_together",
     "room_for_others",
     "start",
     "take_turns",

@@ -8,7 +8,9 @@ kind is given memory (random values) and processed by vLLM for that.
 Limits
 1. One worker: no tensor or expert parallelism.
 2. A model that computes with values while it is created cannot be created on meta; that is said.
-3. Windows that a layer holds of another's parameter (Mamba's convolution) are not seen on meta.
+3. vLLM keeps parts of a model for the next one of the process (rotary embeddings): a process that
+   has inspected serves no engine afterwards. `flashquant inspect` is one of its own.
+4. Windows that a layer holds of another's parameter (Mamba's convolution) are not seen on meta.
 """
 
 from __future__ import annotations

@@ -142,6 +142,14 @@ def _one_of(found: Sequence[Line]) -> Line:
     )
 
 
+def names_together(names: Iterable[str]) -> list[str]:
+    """Fewer names: one for all that differ in numbers only."""
+    alike: dict[str, list[str]] = {}
+    for name in names:
+        alike.setdefault(_NUMBER.sub("*", name), []).append(name)
+    return [numbers_apart(found) for found in alike.values()]
+
+
 def numbers_apart(names: Sequence[str]) -> str:
     """One name for several that differ in numbers: `layers.{0-29}.mlp`."""
     columns = zip(*(map(int, _NUMBER.findall(name)) for name in names), strict=True)

@@ -47,7 +47,8 @@ def draw(inspection: Inspection, path: Path) -> None:
         ) from missing
     lines = [line for line in lines_of(inspection) if line.how != "padding"]
     targets = list(dict.fromkeys(line.target for line in lines if line.target))
-    lines.sort(key=lambda line: targets.index(line.target) if line.target else len(targets))
+    order = {target: index for index, target in enumerate(targets)}
+    lines.sort(key=lambda line: (order.get(line.target, len(order)), line.span))
     names = list(dict.fromkeys(line.name for line in lines))
     rows = max(len(names), len(targets))
     figure: Any = Figure(figsize=(13, 1.8 + 0.52 * rows), layout="constrained")
@@ -104,7 +105,7 @@ def _draw_way(axes: Any, line: Line, at: float, to: float) -> None:
     codes = [Outline.MOVETO, *curve, Outline.LINETO, *curve, Outline.CLOSEPOLY]
     outline = Outline([*upper, *lower, upper[0]], codes)
     axes.add_patch(PathPatch(outline, facecolor=color, alpha=0.35, linewidth=0))
-    axes.plot(_RIGHT, (low1, low1), color=color, linewidth=0.6, alpha=0.5)
+    axes.plot((_RIGHT[1] - 0.05, _RIGHT[1]), (low1, low1), color=color, linewidth=0.8)
 
 
 def _write(axes: Any, x: float, y: float, name: str, form: str, alike: int) -> None:
