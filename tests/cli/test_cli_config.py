@@ -80,6 +80,7 @@ def test_a_person_reads_it_in_words(
 def test_a_model_on_the_hub_is_named_with_its_commit(tmp_path: Path) -> None:
     """The one that an engine would get today; whether the file pins it is said, too."""
     files = {"config.json": json.dumps(LLAMA).encode()}
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     with hub({"org/model": {"main": files, "v1": files}}) as at:
         commit = at.commit("org/model", "main")
         entries = "".join(

@@ -1,4 +1,4 @@
-"""`flashquant inspect`: the plan as a table, JSON and a picture; how it is made is told elsewhere."""
+"""`flashquant inspect`: a plan as a table, as JSON and as a picture."""
 
 from __future__ import annotations
 
