@@ -90,7 +90,7 @@ def test_a_model_on_the_hub_is_named_with_its_commit(tmp_path: Path) -> None:
         done = subprocess.run(
             [sys.executable, "-m", "flashquant", "config", "runs.yaml", "--json"],
             cwd=tmp_path,
-            env={**os.environ, "HF_ENDPOINT": at.url, "HF_HOME": str(tmp_path / "hub")},
+            env={**kept, "HF_ENDPOINT": at.url, "HF_HOME": str(tmp_path / "hub")},
             capture_output=True,
             text=True,
             timeout=120,
