@@ -14,8 +14,16 @@ from tools.models.policies import W8A8, Policies, config_name
 
 pytestmark = pytest.mark.engine
 
-# Biases; codes in the checkpoint; a scale a tensor; one parameter of two modules.
-CASES = (("qwen2", "int8"), ("qwen2", W8A8), ("llama", "fp8_vllm"), ("tied", BY_ROW))
+# Biases; codes in the checkpoint; a scale a tensor; one parameter of two modules; attentions
+# that make something of weights of their children, or were handed a parameter.
+CASES = (
+    ("qwen2", "int8"),
+    ("qwen2", W8A8),
+    ("llama", "fp8_vllm"),
+    ("tied", BY_ROW),
+    ("deepseek-v2", "bf16"),
+    ("gpt-oss", "bf16"),
+)
 _AS_IN_STATUS = {
     "in place": "direct",
     "whole": "direct",
@@ -63,7 +71,7 @@ def test_each_tensor_lands_where_was_said(
     case: tuple[Serving, dict[str, Any]], policies: dict[str, Policies]
 ) -> None:
     serving, said = case
-    kind = serving.checkpoint.name.split("-")[0]
+    kind = next(kind for kind, _ in CASES if serving.checkpoint.name.startswith(f"{kind}-"))
     pushed = policies[kind].tensors("b")
     flashquant.reload_weights(serving.llm, pushed)
     plan = serving.session.plan

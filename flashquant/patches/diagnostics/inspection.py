@@ -57,6 +57,8 @@ from flashquant.plan import Fill, Planner, Replay, Step, Write, named_forms
 from flashquant.schemes import holds_codes
 from flashquant.update import Layer
 
+_SHOWN = 400  # characters of what vLLM says
+
 
 def inspect_model(path: Path, scheme: str) -> Inspection:
     """Make the write plan of a checkpoint, without loading its weights.
@@ -116,7 +118,16 @@ def _configured(path: Path, scheme: str) -> VllmConfig:
             kv_cache_memory_bytes=16 << 20,
             **room_for_others(),
         )
-        return arguments.create_engine_config()
+        try:
+            return arguments.create_engine_config()
+        except FlashquantError:
+            raise
+        except (OSError, ValueError) as refusal:  # pydantic's is a ValueError
+            said = " ".join(str(refusal).split())
+            raise ConfigError(
+                f"vLLM takes no engine on {path} ({said[:_SHOWN]}). Look at its config.json, and "
+                "whether this vLLM knows the architecture."
+            ) from refusal
 
 
 def _created(config: VllmConfig) -> nn.Module:
@@ -129,11 +140,12 @@ def _created(config: VllmConfig) -> nn.Module:
             return model
     except FlashquantError:
         raise
-    except (NotImplementedError, RuntimeError) as failure:  # what torch says of values on meta
+    except Exception as failure:  # whatever a model's own class, or torch, says of values on meta
         (architecture, *_) = config.model_config.architectures
         raise UnsupportedEngine(
-            f"{architecture} cannot be created without its weights ({failure}): it computes with "
-            "values. Start an engine on it; flashquant.status(llm) says how each layer is written."
+            f"{architecture} cannot be created without its weights ({type(failure).__name__}: "
+            f"{failure}). Start an engine on it: flashquant.status(llm) says how each layer is "
+            "written, if vLLM serves it at all."
         ) from failure
 
 
@@ -181,12 +193,16 @@ def _processors(module: nn.Module) -> Iterator[object]:
 def _give_memory(groups: Iterable[Sequence[LayerBlueprint]], device: torch.device) -> None:
     """Random values for the parameters and buffers of some layers; what is shared, stays so."""
     made: dict[int, Any] = {}
-    for module in (blueprint.module for group in groups for blueprint in group):
+    blueprints = [blueprint for group in groups for blueprint in group]
+    for module in (blueprint.module for blueprint in blueprints):
         owned: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
         for tensors in owned:
             for name, tensor in tensors.items():
                 if tensor is not None and tensor.is_meta:
                     tensors[name] = made.setdefault(id(tensor), _random_like(tensor, device))
+    for blueprint in blueprints:
+        if blueprint.sources:  # an attention was handed parameters of others when it was created
+            vars(blueprint.module).update(vars(blueprint.build({}, made)))
 
 
 def _random_like(meta: Tensor, device: torch.device) -> Any:
