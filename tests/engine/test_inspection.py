@@ -50,9 +50,13 @@ def inspected(policies: dict[str, Policies]) -> dict[str, Any]:
 def case(
     request: pytest.FixtureRequest, policies: dict[str, Policies], inspected: dict[str, Any]
 ) -> tuple[Serving, dict[str, Any]]:
-    """An engine, and what was said of its checkpoint."""
+    """An engine that has taken a push, and what was said of its checkpoint.
+
+    It learns with the first push which of its names need vLLM's loader.
+    """
     kind, scheme = request.param
     serving = serve(policies[kind].served("a", scheme), config_name(scheme))
+    flashquant.reload_weights(serving.llm, policies[kind].tensors("b"))
     return serving, inspected["inspections"][CASES.index(request.param)]
 
 
@@ -72,9 +76,7 @@ def test_each_tensor_lands_where_was_said(
 ) -> None:
     serving, said = case
     kind = next(kind for kind, _ in CASES if serving.checkpoint.name.startswith(f"{kind}-"))
-    pushed = policies[kind].tensors("b")
-    flashquant.reload_weights(serving.llm, pushed)
-    plan = serving.session.plan
+    pushed, plan = policies[kind].tensors("b"), serving.session.plan
 
     told = {tensor["name"]: tensor for tensor in said["tensors"]}
     assert pushed.keys() <= told.keys() & set(plan.names)
