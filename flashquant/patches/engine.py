@@ -76,6 +76,11 @@ class LiveEngine:
         self._loaded: dict[str, str] = {}
 
     @property
+    def blueprint(self) -> ModelBlueprint:
+        """The layers as they were when the model was created."""
+        return self._blueprint
+
+    @property
     def targets(self) -> Mapping[str, Tensor]:
         """Every checkpoint-format parameter, on meta."""
         return self._blueprint.targets

@@ -18,6 +18,7 @@ from flashquant.plan.weights import (
     Offered,
     Weights,
     few_at_a_time,
+    named_forms,
     named_tensors,
     naming_the_file,
 )
@@ -39,6 +40,7 @@ __all__ = [
     "Write",
     "WritePlan",
     "few_at_a_time",
+    "named_forms",
     "named_tensors",
     "naming_the_file",
     "storage_of",

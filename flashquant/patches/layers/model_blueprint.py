@@ -83,6 +83,12 @@ class ModelBlueprint:
             homes.update(dict.fromkeys(layer.shared, home))
         return groups
 
+    def keep(self, layers: Sequence[LayerBlueprint]) -> None:
+        """Forget all modules but these, for a look at one of each kind."""
+        kept = {id(layer.module) for layer in layers}
+        self.layers = [layer for layer in self.layers if id(layer.module) in kept]
+        self._deferred = [layer for layer in self._deferred if id(layer.module) in kept]
+
     def shared(self) -> Iterator[Tensor]:
         """The live parameters that more than one module holds."""
         seen: set[int] = set()

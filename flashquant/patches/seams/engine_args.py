@@ -17,8 +17,10 @@ import vllm
 from transformers import PretrainedConfig
 from vllm.config.quantization import resolve_quantization_config
 
+from flashquant.config import env
 from flashquant.config.checks import Checks, checks_from_env
-from flashquant.config.locate import Located, locate, locate_in_model, split_revision
+from flashquant.config.locate import Located, split_revision
+from flashquant.config.resolve import check_same_scheme, profile_of
 from flashquant.config.schema import FlashConfig, RolloutConfig, config_from_env
 from flashquant.config.schemes import SCHEMES, W8A8, Scheme
 from flashquant.errors import ConfigError
@@ -31,13 +33,11 @@ from flashquant.profiles import load_profile
 
 logger = logging.getLogger(__name__)
 
-# In a model that an entry names: the name that `profile make` gives, and FlashRL's.
-_OWN_PROFILES = ("profile.safetensors", "profile.pt")
-
 
 def _create_model_config(original: Any, args: Any) -> Any:
     flash = config_from_env(os.environ)
     if flash is not None:
+        env.check(os.environ)
         entry = ENTRY.get(args) or flash.for_rank(rank_of(args, flash, os.environ))
         configure(args, entry, checks_from_env(os.environ))
         configure_logprobs(args, os.environ)
@@ -53,10 +53,11 @@ def rank_of(args: Any, flash: FlashConfig, environ: Mapping[str, str]) -> int:
     if args.data_parallel_rank is not None:
         return int(args.data_parallel_rank)
     backend = args.distributed_executor_backend or flash.configs[0].distributed_executor_backend
-    if backend == "external_launcher" and "RANK" in environ:
+    rank = env.RANK.read(environ)
+    if backend == "external_launcher" and rank >= 0:
         ranks: int = args.tensor_parallel_size * args.pipeline_parallel_size
-        return int(environ["RANK"]) // ranks
-    return int(environ.get("VLLM_DP_RANK", 0))
+        return rank // ranks
+    return env.DP_RANK.read(environ)
 
 
 def configure(args: Any, config: RolloutConfig, checks: Checks) -> None:
@@ -144,7 +145,7 @@ def _choose_quantization(args: Any, config: RolloutConfig, own: Mapping[str, Any
     asked = SCHEMES[config.scheme]
     scheme = _held_as(asked)
     if own is not None:
-        _check_same_scheme(own, scheme, args.model)
+        check_same_scheme(own, scheme, args.model)
     elif scheme == "int8":
         _serve_as_w8a8(args)
     elif asked.online is not None:
@@ -218,24 +219,12 @@ def _refuse_moving_experts(args: Any) -> None:
 
 
 def _profile_of(config: RolloutConfig) -> Located | None:
-    """The profile that an entry names, or that lies in the model it names.
-
-    Raises:
-        LocateError: it names one that cannot be had.
-
-    """
-    if not SCHEMES[config.scheme].takes_profile:
-        if config.profile is not None:
-            logger.warning(
-                "%s needs no profile; %s is not read, as in FlashRL", config.fn, config.profile
-            )
-        return None
-    if config.profile is not None:
-        return locate(config.profile)
-    if config.model is None:
-        return None
-    found = (locate_in_model(config.model, name) for name in _OWN_PROFILES)
-    return next((profile for profile in found if profile is not None), None)
+    """The profile of an entry; one that its scheme has no use for is named in the log."""
+    if config.profile is not None and not SCHEMES[config.scheme].takes_profile:
+        logger.warning(
+            "%s needs no profile; %s is not read, as in FlashRL", config.fn, config.profile
+        )
+    return profile_of(config)
 
 
 def _set_quantization(args: Any, quantization: str, scheme: str) -> None:
@@ -271,7 +260,7 @@ def _serve_as_w8a8(args: Any) -> None:
         )
     overrides = dict(args.hf_overrides or {})
     theirs = overrides.get("quantization_config") or {}
-    _check_same_scheme({**W8A8, **theirs}, "int8", "the model of hf_overrides")
+    check_same_scheme({**W8A8, **theirs}, "int8", "the model of hf_overrides")
     asked = [*(theirs.get("ignore") or ()), *_ignored_by_arguments(args)]
     if ignored := [pattern for pattern in asked if pattern not in W8A8["ignore"]]:
         logger.info("layers that match %s are not quantized", ", ".join(ignored))
@@ -305,20 +294,6 @@ def _as_regex(pattern: str) -> str:
     """vLLM's online schemes know wildcards, compressed-tensors does not."""
     wild = not pattern.startswith("re:") and any(sign in pattern for sign in "*?[")
     return f"re:{fnmatch.translate(pattern)}" if wild else pattern
-
-
-def _check_same_scheme(own: Mapping[str, Any], scheme: str, model: str) -> None:
-    """A checkpoint that is quantized already is served as it is, if that is what was asked for."""
-    groups = own.get("config_groups") or {}
-    weights = [group.get("weights") or {} for group in groups.values()]
-    stored = {(w.get("type"), w.get("num_bits"), w.get("strategy")) for w in weights}
-    if own.get("quant_method") == "compressed-tensors" and stored == {SCHEMES[scheme].checkpoint}:
-        return
-    raise ConfigError(
-        f"{model} is quantized already ({own.get('quant_method')}, {sorted(map(str, stored))}), "
-        f"and FLASHRL_CONFIG asks for {scheme}. Serve the bf16 checkpoint in {scheme}, or ask for "
-        "what this one holds: int8 for W8A8, fp8_channel for fp8 with channel scales."
-    )
 
 
 POINTS = (

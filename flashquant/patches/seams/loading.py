@@ -88,6 +88,19 @@ def find_session(model: nn.Module) -> Session | None:
     return attached.session if attached is not None and attached.session.live else None
 
 
+def engine_of(model: nn.Module) -> LiveEngine:
+    """What is known of a model that vLLM has created for flashquant, whether it serves yet or not.
+
+    Raises:
+        ReloadError: flashquant was not there when it was created.
+
+    """
+    attached = _attached(model)
+    if attached is None:
+        raise ReloadError(f"{type(model).__name__} was not created under FLASHRL_CONFIG")
+    return attached.engine
+
+
 def session_of(model: nn.Module) -> Session:
     """The session of a serving model.
 
