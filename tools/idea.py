@@ -1,6 +1,6 @@
 """Draw the picture of the idea: from the trainer's bf16 to the memory that kernels read.
 
-    python -m tools.idea            writes docs/idea.svg
+python -m tools.idea            writes docs/idea.svg
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ def box(x: float, y: float, width: float, height: float, fill: str, line: str = 
 
 def arrow(*points: tuple[float, float]) -> str:
     path = " L ".join(f"{x} {y}" for x, y in points)
-    return f'<path d="M {path}" fill="none" stroke="{INK}" stroke-width="2" marker-end="url(#tip)"/>'
+    return (
+        f'<path d="M {path}" fill="none" stroke="{INK}" stroke-width="2" marker-end="url(#tip)"/>'
+    )
 
 
 def trainer() -> list[str]:
@@ -86,7 +88,11 @@ def outcomes() -> list[str]:
     parts.append(arrow((478, 294), (478, 318), (740, 318), (740, 340)))
     for x, title, meaning in (
         (50, "all is well", "every bit is that of a fresh engine started on these weights"),
-        (545, "anything is wrong", "the old weights are served, bit for bit, and an error says why"),
+        (
+            545,
+            "anything is wrong",
+            "the old weights are served, bit for bit, and an error says why",
+        ),
     ):
         parts.append(box(x, 346, 400, 56, PAPER, INK))
         parts.append(text(x + 200, 369, title, 15, font_weight="bold", text_anchor="middle"))
@@ -102,7 +108,8 @@ def picture() -> str:
     )
     tip = (
         '<defs><marker id="tip" viewBox="0 0 10 10" refX="9" refY="5" markerWidth="7" '
-        f'markerHeight="7" orient="auto"><path d="M 0 0 L 10 5 L 0 10 z" fill="{INK}"/></marker></defs>'
+        f'markerHeight="7" orient="auto"><path d="M 0 0 L 10 5 L 0 10 z" fill="{INK}"/>'
+        "</marker></defs>"
     )
     title = "<title>bf16 tensors become int8 or fp8 in the memory that vLLM's kernels read</title>"
     paper = f'<rect width="{WIDTH}" height="{HEIGHT}" rx="12" fill="{PAPER}"/>'

@@ -54,7 +54,7 @@ def _first_cells(page: str, model: str) -> Iterator[tuple[str, str]]:
             there = line.startswith(f"{model}: ")
         elif line.startswith(("<!-- END", "#")):
             there = False
-        elif there and line.startswith("| "):
+        elif there and line.startswith("| ") and not line.startswith("| :--"):
             cells = [cell.strip() for cell in line.strip("|").split("|")]
             yield cells[0], cells[1]
 
