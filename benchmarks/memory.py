@@ -139,7 +139,7 @@ def peaks(model: str, scheme: str) -> list[Peak]:
         flashquant.reload_weights(llm, new, atomic=atomic)
         with Allocations() as allocations:
             flashquant.reload_weights(llm, old, atomic=atomic)
-        contenders.session(llm).free_reserve()
+        contenders.session(llm).transactions.free()
         before = reset_high_water_mark()
         report = flashquant.reload_weights(llm, new, atomic=atomic)
         resident = _status("VmHWM") - before

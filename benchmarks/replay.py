@@ -132,7 +132,7 @@ def measure(layout: str, dtype: str, tensors: int, rounds: int) -> Iterator[Poin
     policies = [engine.weights(seed) for seed in (1, 2)]
     session.reload(policies[1])  # learns the plan
     for proofs, (atomic, checked) in PROOFS.items():
-        session._checks = session._road._checks = Checks(ledger=checked, digest=checked)
+        session.proofs.checks = Checks(ledger=checked, digest=checked)
         work = bare_work(engine, keep=atomic)
         reload, bare = [], []
         for turn in range(rounds):
@@ -161,10 +161,10 @@ def learn_at_once(session: Session, weights: Mapping[str, Tensor]) -> None:
     """
     scale = torch.empty(ROWS, 1)
     for name, tensor in weights.items():
-        session._routes.note(name, tensor)
+        session._planner.note(name, tensor)
         if session._engine.scheme == "int8":
-            session._routes.note(f"{name}_scale", scale)
-    session._routes.of(*next(iter(weights.items())))
+            session._planner.note(f"{name}_scale", scale)
+    session._planner.of(*next(iter(weights.items())))
     unknown = [name for name in weights if name not in session.plan]
     if unknown:
         raise AssertionError(f"{unknown[0]} was not learned with the others")

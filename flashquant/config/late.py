@@ -1,7 +1,7 @@
 """FLASHRL_CONFIG may be set after vLLM has loaded its plugins, which it does once a process.
 
 An engine that was made before stays as it is. A later one would be served unpatched, in bf16,
-and nobody would say so. So where the plugin finds the variable unset, it is asked again whenever
+without a word. So where the plugin finds the variable unset, it is asked again whenever
 vLLM would load its plugins: as every engine begins.
 """
 

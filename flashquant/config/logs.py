@@ -1,4 +1,4 @@
-"""Where flashquant's log goes in a process that nobody has set up: FlashRL's two variables.
+"""Where flashquant's log goes in a process without a logging set-up: FlashRL's two variables.
 
     FLASHRL_LOGGING_LEVEL=DEBUG      INFO where it is not set
     FLASHRL_LOGGING_FILE=run.log     a file beside standard error, shared by all processes
@@ -20,7 +20,7 @@ _FORMAT: Final = "%(levelname)s %(asctime)s flashquant %(processName)s[%(process
 
 
 def set_up_logging(environ: Mapping[str, str]) -> None:
-    """Give the logger `flashquant` a level and handlers, unless somebody has.
+    """Give the logger `flashquant` a level and handlers, unless it has them.
 
     Raises:
         ConfigError: a level that logging does not know, or a file that cannot be opened.

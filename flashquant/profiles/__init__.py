@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING
 from flashquant.config.locate import locate
 from flashquant.errors import ProfileError
 from flashquant.profiles.bases import with_base
-from flashquant.profiles.calibration import Calibration, Clipping, check_profile_fits
+from flashquant.profiles.calibration import Calibration, Clipping
+from flashquant.profiles.fit import check_profile_fits
 from flashquant.profiles.flashrl import read_flashrl
 from flashquant.profiles.header import Base
 from flashquant.profiles.profile import Entry, Profile, fingerprint

@@ -41,8 +41,8 @@ class Entry:
 
     Attributes:
         kind: int8 for a linear layer `[N, K]`, the stored dtype for a norm or a bias `[K]`.
-        input_scale: float32, one number for each of the K columns; None stands for ones.
-        output_scale: float32, one number for each of the N rows; None stands for ones.
+        input_scale: float32, one number for each of the K columns; None means ones.
+        output_scale: float32, one number for each of the N rows; None means ones.
         weight_scale: float32, one number for each of the N rows: what a code is worth. None where
             only the checkpoint knows (FlashRL's files).
         offset: what the model adds to a norm before it multiplies by it; 1 in Gemma.
@@ -100,7 +100,7 @@ class Profile:
     Attributes:
         entries: by the name of the weight in the checkpoint; ours are read as they are asked for.
         source: where it was read, for errors.
-        base: of which checkpoint it says so; None where nobody noted it (FlashRL's files).
+        base: of which checkpoint it says so; None where it was not noted (FlashRL's files).
 
     """
 

@@ -1,4 +1,4 @@
-"""FlashRL's `int8_prune`: a channel that nobody reads any more is silenced in its norm.
+"""FlashRL's `int8_prune`: a channel that no layer reads any more is silenced in its norm.
 
 Where the codes of a column are zeros in every layer that reads a norm, what the norm puts there
 changes no product, but may still be the largest activation of a token, and so coarsen the scale

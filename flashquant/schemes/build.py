@@ -36,13 +36,13 @@ class BuildError(Exception):
 
 
 def built(sources: tuple[Path, ...] = ROWS) -> Path:
-    """The shared library for this machine, built if nobody has yet.
+    """The shared library for this machine, built if it is not there yet.
 
     It is not linked to an OpenMP of its own: the one that torch has loaded serves it, with
     torch's threads.
 
     Args:
-        sources: a C file, and what it includes of ours.
+        sources: a C file, and the headers that it includes.
 
     Raises:
         BuildError: no compiler, or it fails.
@@ -93,7 +93,7 @@ def _cpu() -> str:
 
 
 def _folder() -> Path:
-    """A folder that nobody else can write into."""
+    """A folder that no other user can write into."""
     own = os.environ.get("FLASHQUANT_CACHE")
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     folder = Path(own) if own else Path(base) / "flashquant"

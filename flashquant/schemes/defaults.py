@@ -1,4 +1,4 @@
-"""Torch as it is when nobody has changed its defaults: float32, and the host."""
+"""Torch as it is with its own defaults: float32, and the host."""
 
 from __future__ import annotations
 

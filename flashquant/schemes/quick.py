@@ -1,4 +1,4 @@
-"""The same functions as their definitions, by the fastest road that this tensor can take."""
+"""The same functions as their definitions, by the fastest implementation that takes this tensor."""
 
 from __future__ import annotations
 
@@ -188,7 +188,7 @@ def storing(
 
 
 def _kernels(weight: Tensor) -> native.Kernels | None:
-    """Those that take this tensor: it has memory, and nobody watches what is done to it."""
+    """Those that take this tensor: it has memory, and no dispatch mode watches it."""
     plain = type(weight).__torch_dispatch__ is Tensor.__torch_dispatch__
     if not plain or not native.Kernels.take(weight) or torch.compiler.is_compiling():
         return None

@@ -38,7 +38,7 @@ class Frozen(NamedTuple):
 
 
 def scaled(weight: Tensor, input_scale: Tensor | None, output_scale: Tensor | None) -> Tensor:
-    """(weight * output_scale) * input_scale, in float32; None stands for ones.
+    """(weight * output_scale) * input_scale, in float32; None means ones.
 
     Args:
         weight: `[N, K]`, or a norm `[K]`; bf16, fp16 or fp32.

@@ -90,13 +90,7 @@ def loss(
             "old_logprobs is rollout_logprobs itself, so PPO's ratio contains the correction "
             "already, and this one would see no difference. Give old_logprobs=None."
         )
-    if reduce not in get_args(Reduce):
-        raise CorrectionError(f"reduce={reduce!r}, but is one of {get_args(Reduce)}")
-    if not (0 <= clip_low < 1 and clip_high >= 0):
-        raise CorrectionError(
-            f"clip_low={clip_low:g} and clip_high={clip_high:g}, but they are distances from "
-            "1: 0.2 and 0.28 clip to 0.8 and 1.28"
-        )
+    _check_options(clip_low, clip_high, reduce)
     advantages = _spread(advantages.detach(), mask)
     unmasked = checked_mask(mask, logprobs=logprobs, advantages=advantages)
     bypass = old_logprobs is None
@@ -117,6 +111,16 @@ def loss(
             policy_k1=mean(-log_ratio, keep_mask),
         )
     return _reduced(token_loss, keep_mask, reduce), found
+
+
+def _check_options(clip_low: float, clip_high: float, reduce: str) -> None:
+    if reduce not in get_args(Reduce):
+        raise CorrectionError(f"reduce={reduce!r}, but is one of {get_args(Reduce)}")
+    if not (0 <= clip_low < 1 and clip_high >= 0):
+        raise CorrectionError(
+            f"clip_low={clip_low:g} and clip_high={clip_high:g}, but they are distances from "
+            "1: 0.2 and 0.28 clip to 0.8 and 1.28"
+        )
 
 
 def _reduced(token_loss: Tensor, mask: Tensor, reduce: Reduce) -> Tensor:

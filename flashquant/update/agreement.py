@@ -3,7 +3,7 @@
     ready      every check of a worker has passed; it could stand, or go back
     decision   written once, by whoever can tell first; everybody obeys it
 
-A worker that fails writes the decision itself and waits for nobody. One that is
+A worker that fails writes the decision itself and does not wait. One that is
 ready waits for the others, and looks whether they are still alive. Decisions stay in
 the store, some 200 bytes an update: a slow worker may come for one that is rounds old.
 
@@ -33,7 +33,7 @@ class Ballot:
     """One worker's voice in the decisions of its engine.
 
     Args:
-        store: shared by the workers of one engine, and by nobody else.
+        store: shared by the workers of one engine, and only by them.
         rank: of this worker among them.
         size: how many there are.
         lockstep: one front end calls all workers, and waits for every answer before it
@@ -63,7 +63,7 @@ class Ballot:
         return self._round
 
     def agree(self, round: int) -> None:
-        """Vote to commit, and wait until all have; from then on it stands everywhere.
+        """Vote to commit, and wait until all have; from then on the update is committed everywhere.
 
         Raises:
             PeerFailed: another worker refused, so every one goes back.

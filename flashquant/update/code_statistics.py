@@ -1,4 +1,4 @@
-"""How pushed weights move through their codes: told by every report, cheap enough to leave on.
+"""How far pushed weights move their codes: in every report, cheap enough to leave on.
 
 An update of reinforcement learning is small, and a code is coarse: how many codes change at
 all says whether the rollouts see it. About 1,024 codes of each weight are kept and compared,
@@ -33,7 +33,7 @@ _SAMPLE: Final = 1024
 
 @dataclass(frozen=True)
 class Noted:
-    """What an update under way brings of one weight; nothing of it counts until it stands.
+    """What an update under way brings of one weight; nothing of it counts until it is committed.
 
     Attributes:
         sample: of its codes, int8: a copy, or a view of live memory, which holds them then.
@@ -45,15 +45,15 @@ class Noted:
     clipping: Clipping | None
 
 
-# A sample that stands: where it starts and stops in a tensor that holds those of other weights too.
+# A committed sample: where it starts and stops in a tensor that holds those of other weights too.
 Standing = tuple[Tensor, int, int]
 
 
-class Drifts:
-    """The codes that stand, by sample, and who is told when scales no longer hold.
+class CodeStatistics:
+    """Samples of the committed codes, and the warning when frozen scales no longer fit.
 
     Args:
-        warn_above: the fraction of a weight that may be clipped before somebody is told.
+        warn_above: the fraction of a weight that may be clipped before the log warns.
 
     """
 
@@ -78,7 +78,7 @@ class Drifts:
         return Noted(values.numel(), _sampled(values).clone(), clipping)
 
     def settle(self, noted: Mapping[str, Noted]) -> dict[str, Drift]:
-        """An update stands: what it brought is what the next one is compared with."""
+        """An update is committed: the next one is compared with what it brought."""
         changed: dict[str, float] = {}
         for _, there in groupby(noted.items(), lambda item: item[1].sample.device):
             now = _together(dict(there))

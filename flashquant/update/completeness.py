@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 Waiting = Mapping[str, tuple[str, ...]]
 
 
-class Arrivals:
+class Completeness:
     """What one engine still has to be sent, as far as can be told.
 
     Args:
@@ -73,7 +73,7 @@ class Arrivals:
         self._passes.note_refused(names)
 
     def settle(self, update: Update) -> None:
-        """An update stands."""
+        """An update is committed."""
         for layer in update.committed:
             self.dropped.pop(layer, None)
             self._times_dropped.pop(layer, None)

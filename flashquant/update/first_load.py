@@ -12,7 +12,7 @@ from torch import Tensor
 from flashquant.plan import NamedTensors, Planner, few_at_a_time
 from flashquant.profiles import Calibration
 from flashquant.schemes import holds_codes
-from flashquant.update.code_statistics import Drifts
+from flashquant.update.code_statistics import CodeStatistics
 from flashquant.update.engine import Engine
 from flashquant.update.quantize import Recipe, as_stored
 
@@ -22,27 +22,31 @@ class FirstLoad:
 
     Args:
         engine: the model.
-        routes: learns the checkpoint's names.
-        drifts: learns the codes that updates will be compared with.
+        planner: learns the checkpoint's names.
+        code_statistics: learns the codes that updates will be compared with.
         calibration: the profile by which pushes are quantized; None where each row is by itself.
 
     """
 
     def __init__(
-        self, engine: Engine, routes: Planner, drifts: Drifts, calibration: Calibration | None
+        self,
+        engine: Engine,
+        planner: Planner,
+        code_statistics: CodeStatistics,
+        calibration: Calibration | None,
     ) -> None:
-        self._engine, self._routes, self._drifts = engine, routes, drifts
+        self._engine, self._planner, self._code_statistics = engine, planner, code_statistics
         self._calibration = calibration
 
     def stream(self, weights: NamedTensors) -> Iterator[tuple[str, Tensor]]:
         """The tensors as the engine's loader is to see them."""
         if not any(holds_codes(meta.dtype) for meta in self._engine.targets.values()):
             for name, tensor in weights:
-                self._routes.note(name, tensor)
+                self._planner.note(name, tensor)
                 yield name, tensor
             return
         for few in few_at_a_time(weights):
-            self._routes.learn_together(few)  # several in one run of the loader
+            self._planner.learn_together(few)  # several in one run of the loader
             for name, tensor in few:
                 yield from self._stored(name, tensor)
 
@@ -50,14 +54,14 @@ class FirstLoad:
         calibration = self._calibration
         # A checkpoint of codes is taken as it is: it is smoothed already.
         quantizes = calibration if calibration and calibration.starts_on_floats else None
-        self._routes.note(name, tensor)
-        self._routes.learn(name, tensor)
+        self._planner.note(name, tensor)
+        self._planner.learn(name, tensor)
         if calibration is not None:
             calibration.note(name, tensor)
-        recipe = Recipe(name, self._routes.plan[name], self._engine.targets, quantizes)
+        recipe = Recipe(name, self._planner.plan[name], self._engine.targets, quantizes)
         for stored, values in as_stored(recipe, tensor):
             if quantizes is not None:
                 quantizes.note_stored(stored, values)
-            self._drifts.start(stored, values)
-            self._routes.note_made(stored, values)
+            self._code_statistics.start(stored, values)
+            self._planner.note_made(stored, values)
             yield stored, values

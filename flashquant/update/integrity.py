@@ -119,7 +119,7 @@ def fingerprint(value: Tensor) -> str:
 
 
 def _as_it_lies(value: Tensor) -> tuple[str, Tensor]:
-    """What is told of a tensor's layout, and its elements, side by side."""
+    """The description of a tensor's layout, and its elements, side by side."""
     # An `[N, K]` storage seen through `.t()` is read as it lies, without a copy.
     turned = value.dim() == 2 and not value.is_contiguous() and value.t().is_contiguous()
     flat = (value.t() if turned else value).detach().contiguous()

@@ -1,8 +1,8 @@
 """Where one sync ends and the next begins, for trainers that open no bracket.
 
 A *pass* is what one trainer sends of one policy, each name at most once. Shards of two passes
-must never meet in one layer: an old q with a new k is a mixture that nobody would see. A pass
-that nobody begins or ends in so many words begins with the push in which
+must never meet in one layer: an old q with a new k is a mixture that no error would show. A pass
+that no call begins or ends begins with the push in which
 
     1  a name comes again that has come in this pass already, be it live or waiting
     2  a name comes again that was refused in this pass, after others have come since
@@ -53,7 +53,7 @@ class Passes:
         self._first: str | None = None  # of this pass
         self._before: str | None = None  # the first name of the pass before
         self._usual: dict[str, int] = {}  # places in a pass, of which two in a row began alike
-        self._left: set[str] = set()  # what somebody has left, by rule 3
+        self._left: set[str] = set()  # what a trainer has left behind, by rule 3
         self._last: list[str] = []  # the pass before, as long as this one is like it
         self._alike = 0  # names at the beginning of both
         self._push: list[str] = []  # names of the push under way
@@ -77,7 +77,7 @@ class Passes:
         return self._shown_by > 0
 
     def note_taken(self, names: AbstractSet[str]) -> None:
-        """The push under way stands.
+        """The push under way is committed.
 
         Args:
             names: all of its names.
@@ -157,7 +157,7 @@ class Passes:
     def _is_a_stretch_of_usual(self) -> bool:
         """Whether what has come in this pass is what usually comes in a row.
 
-        Of somebody who left, it is. A trainer that sends in another order every time has a
+        Of a trainer that is gone, it is. A trainer that sends in another order every time has a
         beginning in the middle of a pass, too, but hardly ever after such a stretch.
         """
         places = [self._usual.get(seen, -1) for seen in self._seen]

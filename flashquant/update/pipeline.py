@@ -1,175 +1,189 @@
-"""The way of one tensor through an update: admitted, quantized, written, its layer committed.
+"""One tensor in an update: admitted, quantized, written, its layer committed.
 
     for each tensor:  plan it (once) -> quantize it -> write it -> commit its layer
 
-What an update is, and whether it stands, is the session's business.
+What an update is, and whether it is committed, is the session's business.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from itertools import chain
 
 from torch import Tensor
 
-from flashquant.config.checks import Checks
 from flashquant.errors import MisfitTensor, ReloadError
 from flashquant.plan import NamedTensors, Replay, View, Write
 from flashquant.profiles import Calibration
 from flashquant.schemes import check_finite, row_absmax
-from flashquant.update.bindings import Landing, Way, Ways
-from flashquant.update.code_statistics import Drifts
+from flashquant.update.bindings import Binding, Bindings, Destination
+from flashquant.update.code_statistics import CodeStatistics
 from flashquant.update.engine import Engine, Layer, Reach
-from flashquant.update.fast_bindings import Shortcuts
-from flashquant.update.integrity import Footprint, check_unmoved, footprints
+from flashquant.update.proofs import Proofs
 from flashquant.update.quantize import as_stored, is_float
 from flashquant.update.staging import Stage
 from flashquant.update.state import Update
 from flashquant.update.ties import Ties
 
 
-class Road:
+class Pipeline:
     """Takes tensors into the layers of one live engine, on behalf of an update.
 
     Args:
         engine: the model.
-        ways: where every name lands.
+        bindings: of every name.
         ties: the parameters that have several names.
-        drifts: who is told how codes move.
+        code_statistics: learns how codes move.
         calibration: the profile by which pushes are quantized; None where each row is by itself.
-        checks: which proofs every update carries.
+        proofs: watch what it writes.
 
     """
 
     def __init__(
         self,
         engine: Engine,
-        ways: Ways,
+        bindings: Bindings,
         ties: Ties,
-        drifts: Drifts,
+        code_statistics: CodeStatistics,
         calibration: Calibration | None,
-        checks: Checks,
+        proofs: Proofs,
     ) -> None:
-        self._engine, self._ways, self._ties, self._drifts = engine, ways, ties, drifts
-        self._calibration, self._checks = calibration, checks
-        self._shortcuts = Shortcuts()
-        self.about_to_write: Callable[[str], object] = lambda layer: None
+        self._engine, self._bindings, self._ties = engine, bindings, ties
+        self._code_statistics = code_statistics
+        self._calibration, self._proofs = calibration, proofs
 
     def take(self, weights: NamedTensors, update: Update) -> set[str]:
         """Plan, quantize, write and commit, one tensor at a time."""
         written: set[str] = set()
         if self._calibration is not None:
             self._calibration.remember(update.undo)
-        in_place = update.reach is Reach.PARTS
+        in_place, bindings = update.reach is Reach.PARTS, self._bindings.known
         for name, sent in weights:
             if update.over:
                 raise ReloadError(f"the update was rolled back before {name} arrived; send it anew")
             start = time.perf_counter()
-            short = self._shortcuts.of(name) if in_place else None
-            if short is not None and short.take(sent, update):
-                start = update.since(start, short.phase)
-                written.update(short.targets)
-                if short.completes:
-                    self._commit((short.layer,), update)
-                    update.since(start, "commit")
+            binding = bindings.get(name) if in_place else None
+            write = None if binding is None else binding.in_place
+            if write is not None and write.take(sent, update):
+                start = update.statistics.since(start, write.phase)
+                written.update(write.targets)
+                if write.completes:
+                    self._commit((write.layer,), update)
+                    update.statistics.since(start, "commit")
             else:
-                written.update(self._take_long(name, sent, update, start))
+                written.update(self._take_any(name, sent, update, start))
         return written
 
-    def _take_long(self, name: str, sent: object, update: Update, start: float) -> Iterator[str]:
-        """Take one tensor of which nothing needs to be known."""
-        way, tensor = self._admit(name, sent, update)
-        start = update.since(start, "plan")
-        if not way.entry.steps:
-            self._leave_out(way, tensor, update)
+    def _take_any(self, name: str, sent: object, update: Update, start: float) -> Iterator[str]:
+        """General path: works without anything that an earlier tensor of this name has shown."""
+        binding, tensor = self._admit(name, sent, update)
+        since = update.statistics.since
+        start = since(start, "plan")
+        if not binding.plan.steps:
+            self._leave_out(binding, tensor, update)
             return iter(())
-        stored, made_there = self._quantize(way, tensor, update)
-        start = update.since(start, "quantize")
-        landings = [
-            self._write(way, each, values, update, arrived=values is made_there)
-            for each, values in stored
-        ]
-        start = update.since(start, "write")
-        if not self._ties.hold(way.entry.targets):
-            self._shortcuts.learn(way, tensor)
-        for landing in landings:
-            self._commit(landing.layers, update)
-        update.since(start, "commit")
-        return chain.from_iterable(landing.entry.targets for landing in landings)
+        made = self._codes_in_place(binding, tensor, update)
+        stored = self._quantize(binding, tensor, made, update)
+        start = since(start, "quantize")
+        destinations = [self._bindings.destination(binding, *each) for each in stored]
+        for (_, values), destination in zip(stored, destinations, strict=True):
+            if made is not None and destination.plan.name == name:
+                self._note_made(destination, values, update)
+            else:
+                self._write(destination, values, update)
+        start = since(start, "write")
+        if not self._ties.hold(binding.plan.targets):
+            binding.learn(tensor)
+        for destination in destinations:
+            self._commit(destination.layers, update)
+        since(start, "commit")
+        return chain.from_iterable(destination.plan.targets for destination in destinations)
 
-    def _admit(self, name: str, sent: object, update: Update) -> tuple[Way, Tensor]:
+    def _admit(self, name: str, sent: object, update: Update) -> tuple[Binding, Tensor]:
         """Refuse a tensor before anything is touched, or say where it goes."""
         if name in update.names:
             raise MisfitTensor(f"{name} arrived twice in one update; send each tensor once")
-        way = self._ways.of(name, sent)
-        tensor = way.check(sent)
-        update.tensors += 1
-        update.bytes_in += tensor.nbytes
+        binding = self._bindings.of(name, sent)
+        tensor = binding.check(sent)
+        update.statistics.read(tensor.nbytes)
         update.names.add(name)
-        return way, tensor
+        return binding, tensor
 
-    def _leave_out(self, way: Way, tensor: Tensor, update: Update) -> None:
+    def _leave_out(self, binding: Binding, tensor: Tensor, update: Update) -> None:
         """The engine stores nothing of it; but what it is tied to must hold the same."""
-        if way.tie is None:
-            update.ignored.append(way.name)
+        if binding.tie is None:
+            update.statistics.ignored.append(binding.name)
             return
-        check_finite(way.name, tensor)
-        self._ties.take(way.tie, tensor.contiguous(), update.undo)
+        check_finite(binding.name, tensor)
+        self._ties.take(binding.tie, tensor.contiguous(), update.undo)
+
+    def _codes_in_place(self, binding: Binding, tensor: Tensor, update: Update) -> Tensor | None:
+        """The memory `[N, K]` in which the codes of this tensor belong, if they can be made there.
+
+        It is claimed: what it holds can be put back from now on.
+        """
+        destination = binding.destination_of_codes(tensor)
+        if destination is None:
+            return None
+        ((step, layer, stage),) = destination.steps
+        if not isinstance(step, Write):
+            return None
+        self._claim(layer, stage, step.target_view, update)
+        return layer.window(step, update.undo, update.reach)
 
     def _quantize(
-        self, way: Way, tensor: Tensor, update: Update
-    ) -> tuple[Iterable[tuple[str, Tensor]], Tensor | None]:
-        """What is stored of a tensor, and which of it was made right where it belongs."""
-        landing = way.landing_of_codes(tensor)
-        into = None
-        if landing is not None:
-            for step, layer, stage in landing.steps:
-                if isinstance(step, Write):
-                    self._claim(layer, stage, step.target_view, update)
-                    into = layer.window(step, update.undo, update.reach)
-        stored = as_stored(way.recipe, tensor, into, update.doubts)
+        self, binding: Binding, tensor: Tensor, into: Tensor | None, update: Update
+    ) -> Sequence[tuple[str, Tensor]]:
+        """What is stored of a tensor; its codes in `into`, where that is given."""
+        stored = tuple(as_stored(binding.recipe, tensor, into, update.doubts))
         clipping = {} if self._calibration is None else self._calibration.clipping
         for name, values in stored:
             # Not a norm that these codes silence: it may still come itself.
-            if name in (way.name, way.recipe.scale_name):
+            if name in (binding.name, binding.recipe.scale_name):
                 update.names.add(name)
-            noted = self._drifts.note(name, values, clipping.pop(name, None))
+            noted = self._code_statistics.note(name, values, clipping.pop(name, None))
             if noted is not None:
-                update.noted[name] = noted
-        return stored, into
+                update.statistics.noted[name] = noted
+        return stored
 
-    def _write(
-        self, way: Way, stored: str, tensor: Tensor, update: Update, *, arrived: bool
-    ) -> Landing:
-        landing = self._ways.landing(way, stored, tensor)
-        tensor = tensor.contiguous() if not landing.rows else tensor
-        maxima = self._maxima(landing, tensor)
-        for step, layer, stage in landing.steps:
+    def _note_made(self, destination: Destination, codes: Tensor, update: Update) -> None:
+        """Codes were made where they belong: they have arrived."""
+        maxima = self._maxima(destination, codes)
+        for step, layer, stage in destination.steps:
+            stage.arrived(step.target_view, maxima)
+            self._note_arrived(step.target, layer, update)
+        self._ties.arrive(destination.plan.targets, update.undo)
+
+    def _write(self, destination: Destination, tensor: Tensor, update: Update) -> None:
+        tensor = tensor if destination.rows else tensor.contiguous()
+        maxima = self._maxima(destination, tensor)
+        for step, layer, stage in destination.steps:
             self._claim(layer, stage, step.target_view, update)
-            if arrived:
-                stage.arrived(step.target_view, maxima)
-            elif not isinstance(step, Replay):
+            if not isinstance(step, Replay):
                 layer.receive(step, tensor, update.undo, update.reach, maxima)
-            update.arrived.add(step.target)
-            update.waiting[layer.name] = layer
-        if landing.entry.needs_loader:
-            self._replay(landing, tensor)
-        self._ties.arrive(landing.entry.targets, update.undo)
-        return landing
+            self._note_arrived(step.target, layer, update)
+        if destination.plan.needs_loader:
+            self._run_loader(destination, tensor)
+        self._ties.arrive(destination.plan.targets, update.undo)
+
+    @staticmethod
+    def _note_arrived(target: str, layer: Layer, update: Update) -> None:
+        update.arrived.add(target)
+        update.waiting[layer.name] = layer
 
     def _claim(self, layer: Layer, stage: Stage, view: View, update: Update) -> None:
         if not update.bracket and layer.name not in update.touched:  # `begin` looks at all of them
-            self.about_to_write(layer.name)
+            self._proofs.look_at(layer.name)
             update.touched.add(layer.name)
         update.claim(stage, view)
 
-    def _maxima(self, landing: Landing, tensor: Tensor) -> Tensor | None:
+    def _maxima(self, destination: Destination, tensor: Tensor) -> Tensor | None:
         """Those of the rows of the whole tensor, where other workers hold shards of its layer."""
         if not self._engine.shares_scales:
             return None
-        target, *others = landing.entry.targets  # of a tensor that is cut up, each has its own
+        target, *others = destination.plan.targets  # of a tensor that is cut up, each has its own
         held = self._engine.targets.get(target)  # None for the scales that codes bring along
         # Codes have their scales already, and those are of whole rows.
         if others or held is None or not (tensor.dim() == 2 and is_float(tensor)):
@@ -177,14 +191,14 @@ class Road:
         # Of what the parameter will hold: rounding keeps the order of magnitudes.
         return row_absmax(tensor).to(held.dtype).float()
 
-    def _replay(self, landing: Landing, tensor: Tensor) -> None:
+    def _run_loader(self, destination: Destination, tensor: Tensor) -> None:
         """The loader does more than copy: run it for real, on staged memory."""
-        stages = {step.target: stage for step, _, stage in landing.steps}
+        stages = {step.target: stage for step, _, stage in destination.steps}
         memory = {target: stage.memory(self._engine.device) for target, stage in stages.items()}
         with self._engine.laid_out(memory):
-            self._engine.load([(landing.entry.name, tensor)])
-        for step, _, stage in landing.steps:
-            check_finite(landing.entry.name, step.target_view.into(memory[step.target]))
+            self._engine.load([(destination.plan.name, tensor)])
+        for step, _, stage in destination.steps:
+            check_finite(destination.plan.name, step.target_view.into(memory[step.target]))
             stage.arrived(step.target_view)
 
     def keep_rest(self, update: Update, lost: AbstractSet[str]) -> None:
@@ -198,7 +212,7 @@ class Road:
             if (missing := layer.missing) and lost.isdisjoint(layer.targets):
                 layer.keep_rest()
                 still = layer.missing
-                update.kept += tuple(target for target in missing if target not in still)
+                update.statistics.kept += tuple(target for target in missing if target not in still)
 
     def finish(self, update: Update) -> None:
         """Nothing more will come: let those layers go live that are as ready as they will be."""
@@ -207,7 +221,7 @@ class Road:
             if layer.ready:
                 self._let_live(layer, update)
         update.doubts.resolve()
-        update.since(start, "commit")
+        update.statistics.since(start, "commit")
 
     def _commit(self, layers: Iterable[Layer], update: Update) -> None:
         """Let those layers go live that this tensor completed.
@@ -217,7 +231,7 @@ class Road:
         with it: what else it brings may show that they belong to an earlier sync.
         """
         for layer in layers:
-            sure = self._ways.is_full(layer) if update.bracket else _is_new(layer, update)
+            sure = self._bindings.is_full(layer) if update.bracket else _is_new(layer, update)
             if sure and layer.ready:
                 self._let_live(layer, update)
 
@@ -234,10 +248,10 @@ class Road:
             update.prepared[layer.name] = layer
             return
         update.committed.add(layer.name)
-        before = {} if update.bracket else self.footprints(layer)
-        update.bytes_out += layer.commit(update.undo)
+        before = {} if update.bracket else self._proofs.footprints(layer)
+        update.statistics.bytes_out += layer.commit(update.undo)
         if not update.bracket:
-            self.check_unmoved(before, layer)
+            self._proofs.check_unmoved(before, layer)
 
     def swap_in(self, update: Update) -> None:
         """What was prepared goes live: from here on, the engine may not generate."""
@@ -245,19 +259,9 @@ class Road:
         for name, layer in update.prepared.items():
             update.undo.touch()
             update.committed.add(name)
-            update.bytes_out += layer.commit(update.undo)
+            update.statistics.bytes_out += layer.commit(update.undo)
         if update.prepares:
-            update.since(start, "swap")
-
-    def footprints(self, *layers: Layer) -> dict[str, Footprint]:
-        """Where the live tensors of some layers are, if a ledger is kept."""
-        if not self._checks.ledger:
-            return {}
-        return footprints(item for layer in layers for item in layer.tensors())
-
-    def check_unmoved(self, before: dict[str, Footprint], *layers: Layer) -> None:
-        """Raise MovedTensor where one is no longer what it was."""
-        check_unmoved(before, self.footprints(*layers))
+            update.statistics.since(start, "swap")
 
 
 def _is_new(layer: Layer, update: Update) -> bool:

@@ -190,7 +190,7 @@ class Status:
         ranks: the digest of each worker, by rank; they hold different shards.
         parameters: the fingerprint of each thing the kernels read, by name; with several
             workers, by `rank 1: name`.
-        foreign: live weights that somebody wrote into past every door since their layer was last
+        foreign: live parameters that were modified outside flashquant since their layer was last
             updated; one complete update puts them right.
         direct: layers that nothing is made of: values are copied into live storage.
         staged: layers gathered beside the live storage, processed there by the engine's
@@ -269,7 +269,7 @@ class Status:
         if self.torn:
             parts.append("TORN, refuses to serve until a complete reload")
         if self.foreign:
-            parts.append(f"WRITTEN BY SOMEBODY ELSE: {some_of(self.foreign)}")
+            parts.append(f"MODIFIED OUTSIDE FLASHQUANT: {some_of(self.foreign)}")
         if self.asleep:
             parts.append("asleep")
         parts += [f"{layer} waits for {some_of(names)}" for layer, names in self.pending.items()]

@@ -1,4 +1,4 @@
-"""What a session says of itself: how the model stands, what an update did, what was refused."""
+"""Status and reports of a session: the state of the model, what an update did, what was refused."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from itertools import chain
 
 from flashquant.plan import Planner
-from flashquant.update.completeness import Arrivals
+from flashquant.update.completeness import Completeness
 from flashquant.update.engine import Engine
 from flashquant.update.integrity import digest
 from flashquant.update.report import Refusal, ReloadReport, Status, some_of
@@ -22,12 +22,12 @@ logger = logging.getLogger(__name__)
 
 
 class Reporter:
-    """Tells how one model stands.
+    """Makes the status and the reports of one model.
 
     Args:
         engine: the model.
-        routes: where its names land.
-        arrivals: what has come, and what has not.
+        planner: where its names land.
+        completeness: what has come, and what has not.
         ties: names that wait for the parameter that they are tied to.
         transactions: its version and health.
 
@@ -36,19 +36,19 @@ class Reporter:
     def __init__(
         self,
         engine: Engine,
-        routes: Planner,
-        arrivals: Arrivals,
+        planner: Planner,
+        completeness: Completeness,
         ties: Ties,
         transactions: Transactions,
     ) -> None:
-        self._engine, self._routes, self._ties = engine, routes, ties
-        self._arrivals, self._transactions = arrivals, transactions
+        self._engine, self._planner, self._ties = engine, planner, ties
+        self._completeness, self._transactions = completeness, transactions
         self._refusal: Refusal | None = None
         self._ignored: set[str] = set()
 
     @contextmanager
     def refusing(self, names: AbstractSet[str] = frozenset()) -> Iterator[None]:
-        """Note what is refused in the block: whoever is told may not pass it on.
+        """Note what is refused in the block: the caller that gets the error may not pass it on.
 
         Args:
             names: of a push; they may become more in the block.
@@ -60,7 +60,7 @@ class Reporter:
             yield
         except BaseException as failure:
             if before is None and names:  # a bracket takes everything back, and owes nothing
-                self._arrivals.note_refused(names)
+                self._completeness.note_refused(names)
             if isinstance(failure, Exception) and not was_over:
                 self._note_refusal(failure, names)
             raise
@@ -80,7 +80,7 @@ class Reporter:
 
     def note_ignored(self, names: Iterable[str]) -> None:
         """The engine's loader dropped these; say once of each that the checkpoint had none such."""
-        new = {name for name in names if not self._routes.expects(name)} - self._ignored
+        new = {name for name in names if not self._planner.expects(name)} - self._ignored
         self._ignored |= new
         if new:
             logger.warning(
@@ -94,23 +94,23 @@ class Reporter:
 
         Args:
             digests: of what the kernels read, by name; none while it is asleep.
-            foreign: live weights that somebody else wrote.
+            foreign: live parameters that were modified outside flashquant.
 
         """
         by_road: dict[str, list[str]] = {"direct": [], "staged": [], "fallback": []}
-        replayed = self._routes.replayed
+        replayed = self._planner.replayed
         for layer in self._engine.layers:
             road = layer.road if replayed.isdisjoint(layer.targets) else "fallback"
             by_road[road].append(layer.name)
-        health, whole = self._transactions.health, digest(digests) if digests else None
+        health, whole = self._transactions.serving, digest(digests) if digests else None
         return Status(
             scheme=self._engine.scheme,
             version=self._transactions.version,
             torn=health.torn,
             asleep=health.asleep,
-            pending={**self._ties.waiting(), **self._arrivals.waiting()},
-            dropped=dict(self._arrivals.dropped),
-            refused=tuple(sorted(self._arrivals.refused)),
+            pending={**self._ties.waiting(), **self._completeness.waiting()},
+            dropped=dict(self._completeness.dropped),
+            refused=tuple(sorted(self._completeness.refused)),
             refusal=self._refusal,
             digest=whole,
             ranks=(whole,),
@@ -122,24 +122,24 @@ class Reporter:
         )
 
     def report(self, update: Update, now: float, *, pause: float) -> ReloadReport:
-        """What an update did that stands since `now`, a time of `time.perf_counter`."""
-        seconds = now - update.start
-        waiting = self._arrivals.waiting(update.waiting.values())
+        """What an update did that was committed at `now`, a time of `time.perf_counter`."""
+        seconds, statistics = now - update.start, update.statistics
+        waiting = self._completeness.waiting(update.waiting.values())
         return ReloadReport(
             version=self._transactions.version,
-            tensors=update.tensors,
-            bytes_in=update.bytes_in,
-            bytes_out=update.bytes_out,
+            tensors=statistics.tensors,
+            bytes_in=statistics.bytes_in,
+            bytes_out=statistics.bytes_out,
             undo_bytes=update.undo.bytes,
             seconds=seconds,
             prepare_seconds=seconds - pause,
             pause_seconds=pause,
-            phases=dict(update.seconds),
+            phases=dict(statistics.seconds),
             layers_committed=len(update.committed),
-            ignored=tuple(update.ignored),
+            ignored=tuple(statistics.ignored),
             pending=tuple(chain.from_iterable(waiting.values())),
-            kept=update.kept,
+            kept=statistics.kept,
             digest=None,
             ranks=(None,),
-            drift=dict(update.drift),
+            drift=dict(statistics.drift),
         )

@@ -6,7 +6,7 @@ update has kept is therefore reserved for the next; as long as the engine sleeps
 
 From a GPU, copies go to pinned memory, so that nothing waits for them. torch rounds each block of
 that up to a power of two, and keeps it: so it is asked for powers of two only, which are
-carved up, and told to give them back.
+carved up, and asked to give them back.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ class Copies:
         return chunk[:nbytes]
 
     def free(self) -> None:
-        """Nobody reads the copies any more."""
+        """The copies are no longer read."""
         if self._chunks:
             self._reserve.put(self._chunks, pinned=self._pinned)
             self._chunks, self._used = [], []
@@ -116,7 +116,7 @@ def _pinned(size: int) -> Tensor:
 
 
 def _empty_pinned_cache() -> None:
-    """Let torch give back pinned memory that nobody holds any more."""
+    """Let torch give back pinned memory that is no longer held."""
     public = getattr(torch.accelerator, "empty_host_cache", None)  # of newer ones
     empty = public or getattr(torch._C, "_host_emptyCache", None)  # for CUDA only
     if empty is not None:

@@ -5,20 +5,18 @@
 
 A push outside a bracket is a transaction of its own; a layer goes live when the
 last of its shards has arrived, in whichever push of one sync (`passes` tells syncs
-apart). Inside a bracket (`begin` to `finish`) nothing stands until the end.
+apart). Inside a bracket (`begin` to `finish`) nothing is committed until the end.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from flashquant.config.checks import Checks
-from flashquant.errors import FlashquantError, MovedTensor, ReloadError, UnsupportedEngine
+from flashquant.errors import FlashquantError, ReloadError, UnsupportedEngine
 from flashquant.plan import (
     NamedTensors,
     Names,
@@ -31,17 +29,16 @@ from flashquant.plan import (
 )
 from flashquant.profiles import Calibration
 from flashquant.update.agreement import Ballot
-from flashquant.update.bindings import Ways
-from flashquant.update.code_statistics import Drifts
-from flashquant.update.completeness import Arrivals
-from flashquant.update.engine import Engine, Layer
+from flashquant.update.bindings import Bindings
+from flashquant.update.code_statistics import CodeStatistics
+from flashquant.update.completeness import Completeness
+from flashquant.update.engine import Engine
 from flashquant.update.first_load import FirstLoad
-from flashquant.update.foreign import Witness
-from flashquant.update.integrity import Fingerprints, Footprint, digest, digests
-from flashquant.update.pipeline import Road
+from flashquant.update.pipeline import Pipeline
+from flashquant.update.proofs import Proofs
 from flashquant.update.report import ReloadReport, Status
 from flashquant.update.reporter import Reporter
-from flashquant.update.serving import Health
+from flashquant.update.serving_state import ServingState
 from flashquant.update.state import Update
 from flashquant.update.ties import Ties
 from flashquant.update.transaction import Transactions
@@ -70,43 +67,44 @@ class Session:
         self.rank = 0 if ballot is None else ballot.rank
         self._calibration = calibration
         self._engine = engine
-        self._checks = checks or Checks()
-        self._routes = Planner(engine)
-        self._ways = Ways(engine, self._routes, calibration)
-        self._arrivals = Arrivals(engine, calibration)
-        self._witness = Witness({})
-        self._unaudited: dict[str, Footprint] = {}
-        self._layers: dict[str, Layer] = {}
-        self._drifts = Drifts(1.0 if calibration is None else calibration.warn_above)
+        checks = checks or Checks()
+        self.transactions = Transactions(ballot, self._settle, checks.bracket_timeout)
+        self.proofs = Proofs(engine, checks, self.transactions)
+        self._planner = Planner(engine)
+        self._bindings = Bindings(engine, self._planner, calibration)
+        self._completeness = Completeness(engine, calibration)
+        self._code_statistics = CodeStatistics(
+            1.0 if calibration is None else calibration.warn_above
+        )
         self._ties = Ties()
-        self._road = Road(engine, self._ways, self._ties, self._drifts, calibration, self._checks)
-        self._road.about_to_write = lambda layer: self._witness.look_at(layer)
-        self._first_load = FirstLoad(engine, self._routes, self._drifts, calibration)
-        self._names = Names(self._routes)
-        self._transactions = Transactions(ballot, self._settle)
+        self._pipeline = Pipeline(
+            engine, self._bindings, self._ties, self._code_statistics, calibration, self.proofs
+        )
+        self._first_load = FirstLoad(engine, self._planner, self._code_statistics, calibration)
+        self._names = Names(self._planner)
         self._reporter = Reporter(
-            engine, self._routes, self._arrivals, self._ties, self._transactions
+            engine, self._planner, self._completeness, self._ties, self.transactions
         )
 
     @property
     def plan(self) -> WritePlan:
         """Where every name seen so far lands."""
-        return self._routes.plan
+        return self._planner.plan
 
     @property
     def live(self) -> bool:
         """Whether the model has been loaded and processed, so that pushes are reloads."""
-        return bool(self._ways.homes)
+        return bool(self._bindings.homes)
 
     @property
     def version(self) -> int:
-        """How many updates stand; 0 is the checkpoint the engine started on."""
-        return self._transactions.version
+        """How many updates are committed; 0 is the checkpoint the engine started on."""
+        return self.transactions.version
 
     @property
-    def health(self) -> Health:
+    def serving(self) -> ServingState:
         """Whether what is live may be served and written."""
-        return self._transactions.health
+        return self.transactions.serving
 
     def first_load(self, weights: NamedTensors) -> object:
         """Load the checkpoint the engine starts on: the same stream, the engine's own writes.
@@ -118,8 +116,8 @@ class Session:
         try:
             return self._engine.load(self._first_load.stream(weights))
         except (KeyError, ValueError) as refusal:
-            ours = isinstance(refusal, FlashquantError)
-            if ours or (scales := self._routes.refused_of_made()) is None:
+            explained = isinstance(refusal, FlashquantError)
+            if explained or (scales := self._planner.refused_of_made()) is None:
                 raise
             raise UnsupportedEngine(
                 f"{scales.removesuffix('_scale')} becomes codes and scales in "
@@ -136,13 +134,10 @@ class Session:
         """
         if self._calibration is not None:
             self._calibration.check_fit()
-        self._routes.open()
-        self._ways.open()
-        self._layers = {layer.name: layer for layer in self._engine.layers}
-        self._ties.open(set(self._engine.tied.values()), self._ways.homes)
-        self._witness = Witness(
-            {layer.name: _parameters(layer.tensors()) for layer in self._engine.layers}
-        )
+        self._planner.open()
+        self._bindings.open()
+        self._ties.open(set(self._engine.tied.values()), self._bindings.homes)
+        self.proofs.open()
 
     def push(self, weights: NamedTensors) -> set[str]:
         """Take one tensor, one bucket or a whole iterator; layers go live as they complete.
@@ -158,22 +153,22 @@ class Session:
                 (before `begin`, inside a bracket).
 
         """
-        self._transactions.take_back_what_was_cut_off()
-        offered, alone = Offered(self._names.of(weights)), self._transactions.current is None
+        self.transactions.take_back_what_was_cut_off()
+        offered, alone = Offered(self._names.of(weights)), self.transactions.current is None
         with (
             self._reporter.refusing(offered.names),
-            self._transactions.push() as update,
+            self.transactions.push() as update,
             torch.no_grad(),
         ):
             if not alone:
-                return self._road.take(offered, update)
+                return self._pipeline.take(offered, update)
             update.offered = offered.names
-            written = self._road.take(self._arrivals.watched(offered, update), update)
-            self._road.finish(update)
+            written = self._pipeline.take(self._completeness.watched(offered, update), update)
+            self._pipeline.finish(update)
             return written
 
     def begin(self, *, atomic: bool = True, prepares: bool = False) -> None:
-        """Open a bracket: nothing stands until `finish`. What waits is dropped, and said so.
+        """Open a bracket: nothing is committed until `finish`. What waits is dropped, and said so.
 
         A bracket that is still open, because whoever began it went away, is rolled back.
 
@@ -183,16 +178,16 @@ class Session:
                 set of weights (two, if `atomic`), so that the engine may generate until `finish`.
 
         """
-        self.look_around()
-        self.audit()
-        undo = UndoLog(keep=atomic, reserve=self._transactions.reserve)
+        self.proofs.look()
+        self.proofs.audit()
+        undo = UndoLog(keep=atomic, reserve=self.transactions.reserve)
         update = Update(undo, bracket=True, prepares=prepares)
-        with self._reporter.refusing(), self._transactions.begin(update):
+        with self._reporter.refusing(), self.transactions.begin(update):
             if not atomic:
-                update.at_stake = frozenset(self._routes.wanted)
-            self._arrivals.drop()
+                update.at_stake = frozenset(self._planner.wanted)
+            self._completeness.drop()
             self._ties.reset()
-            update.before = self._road.footprints(*self._engine.layers)
+            update.before = self.proofs.footprints()
 
     def finish(self, *, strict: bool = False, keeps: bool = False) -> None:
         """Close the bracket.
@@ -209,38 +204,20 @@ class Session:
             MovedTensor: a live tensor is not where it was. The engine is torn.
 
         """
-        with self._reporter.refusing(), self._transactions.finish() as update, torch.no_grad():
+        with self._reporter.refusing(), self.transactions.finish() as update, torch.no_grad():
             if keeps:
-                self._road.keep_rest(update, self.health.stale)
-            self._road.finish(update)
+                self._pipeline.keep_rest(update, self.serving.stale)
+            self._pipeline.finish(update)
             self._ties.check_complete()
-            self._arrivals.check_complete(update, self._routes.wanted, strict=strict, keeps=keeps)
-            self._road.swap_in(update)
+            self._completeness.check_complete(
+                update, self._planner.wanted, strict=strict, keeps=keeps
+            )
+            self._pipeline.swap_in(update)
             if update.prepares:
-                self._unaudited = update.before
+                self.proofs.audit_later(update.before)
             else:
-                self._road.check_unmoved(update.before, *self._engine.layers)
+                self.proofs.check_unmoved(update.before)
         self._ties.reset()
-
-    @property
-    def in_bracket(self) -> bool:
-        """Whether an update was begun and not finished yet."""
-        return self._transactions.in_bracket
-
-    @property
-    def holds_steps(self) -> bool:
-        """Whether an update is under way that the engine may not generate beside."""
-        update = self._transactions.current
-        return update is not None and self.in_bracket and not update.prepares
-
-    @property
-    def quiet(self) -> float | None:
-        """Seconds since anything came into the bracket that is open; None where none is."""
-        return self._transactions.quiet
-
-    def take_back_what_was_left(self) -> None:
-        """Roll back an update whose trainer is gone, by `Checks.bracket_timeout`."""
-        self._transactions.take_back_what_was_left(self._checks.bracket_timeout)
 
     def check_nothing_waits(self) -> None:
         """The trainer has sent everything it wanted to, in pushes outside a bracket.
@@ -252,14 +229,14 @@ class Session:
                 came again; they serve their old weights beside the new ones of others.
 
         """
-        if not self.in_bracket:
+        if not self.transactions.in_bracket:
             with self._reporter.refusing():
                 self._ties.check_complete()
-                self._arrivals.check_nothing_waits(self._routes.wanted)
+                self._completeness.check_nothing_waits(self._planner.wanted)
 
     def abandon(self) -> None:
         """Close a bracket that will not be finished: roll it back, if it is still open."""
-        self._transactions.abandon()
+        self.transactions.abandon()
 
     def reload(
         self, weights: Weights, *, atomic: bool = True, strict: bool = True, prepare: bool = False
@@ -276,11 +253,11 @@ class Session:
             report = self.close(strict=strict)
         finally:
             self.abandon()
-        self.audit()
-        if not self._checks.digest:
+        self.proofs.audit()
+        if not self.proofs.checks.digest:
             return replace(report, seconds=time.perf_counter() - start)
         digesting = time.perf_counter()
-        whole = self.digest()
+        whole = self.proofs.digest()
         now = time.perf_counter()
         return replace(
             report,
@@ -292,7 +269,7 @@ class Session:
 
     def close(self, *, strict: bool = True) -> ReloadReport:
         """`finish` what was begun, and tell what it did; without a digest."""
-        update, start = self._transactions.current, time.perf_counter()
+        update, start = self.transactions.current, time.perf_counter()
         self.finish(strict=strict, keeps=not strict)
         if update is None:
             raise ReloadError("no update is under way")
@@ -301,125 +278,52 @@ class Session:
             update, now, pause=now - (start if update.prepares else update.start)
         )
 
-    def audit(self) -> None:
-        """After a prepared update, when the engine generates again: nothing has moved.
-
-        Raises:
-            MovedTensor: a live tensor is not where it was. The engine is torn.
-
-        """
-        self._transactions.sweep()
-        before, self._unaudited = self._unaudited, {}
-        try:
-            if before:
-                self._road.check_unmoved(before, *self._engine.layers)
-        except MovedTensor:
-            self.health.moved = True
-            raise
-
-    def digesting(self) -> Iterator[str | None]:
-        """The digest, in slices of a layer: None until it is known, or if an update came between.
-
-        For an engine that generates meanwhile.
-        """
-        version, fingerprints = self.version, Fingerprints()
-        for layer in self._engine.layers:
-            fingerprints.add(layer.contents())
-            yield None
-        if self.version == version and self._transactions.current is None:
-            taken = fingerprints.read()
-            self._witness.compare(taken)
-            yield digest(taken)
-
-    @property
-    def takes_digests(self) -> bool:
-        """Whether reports carry one."""
-        return self._checks.digest
-
     def check_servable(self) -> None:
         """Raise TornWeights rather than let a mixture of two policies generate."""
-        self._transactions.check_servable()
-        self.look_around()
-
-    def look_around(self) -> None:
-        """Report who wrote into live weights past this session, unless an update is under way."""
-        if self._transactions.current is None:
-            self._witness.look()
+        self.transactions.check_servable()
+        self.proofs.look()
 
     def sleep(self, *, keeps_weights: bool) -> None:
         """The engine is about to put its weights away, for good unless `keeps_weights`."""
         self.abandon()
-        self._arrivals.drop()
+        self._completeness.drop()
         self._ties.reset()
-        self._transactions.sweep()
-        self.free_reserve()
-        self.health.asleep = True
+        self.transactions.sweep()
+        self.transactions.free()
+        self.serving.asleep = True
         if not keeps_weights:
-            self._drifts.forget()
-            self._witness.forget()
+            self._code_statistics.forget()
+            self.proofs.forget()
             if self._calibration is not None:
                 self._calibration.forget_device()
-            self.health.tear(self._routes.wanted)
+            self.serving.tear(self._planner.wanted)
 
     def overwritten(self) -> None:
-        """Somebody has overwritten everything: it is nobody's policy until all of it was pushed."""
+        """Everything was overwritten: the engine is torn until a complete update was pushed."""
         self.abandon()
-        self._arrivals.drop()
+        self._completeness.drop()
         self._ties.reset()
-        self._witness.forget()
-        self.health.tear(self._routes.wanted)
-
-    def free_reserve(self) -> None:
-        """Give back the host memory that is held for the next update's undo log."""
-        self._transactions.sweep()
-        self._transactions.reserve.clear()
+        self.proofs.forget()
+        self.serving.tear(self._planner.wanted)
 
     def wake_up(self) -> None:
         """There is memory behind the weights again."""
-        self.health.asleep = False
+        self.serving.asleep = False
 
     def status(self) -> Status:
-        """How the model stands: version, pending shards, roads and fresh digests."""
-        parameters = {} if self.health.asleep else self.digests()
-        self.look_around()
-        return self._reporter.status(parameters, self._witness.foreign)
+        """How the model stands: version, pending shards, kinds of layers and fresh digests."""
+        parameters = {} if self.serving.asleep else self.proofs.digests()
+        self.proofs.look()
+        return self._reporter.status(parameters, self.proofs.foreign)
 
-    def digest(self) -> str:
-        """Fingerprint of everything the kernels read, equal for equal policies."""
-        return digest(self.digests())
-
-    def digests(self) -> dict[str, str]:
-        """The same for each thing they read, by name."""
-        taken = digests(item for layer in self._engine.layers for item in layer.contents())
-        if self._transactions.current is None:
-            self._witness.compare(taken)
-        return taken
-
-    def _settle(self, update: Update, stands: bool) -> None:
+    def _settle(self, update: Update, committed: bool) -> None:
         """An update is over: what is live is what it should be."""
-        for layer in () if stands else update.prepared.values():
+        for layer in () if committed else update.prepared.values():
             layer.drop()
-        if stands:
-            update.drift = self._drifts.settle(update.noted)
-            self._arrivals.settle(update)
+        if committed:
+            statistics = update.statistics
+            statistics.drift = self._code_statistics.settle(statistics.noted)
+            self._completeness.settle(update)
             if not update.bracket:
-                self._reporter.note_ignored(update.ignored)
-            self._witness.settle(update.committed, self._unsent(update), update.live)
-            return
-        self._witness.rebase(None if update.bracket else update.touched)
-        if not update.undo.can_restore:
-            self._witness.forget()
-
-    def _unsent(self, update: Update) -> dict[str, set[str]]:
-        """Of layers that went live without some of their parameters: which those are."""
-        found = {}
-        for name in update.committed:
-            targets = set(self._layers[name].targets) & self._routes.wanted.keys()
-            if not targets <= update.live:
-                found[name] = targets - update.live
-        return found
-
-
-def _parameters(live: Iterable[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
-    """What somebody could take for a weight; caches and workspaces change as they please."""
-    return [(name, tensor) for name, tensor in live if isinstance(tensor, torch.nn.Parameter)]
+                self._reporter.note_ignored(statistics.ignored)
+        self.proofs.settle(update, self._planner.wanted, committed=committed)

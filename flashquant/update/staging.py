@@ -38,10 +38,6 @@ class Stage:
         return self._shape
 
     @property
-    def dim(self) -> int:
-        return len(self._shape)
-
-    @property
     def nbytes(self) -> int:
         """Bytes this stage holds at the moment."""
         return 0 if self._memory is None else self._memory.nbytes

@@ -1,4 +1,4 @@
-"""One transaction under way: what it has touched, and what it has cost so far."""
+"""One transaction under way: what it has touched, and what its report will say."""
 
 from __future__ import annotations
 
@@ -17,6 +17,42 @@ from flashquant.update.undo import UndoLog
 
 
 @dataclass
+class Statistics:
+    """What a report says of an update; nothing is decided by it.
+
+    Attributes:
+        tensors, bytes_in: read of the trainer's.
+        bytes_out: written into live storage.
+        seconds: by phase.
+        ignored: names that the engine's loader drops.
+        kept: parameters of which a part stayed as it was.
+        noted: of codes, by name.
+        drift: the same, once the update is committed.
+
+    """
+
+    tensors: int = 0
+    bytes_in: int = 0
+    bytes_out: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+    ignored: list[str] = field(default_factory=list)
+    kept: tuple[str, ...] = ()
+    noted: dict[str, Noted] = field(default_factory=dict)
+    drift: dict[str, Drift] = field(default_factory=dict)
+
+    def read(self, nbytes: int) -> None:
+        """Count one tensor of the trainer's."""
+        self.tensors += 1
+        self.bytes_in += nbytes
+
+    def since(self, start: float, phase: str) -> float:
+        """Add the time since `start` to a phase, and return what time it is now."""
+        now = time.perf_counter()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - start
+        return now
+
+
+@dataclass
 class Update:
     """One transaction: a single push, or everything between `begin` and `finish`.
 
@@ -26,7 +62,7 @@ class Update:
         prepares: nothing live is touched before it is finished, so the engine may generate.
         busy: something is being done for it right now, or was cut off.
         at_stake: the parameters that are lost if it fails and keeps no undo log.
-        over: it stands, or it has been rolled back.
+        over: it is committed, or it has been rolled back.
         heard: when its trainer was last heard of, by `time.monotonic`.
 
     """
@@ -50,16 +86,9 @@ class Update:
     waiting: dict[str, Layer] = field(default_factory=dict)  # layers, of which something came
     doubts: Doubts = field(default_factory=Doubts)
     prepared: dict[str, Layer] = field(default_factory=dict)  # layers
-    ignored: list[str] = field(default_factory=list)  # names the engine's loader drops
     offered: set[str] = field(default_factory=set)  # of a push by itself: all of its names
     dropped: dict[str, tuple[str, ...]] = field(default_factory=dict)  # layer -> what it lacked
-    kept: tuple[str, ...] = ()  # parameters, of which a part stayed as it was
-    tensors: int = 0
-    bytes_in: int = 0
-    bytes_out: int = 0
-    seconds: dict[str, float] = field(default_factory=dict)  # by phase
-    noted: dict[str, Noted] = field(default_factory=dict)  # of codes, by name
-    drift: dict[str, Drift] = field(default_factory=dict)  # the same, once it stands
+    statistics: Statistics = field(default_factory=Statistics)
 
     @property
     def reach(self) -> Reach:
@@ -67,12 +96,6 @@ class Update:
         if self.prepares:
             return Reach.NOTHING
         return Reach.PARTS if self.bracket else Reach.WHOLE
-
-    def since(self, start: float, phase: str) -> float:
-        """Add the time since `start` to a phase, and return what time it is now."""
-        now = time.perf_counter()
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - start
-        return now
 
     def claim(self, stage: Stage, view: View) -> None:
         """A window of a stage is about to be filled: it can be taken back from now on."""

@@ -1,7 +1,7 @@
-"""The update under way: it stands, or it is taken back, whatever cuts in.
+"""The update under way: committed, or rolled back, whatever interrupts it.
 
 It is noted before anything is touched, busy while a call works on it, and crossed
-out when it stands or has been taken back. So no interrupt leaves it between the two
+out when it is committed or has been rolled back. So no interrupt leaves it between the two
 for long: whoever comes next finds a busy update, and takes it back.
 """
 
@@ -16,7 +16,7 @@ from flashquant.errors import MovedTensor, ReloadError, TornWeights
 from flashquant.update.agreement import Ballot
 from flashquant.update.interrupts import uninterrupted
 from flashquant.update.reserve import Reserve
-from flashquant.update.serving import Health
+from flashquant.update.serving_state import ServingState
 from flashquant.update.state import Update
 from flashquant.update.undo import UndoLog
 
@@ -28,31 +28,39 @@ class Transactions:
 
     Attributes:
         current: the update under way; a bracket also after it was rolled back, until
-            somebody closes it.
+            it is closed.
         health: whether what is live may be served and written.
-        version: how many updates stand.
+        version: how many updates are committed.
         reserve: the memory of their undo logs.
 
     """
 
-    def __init__(self, ballot: Ballot | None, settle: Callable[[Update, bool], None]) -> None:
+    def __init__(
+        self, ballot: Ballot | None, settle: Callable[[Update, bool], None], timeout: float
+    ) -> None:
         """Args:
         ballot: the voice of this worker among several; None where it is the only one.
-        settle: told whenever an update is over, and whether it stands.
+        settle: called whenever an update is over, with whether it was committed.
+        timeout: seconds without anything new after which a bracket may be taken back; 0 for never.
 
         """
         self.current: Update | None = None
-        self.health = Health()
+        self.serving = ServingState()
         self.version = 0
         self.reserve = Reserve()
         self._ballot = ballot
         self._spent: list[UndoLog] = []
-        self._settle = settle
+        self._settle, self._timeout = settle, timeout
 
     @property
     def in_bracket(self) -> bool:
         """Whether a bracket is open."""
         return self.current is not None and self.current.bracket and not self.current.over
+
+    @property
+    def holds_steps(self) -> bool:
+        """Whether an update is under way that the engine may not generate beside."""
+        return self.current is not None and self.in_bracket and not self.current.prepares
 
     @contextmanager
     def begin(self, update: Update) -> Iterator[None]:
@@ -68,7 +76,7 @@ class Transactions:
         self.current = update
         try:
             update.round = None if self._ballot is None else self._ballot.open()
-            self.health.check_writable()
+            self.serving.check_writable()
             yield
             update.busy = False
         except BaseException as failure:
@@ -78,23 +86,23 @@ class Transactions:
 
     @contextmanager
     def push(self) -> Iterator[Update]:
-        """Work on the bracket that is open, or on an update that stands when the block is done."""
+        """Work on the bracket that is open, or on an update that the end of the block commits."""
         self.take_back_what_was_cut_off()
         update = self.current
         if update is None:
-            self.health.check_writable()
+            self.serving.check_writable()
             self.current = update = Update(UndoLog(reserve=self.reserve))
         elif update.over:
             raise ReloadError(
                 "this update failed and was rolled back; the old weights are served. Finish it, or "
                 "begin a new one, before you push again."
             )
-        with self._all_or_nothing(update, stands=not update.bracket):
+        with self._all_or_nothing(update, commits=not update.bracket):
             yield update
 
     @contextmanager
     def finish(self) -> Iterator[Update]:
-        """Close the bracket: it stands when the block is done and every worker is ready.
+        """Close the bracket: it is committed when the block is done and every worker is ready.
 
         Raises:
             ReloadError: there is none, or it has been rolled back.
@@ -110,7 +118,7 @@ class Transactions:
                 "no update is under way: it failed and was rolled back, or it never began"
             )
         try:
-            with self._all_or_nothing(update, stands=True):
+            with self._all_or_nothing(update, commits=True):
                 yield update
                 if self._ballot is not None and update.round is not None:
                     self._ballot.agree(update.round)
@@ -123,6 +131,11 @@ class Transactions:
         while self._spent:
             self._spent.pop().forget()
 
+    def free(self) -> None:
+        """Give back the host memory that is held for the next update's undo log."""
+        self.sweep()
+        self.reserve.clear()
+
     def abandon(self) -> None:
         """Close a bracket that will not be finished: roll it back, if it is still open."""
         if self.current is not None:
@@ -134,19 +147,19 @@ class Transactions:
         """Seconds since anything came into the bracket that is open; None where none is."""
         return time.monotonic() - self.current.heard if self.current and self.in_bracket else None
 
-    def take_back_what_was_left(self, seconds: float) -> None:
-        """Roll back a bracket into which nothing has come for so long; 0 for never.
+    def take_back_what_was_left(self) -> None:
+        """Roll back a bracket whose trainer is gone: into which nothing has come for too long.
 
         What its trainer may still send of it is refused, until it begins anew.
         """
-        if self.current is None or self.quiet is None or not 0 < seconds <= self.quiet:
+        if self.current is None or self.quiet is None or not 0 < self._timeout <= self.quiet:
             return
         quiet, keeps = self.quiet, self.current.undo.can_restore
         logger.error(
             "an update was begun, and nothing has come of it for %.0f seconds "
             "(FLASHQUANT_BRACKET_TIMEOUT=%g): its trainer is taken to be gone. %s",
             quiet,
-            seconds,
+            self._timeout,
             "It is rolled back; requests go on under the weights from before it."
             if keeps
             else "It kept no undo log, so requests are refused until a complete update.",
@@ -161,7 +174,7 @@ class Transactions:
 
     def check_servable(self) -> None:
         """Raise TornWeights rather than let a mixture of two policies generate."""
-        self.health.check_servable()
+        self.serving.check_servable()
         self.take_back_what_was_cut_off()
         if self.current is not None and not self.current.over and self.current.undo.touched:
             raise TornWeights(
@@ -170,13 +183,13 @@ class Transactions:
             )
 
     @contextmanager
-    def _all_or_nothing(self, update: Update, *, stands: bool) -> Iterator[None]:
+    def _all_or_nothing(self, update: Update, *, commits: bool) -> Iterator[None]:
         """Leave with everything done, or with everything as it was."""
         update.busy = True
         try:
             yield
             with uninterrupted():
-                if stands:
+                if commits:
                     self._stand(update)
                 update.busy, update.heard = False, time.monotonic()
         except BaseException as failure:
@@ -184,22 +197,22 @@ class Transactions:
             raise
 
     def _roll_back(self, update: Update, failure: BaseException) -> None:
-        """Take an update back, unless it stands, or the workers have agreed that it does."""
+        """Roll an update back, unless it is committed, or the workers have agreed to commit it."""
         if update.over:
             return
         with uninterrupted():
             if self._all_have_agreed(update, failure):
                 self._stand(update)
                 return
-            self.health.restoring = True  # until everything below has been done
+            self.serving.restoring = True  # until everything below has been done
             for stage, views in update.staged.items():
                 for view in views:
                     stage.forget(view)
             update.undo.restore()
             if not update.undo.can_restore:
-                self.health.tear(update.at_stake)
-            self.health.moved |= isinstance(failure, MovedTensor)
-            self.health.restoring = False
+                self.serving.tear(update.at_stake)
+            self.serving.moved |= isinstance(failure, MovedTensor)
+            self.serving.restoring = False
             self._settle(update, False)
             update.busy, update.over = False, True
             if not update.bracket:
@@ -219,7 +232,7 @@ class Transactions:
             update.undo.forget()
         if update.committed:
             self.version += 1
-        self.health.heal(update.live)
+        self.serving.heal(update.live)
         self._settle(update, True)
         update.busy, update.over = False, True
         self.current = None

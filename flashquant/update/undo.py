@@ -96,7 +96,7 @@ class UndoLog:
         self._free()
 
     def forget(self) -> None:
-        """The transaction stands: free what was kept."""
+        """The transaction is committed: free what was kept."""
         self._steps.clear()
         self._held.clear()
         self._free()

@@ -54,7 +54,7 @@ def test_an_update_is_the_same(dtype: torch.dtype) -> None:
         report = session.reload(NEW)
 
     assert serves(engine, expected.live)
-    assert report.digest == session.digest()
+    assert report.digest == session.proofs.digest()
 
 
 def test_an_update_by_a_profile_is_the_same() -> None:

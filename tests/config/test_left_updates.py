@@ -39,9 +39,9 @@ def test_nothing_is_rolled_back_before_its_time(engine: FakeEngine, clock: list[
 
     for _ in range(5):
         clock[0] += 9
-        session.take_back_what_was_left()
+        session.transactions.take_back_what_was_left()
         session.push(only())
-        assert session.quiet == 0
+        assert session.transactions.quiet == 0
     session.push(only("k.weight"))
     session.finish()
 
@@ -53,14 +53,14 @@ def test_old_weights_are_served_afterwards_and_the_log_says_so(
 ) -> None:
     """Once, as an error."""
     session = half_an_update(engine)
-    assert session.holds_steps
+    assert session.transactions.holds_steps
     clock[0] += 10
 
     with caplog.at_level(logging.ERROR, "flashquant"):
-        session.take_back_what_was_left()
-        session.take_back_what_was_left()
+        session.transactions.take_back_what_was_left()
+        session.transactions.take_back_what_was_left()
 
-    assert (session.holds_steps, session.quiet) == (False, None)
+    assert (session.transactions.holds_steps, session.transactions.quiet) == (False, None)
     session.check_servable()
     assert serves(engine, fresh(OLD))
     (said,) = caplog.messages
@@ -73,7 +73,7 @@ def test_the_other_half_is_refused_until_an_update_begins_anew(
     """As a push of its own it would go live, layer by layer."""
     session = half_an_update(engine)
     clock[0] += 11
-    session.take_back_what_was_left()
+    session.transactions.take_back_what_was_left()
 
     with pytest.raises(ReloadError, match="begin a new one"):
         session.push(only("k.weight"))
@@ -90,9 +90,9 @@ def test_zero_waits_for_ever(engine: FakeEngine, clock: list[float]) -> None:
     session = half_an_update(engine, seconds=0)
     clock[0] += 1e9
 
-    session.take_back_what_was_left()
+    session.transactions.take_back_what_was_left()
 
-    assert session.holds_steps
+    assert session.transactions.holds_steps
 
 
 def test_without_an_undo_log_the_engine_is_torn_and_says_what_heals_it(
@@ -104,8 +104,8 @@ def test_without_an_undo_log_the_engine_is_torn_and_says_what_heals_it(
     session.push(only("norm.weight"))
     clock[0] += 10
 
-    session.take_back_what_was_left()
+    session.transactions.take_back_what_was_left()
 
-    assert session.health.torn
+    assert session.serving.torn
     session.reload(NEW)
     assert serves(engine, fresh(NEW))

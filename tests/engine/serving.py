@@ -157,7 +157,7 @@ class Serving:
 
     def snapshot(self) -> Snapshot:
         outputs = self.outputs()  # first: a rotary cache takes its dtype from the first query
-        return Snapshot(self.contents(), outputs, self.session.digest())
+        return Snapshot(self.contents(), outputs, self.session.proofs.digest())
 
     def contents(self) -> dict[str, Tensor]:
         """A copy of everything the kernels read, packed memory included, by full name.
@@ -231,7 +231,7 @@ def put_away() -> None:
         for storage in storages:
             if storage.resizable():  # not what lies in somebody else's memory
                 storage.resize_(0)  # whoever holds the tensors
-        session_of(runner.get_model()).free_reserve()
+        session_of(runner.get_model()).transactions.free()
 
 
 def serve(

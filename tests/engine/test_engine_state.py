@@ -289,10 +289,10 @@ def test_memory_that_is_discarded_by_tag_counts_as_level_2(live: Serving) -> Non
     worker = SimpleNamespace(get_model=lambda: live.model, get_draft_model=lambda: None)
 
     sleep._discard(lambda worker, tags: None, worker, ("kv_cache",))
-    assert not live.session.health.torn
+    assert not live.session.serving.torn
     sleep._discard(lambda worker, tags: None, worker, ("weights",))
 
-    assert live.session.health.torn
+    assert live.session.serving.torn
 
 
 @pytest.mark.parametrize(("variable", "seed"), [("FLASHQUANT_DIGEST", 1), ("FLASHQUANT_LEDGER", 2)])
@@ -308,7 +308,7 @@ def test_a_proof_can_be_turned_off_from_outside(
 
     assert (report.digest is None) == (variable == "FLASHQUANT_DIGEST")
     live.session.begin()
-    kept = bool(live.session._transactions.current.before)
+    kept = bool(live.session.transactions.current.before)
     live.session.abandon()
     assert kept == (variable != "FLASHQUANT_LEDGER")
 

@@ -129,7 +129,7 @@ def test_pushed_experts_equal_a_start_on_them(
     live.snapshot().assert_same(fresh.start)
     push(live.model, policies.tensors("a"))
 
-    assert live.session.digest() == live.start.digest != fresh.start.digest
+    assert live.session.proofs.digest() == live.start.digest != fresh.start.digest
 
 
 @pytest.mark.parametrize("kind", ["qwen3-moe", "qwen2-moe", "mixtral"])

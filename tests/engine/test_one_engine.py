@@ -146,7 +146,7 @@ def test_a_trainer_that_dies_leaves_the_old_weights_and_the_next_update_goes_thr
         live.snapshot().assert_same(live.start)
     report = flashquant.reload_weights(live.llm, weights)
 
-    assert report.digest == live.session.digest() != live.start.digest
+    assert report.digest == live.session.proofs.digest() != live.start.digest
 
 
 def test_a_name_missing_from_a_strict_update_is_named(live: Serving, policies: Policies) -> None:
@@ -201,10 +201,10 @@ def test_float32_and_float16_are_quantized_from_their_own_precision(policies: Po
     weights = {name: t.float() * 1.001 for name, t in policies.tensors("b").items()}
 
     flashquant.reload_weights(live.llm, weights)
-    from_float32 = live.session.digest()
+    from_float32 = live.session.proofs.digest()
     flashquant.reload_weights(live.llm, {name: t.bfloat16() for name, t in weights.items()})
 
-    assert from_float32 != live.session.digest()
+    assert from_float32 != live.session.proofs.digest()
 
 
 def test_without_undo_a_failure_leaves_the_engine_torn_until_a_complete_update(
@@ -243,12 +243,12 @@ def test_a_path_and_vllms_own_reload_weights_arrive_at_the_same_bits(
     """By folder through flashquant, by path and by iterator through collective_rpc."""
     path, weights = policies.bf16("b"), policies.tensors("b")
     flashquant.reload_weights(live.llm, path)
-    expected = live.session.digest()
+    expected = live.session.proofs.digest()
 
     for kwargs in ({"weights_path": str(path)}, {"weights_iterator": iter(weights.items())}):
         flashquant.reload_weights(live.llm, policies.tensors("a"))
         live.llm.collective_rpc("reload_weights", kwargs=kwargs)
-        assert live.session.digest() == expected
+        assert live.session.proofs.digest() == expected
 
 
 def test_a_push_in_kernel_format_is_refused(live: Serving, policies: Policies) -> None:
@@ -284,12 +284,12 @@ def test_codes_and_scales_of_a_w8a8_checkpoint_pass_through(policies: Policies) 
     """Already quantized tensors are not quantized again."""
     live = serve(policies.served("a", "int8_w8a8"), "int8")
     flashquant.reload_weights(live.llm, policies.tensors("b"))
-    from_bf16 = live.session.digest()
+    from_bf16 = live.session.proofs.digest()
     flashquant.reload_weights(live.llm, policies.tensors("a"))
 
     flashquant.reload_weights(live.llm, policies.served("b", "int8_w8a8"))
 
-    assert live.session.digest() == from_bf16
+    assert live.session.proofs.digest() == from_bf16
 
 
 def test_a_half_precise_dtype_is_refused_for_codes(policies: Policies) -> None:

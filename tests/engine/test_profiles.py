@@ -136,12 +136,12 @@ def test_smollm2_holds_flashrls_codes_to_the_bit(tmp_path: Path) -> None:
         tmp_path / "a.yaml", fn="int8", model=str(w8a8), profile="profile.pt", scales="frozen"
     )
     live = serve(w8a8, config)
-    before = live.session.digests()
+    before = live.session.proofs.digests()
 
     report = flashquant.reload_weights(live.llm, moved)
 
     expected = serve(flashrl.make_expected(w8a8, moved, fields, tmp_path / "expected"), "int8")
-    assert live.session.digests() == expected.session.digests() != before
+    assert live.session.proofs.digests() == expected.session.proofs.digests() != before
     assert len(report.drift) == 7 * 30
 
 

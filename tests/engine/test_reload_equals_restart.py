@@ -88,7 +88,7 @@ def assert_there_and_back(case: tuple[Serving, Serving, Policies], push: Push) -
     live.snapshot().assert_same(fresh.start)
     push(live.model, policies.tensors("a"))
 
-    assert live.session.digest() == live.start.digest
+    assert live.session.proofs.digest() == live.start.digest
 
 
 @pytest.fixture(params=CASES, ids="-".join, scope="module")

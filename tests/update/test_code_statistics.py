@@ -7,7 +7,7 @@ import logging
 import pytest
 import torch
 
-from flashquant.update.code_statistics import Clipping, Drifts
+from flashquant.update.code_statistics import Clipping, CodeStatistics
 
 CODES = torch.randint(-127, 128, (64, 300), generator=torch.Generator().manual_seed(0)).char()
 
@@ -22,7 +22,7 @@ def changed_by(fraction: float) -> torch.Tensor:
 
 @pytest.mark.parametrize("fraction", [0.0, 0.02, 0.5, 1.0])
 def test_the_fraction_of_changed_codes_is_told_by_a_sample(fraction: float):
-    drifts = Drifts()
+    drifts = CodeStatistics()
     drifts.start("w", CODES)
 
     noted = drifts.note("w", changed_by(fraction), None)
@@ -36,7 +36,7 @@ def test_the_fraction_of_changed_codes_is_told_by_a_sample(fraction: float):
 
 @pytest.mark.parametrize("shape", [(576, 576), (1536, 576), (64, 4096), (4096, 128), (7, 1024)])
 def test_the_sample_comes_through_every_column(shape: tuple[int, int]):
-    drifts = Drifts()
+    drifts = CodeStatistics()
     drifts.start("w", torch.zeros(shape, dtype=torch.int8))
 
     noted = drifts.note("w", torch.arange(shape[1]).remainder(2).char().repeat(shape[0], 1), None)
@@ -47,7 +47,7 @@ def test_the_sample_comes_through_every_column(shape: tuple[int, int]):
 
 
 def test_of_a_small_weight_every_code_is_compared():
-    drifts = Drifts()
+    drifts = CodeStatistics()
     drifts.start("w", CODES[:2])
     other = CODES[:2].clone()
     other[1, 7] += 1
@@ -59,7 +59,7 @@ def test_of_a_small_weight_every_code_is_compared():
 
 
 def test_what_did_not_stand_is_not_what_the_next_is_compared_with():
-    drifts = Drifts()
+    drifts = CodeStatistics()
     drifts.start("w", CODES)
 
     drifts.note("w", changed_by(1.0), None)  # rolled back: never settled
@@ -70,7 +70,7 @@ def test_what_did_not_stand_is_not_what_the_next_is_compared_with():
 
 
 def test_the_buffer_of_a_push_may_be_used_again():
-    drifts = Drifts()
+    drifts = CodeStatistics()
     buffer = CODES[:2].clone()
     drifts.start("w", buffer)
     buffer.zero_()
@@ -82,7 +82,7 @@ def test_the_buffer_of_a_push_may_be_used_again():
 
 
 def test_the_first_codes_are_compared_with_nothing():
-    drifts = Drifts()
+    drifts = CodeStatistics()
 
     noted = drifts.note("w", CODES, None)
     assert noted is not None
@@ -91,7 +91,7 @@ def test_the_first_codes_are_compared_with_nothing():
 
 
 def test_fp8_codes_are_compared_bit_by_bit():
-    drifts = Drifts()
+    drifts = CodeStatistics()
     drifts.start("w", torch.tensor([0.0, float("nan")]).to(torch.float8_e4m3fn))
 
     noted = drifts.note("w", torch.tensor([-0.0, float("nan")]).to(torch.float8_e4m3fn), None)
@@ -102,7 +102,7 @@ def test_fp8_codes_are_compared_bit_by_bit():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_what_is_no_codes_is_passed_over(dtype: torch.dtype):
-    assert Drifts().note("norm", torch.ones(8, dtype=dtype), None) is None
+    assert CodeStatistics().note("norm", torch.ones(8, dtype=dtype), None) is None
 
 
 def clipping(outside: int, peak: float) -> Clipping:
@@ -110,7 +110,7 @@ def clipping(outside: int, peak: float) -> Clipping:
 
 
 def test_clipping_is_counted_and_warned_of_once(caplog: pytest.LogCaptureFixture):
-    drifts = Drifts(warn_above=0.01)
+    drifts = CodeStatistics(warn_above=0.01)
     noted = {
         name: note
         for name, outside in (("a", 192), ("b", 384), ("c", 1))

@@ -53,7 +53,9 @@ def status() -> Status:
 
 
 def test_a_status_says_who_else_wrote(status):
-    assert "WRITTEN BY SOMEBODY ELSE: norm.weight" in str(replace(status, foreign=("norm.weight",)))
+    assert "MODIFIED OUTSIDE FLASHQUANT: norm.weight" in str(
+        replace(status, foreign=("norm.weight",))
+    )
 
 
 def test_a_report_reads_in_megabytes_and_milliseconds(report):

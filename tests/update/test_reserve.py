@@ -217,13 +217,13 @@ def test_pinned_memory_is_given_back_with_the_reserve(pinning):
 def test_a_prepared_update_leaves_nothing_to_an_engine_that_sleeps():
     """Its log is swept after the pause; who puts the engine to sleep may come first."""
     session = serving(FakeEngine(torch.bfloat16), OLD)
-    transactions = session._transactions
+    transactions = session.transactions
     undo = UndoLog(reserve=transactions.reserve)
     undo.remember(torch.zeros(LARGE))
     transactions._spent.append(undo)
 
     session.sleep(keeps_weights=True)
     session.wake_up()
-    session.audit()
+    session.proofs.audit()
 
     assert transactions.reserve.nbytes == 0

@@ -365,12 +365,12 @@ def test_a_loader_that_breaks_while_it_runs_for_real_changes_nothing():
 
     engine = FakeEngine(norm=compose)
     session = serving(engine)
-    before = session.digest()
+    before = session.proofs.digest()
 
     with pytest.raises(OSError, match="disk"):
         session.reload(NEW)
 
-    assert session.digest() == before
+    assert session.proofs.digest() == before
     assert session.status().pending == {}
 
 
@@ -394,7 +394,7 @@ def test_an_iterator_that_fails_takes_the_whole_reload_back(session, engine, err
         session.reload(breaking("norm.weight", "q.weight", "k.weight", error=error))
 
     assert serves(engine, fresh(OLD))
-    assert not session.health.torn
+    assert not session.serving.torn
 
 
 def test_after_a_failure_the_next_reload_goes_through(session, engine):
@@ -460,7 +460,7 @@ def test_a_roll_back_that_fails_leaves_the_model_torn(session, engine, monkeypat
     with pytest.raises(OSError, match="driver"):
         session.push(breaking("norm.weight", error=RuntimeError("nccl")))
 
-    assert session.health.torn
+    assert session.serving.torn
 
 
 def test_a_layer_that_fails_to_commit_takes_back_the_layers_before_it(session, engine):
@@ -595,7 +595,7 @@ def test_a_live_tensor_that_moves_is_reported(session, engine):
         session.reload(NEW)
 
     assert session.version == 0
-    assert session.health.torn
+    assert session.serving.torn
 
 
 @pytest.mark.parametrize("name", ["norm.weight", "q.weight"])
@@ -623,7 +623,7 @@ def test_without_the_ledger_nobody_looks_where_tensors_are(engine):
 
     session.reload(NEW, strict=False)
 
-    assert not session.health.torn
+    assert not session.serving.torn
 
 
 def test_without_the_digest_a_report_has_none_and_a_status_has_one(engine):
@@ -631,7 +631,7 @@ def test_without_the_digest_a_report_has_none_and_a_status_has_one(engine):
     session.open()
 
     assert session.reload(NEW).digest is None
-    assert session.status().digest == session.digest()
+    assert session.status().digest == session.proofs.digest()
 
 
 # Cut off: whatever a call could not take back itself, the next one does.
@@ -640,7 +640,7 @@ def test_without_the_digest_a_report_has_none_and_a_status_has_one(engine):
 def cut_off(session: Session, monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
     """A push whose own roll-back never ran, as when a second Ctrl-C comes at once."""
     with monkeypatch.context() as patch:
-        patch.setattr(session._transactions, "_roll_back", lambda *_: None)
+        patch.setattr(session.transactions, "_roll_back", lambda *_: None)
         with pytest.raises(KeyboardInterrupt):
             session.push(breaking(*names, error=KeyboardInterrupt()))
 
@@ -819,7 +819,7 @@ def test_one_worker_that_fails_takes_all_of_them_back(bad_weights):
 def test_a_worker_that_is_interrupted_after_all_agreed_commits_all_the_same(monkeypatch):
     """It is too late to go back: the others stand already."""
     ranks = workers()
-    ballot = ranks[1][1]._transactions._ballot
+    ballot = ranks[1][1].transactions._ballot
     agree = ballot.agree
 
     def interrupted(round):
@@ -879,7 +879,7 @@ def test_a_failure_before_anything_went_live_tears_nothing(session, engine):
     with pytest.raises(RuntimeError):
         session.reload(breaking("q.weight", error=RuntimeError("nccl")), atomic=False)
 
-    assert not session.health.torn
+    assert not session.serving.torn
     assert serves(engine, fresh(OLD))
 
 
@@ -894,7 +894,7 @@ def test_a_complete_reload_heals_a_torn_model(session, engine, atomic):
 def test_a_part_of_the_weights_does_not_heal(session):
     torn(session).reload(dict(only("norm.weight")), strict=False)
 
-    assert session.health.torn
+    assert session.serving.torn
 
 
 def test_nothing_does_not_heal_a_model_that_started_without_a_checkpoint():
@@ -903,7 +903,7 @@ def test_nothing_does_not_heal_a_model_that_started_without_a_checkpoint():
 
     torn(session).reload({}, strict=False)
 
-    assert session.health.torn
+    assert session.serving.torn
 
 
 def test_a_failed_atomic_reload_of_a_torn_model_leaves_it_torn(session):
@@ -912,7 +912,7 @@ def test_a_failed_atomic_reload_of_a_torn_model_leaves_it_torn(session):
     with pytest.raises(RuntimeError):
         session.reload(breaking("norm.weight", error=RuntimeError("nccl")))
 
-    assert session.health.torn
+    assert session.serving.torn
 
 
 # What is refused.
@@ -1020,7 +1020,7 @@ def test_a_tensor_that_does_not_fit_is_refused(session, engine, tensor, remedy, 
         session.reload({"q.weight": tensor}, atomic=atomic)
 
     assert serves(engine, fresh(OLD))
-    assert not session.health.torn
+    assert not session.serving.torn
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8], ids=str)
@@ -1120,7 +1120,7 @@ def test_a_report_tells_what_was_dropped_and_what_is_served(session):
 
     assert report.ignored == ("lm_head.weight",)
     assert report.pending == ()
-    assert report.digest == session.digest() == serving(FakeEngine(), NEW).digest()
+    assert report.digest == session.proofs.digest() == serving(FakeEngine(), NEW).proofs.digest()
 
 
 def test_a_status_tells_scheme_version_and_roads(session):
@@ -1131,7 +1131,7 @@ def test_a_status_tells_scheme_version_and_roads(session):
     assert (status.scheme, status.version, status.torn) == ("int8", 1, False)
     assert status.staged == ("qkv", "norm")
     assert status.direct == status.fallback == ()
-    assert status.digest == session.digest()
+    assert status.digest == session.proofs.digest()
 
 
 def test_the_plan_shows_where_a_name_landed(session):

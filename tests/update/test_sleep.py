@@ -85,4 +85,8 @@ def test_updates_after_it_are_what_they_were_before_it(scales: str, prunes: bool
 def read_off_weights(session: Session) -> list[Tensor]:
     """The samples of codes, and what is known of norms and of columns that nobody reads."""
     calibration: Any = session._calibration
-    return [*held(session._drifts), *held(calibration.clipping), *held(calibration._pruning)]
+    return [
+        *held(session._code_statistics),
+        *held(calibration.clipping),
+        *held(calibration._pruning),
+    ]

@@ -33,8 +33,8 @@ class Maxima:
     """
 
     def __init__(self, stages: Sequence[Stage]) -> None:
-        self._stages = [stage for stage in stages if stage.dim == 2]
-        self._experts = [stage for stage in stages if stage.dim == 3]
+        self._stages = [stage for stage in stages if len(stage.shape) == 2]
+        self._experts = [stage for stage in stages if len(stage.shape) == 3]
         self._any = not stages
 
     def instead_of(self, shards: Tensor) -> Tensor | None:

@@ -165,7 +165,11 @@ def _take_note(core: Any) -> None:
     noted.version, noted.drafts = version, drafts
     noted.in_bracket = any(standing.holds_steps for standing in standings)
     if isinstance(core, EngineCoreProc):
-        _set_alarm(core, noted, [s.quiet for s in standings if s.quiet is not None])
+        _set_alarm(
+            core,
+            noted,
+            [s.quiet for s in standings if s.quiet is not None],
+        )
     was_torn, noted.torn = noted.torn, next((s.torn for s in standings if s.torn), "")
     if noted.torn and not was_torn and isinstance(core, EngineCoreProc):
         _end_requests(core)

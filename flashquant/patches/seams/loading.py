@@ -56,7 +56,7 @@ class _Attached:
 
     def check_servable(self) -> None:
         """Refuse to generate from a mixture; say once where old keys and values may be used."""
-        self.session.take_back_what_was_left()
+        self.session.transactions.take_back_what_was_left()
         self.session.check_servable()
         if self._caches and self.session.version != self._noted:
             self._caches = False
@@ -128,14 +128,15 @@ def standing_of(worker: Any) -> Standing:
         return Standing()
     sessions = [attached.session, *(s for d in drafts if (s := find_session(d)) is not None)]
     for session in sessions:
-        session.take_back_what_was_left()
-        session.look_around()
+        session.transactions.take_back_what_was_left()
+        session.proofs.look()
+    transactions = [session.transactions for session in sessions]
     return Standing(
         version=attached.note_version(),
         drafts=sum(session.version for session in sessions[1:]),
-        holds_steps=attached.session.holds_steps,
-        torn=attached.session.health.complaint,
-        quiet=next((s.quiet for s in sessions if s.quiet is not None), None),
+        holds_steps=attached.session.transactions.holds_steps,
+        torn=attached.session.serving.complaint,
+        quiet=next((t.quiet for t in transactions if t.quiet is not None), None),
         forgot=take_forgotten(worker),
     )
 

@@ -102,8 +102,9 @@ def _digest(worker: Any, seconds: float, *, anew: bool = False) -> tuple[bool, s
     """Take the digest for about so long: whether that was the end of it, and what it is."""
     session = session_of(worker.get_model())
     if anew:
-        session.audit()
-        vars(worker)[_DIGESTING] = session.digesting() if session.takes_digests else iter(())
+        proofs = session.proofs
+        proofs.audit()
+        vars(worker)[_DIGESTING] = proofs.digesting() if proofs.checks.digest else iter(())
     slices: Iterator[str | None] = vars(worker)[_DIGESTING]
     until = time.perf_counter() + seconds
     for found in slices:

@@ -9,7 +9,7 @@ Whoever made x is divided once and for all: a norm, or the rows of the layer bef
 
     discovery   bf16 model            -> sites: who may be divided for whom, proved by running it
     search      sites and activations -> s of each
-    twin        bf16 and W8A8 weights -> the s that somebody else has chosen
+    w8a8_pairs  bf16 and W8A8 weights -> the s that another tool has chosen
     checkpoint  profile and weights   -> the W8A8 checkpoint in compressed-tensors format
 """
 

@@ -37,7 +37,7 @@ def calibrate(
         length: of the windows that they are cut into.
         device: where the model runs.
         dtype: it runs in.
-        note_progress: is told the phase, and which part of it is done.
+        note_progress: called with the phase, and which part of it is done.
 
     Returns:
         The factors, the weights that are to be stored as codes, and what was chosen where.

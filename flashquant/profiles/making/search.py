@@ -71,7 +71,7 @@ def watch(
         model: in evaluation mode.
         sites: of this model.
         batches: tokens `[batch, length]`, more than one text.
-        note_progress: is told how many tokens have gone through.
+        note_progress: called with how many tokens have gone through.
 
     Raises:
         ProfileError: the calibration set is empty, or an activation is not finite.

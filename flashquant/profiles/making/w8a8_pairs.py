@@ -1,4 +1,4 @@
-"""The factors that somebody else has chosen, read off a bf16 model and its W8A8 twin.
+"""The factors that another tool has chosen, read off a bf16 model and its W8A8 checkpoint.
 
 Of each layer both are known, so the numbers that lead from one to the other are, too:
 

@@ -1,4 +1,4 @@
-"""The sums by the fastest road that this tensor can take."""
+"""The sums by the fastest implementation that takes this tensor."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The short way ends where the long way does, and refuses what that refuses."""
+"""The short way ends where the general path does, and refuses what that refuses."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from benchmarks.replay import Engine, serving
 from flashquant.errors import MisfitTensor, ReloadError
 from flashquant.schemes import int8_channel
 from flashquant.update import Session
-from flashquant.update.fast_bindings import Shortcut, Shortcuts
+from flashquant.update.in_place import InPlaceWrite
 
 Serving = tuple[Session, Engine]
 TENSORS = 6  # of three layers
@@ -29,7 +29,7 @@ def dtype(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def live(dtype: str) -> Serving:
-    """A session for which every name has come once, the long way."""
+    """A session for which every name has come once, the general path."""
     session, engine = serving("fused", dtype, TENSORS)
     session.reload(engine.weights(1))
     return session, engine
@@ -37,15 +37,15 @@ def live(dtype: str) -> Serving:
 
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names that came the short way."""
-    names, take = [], Shortcut.take
+    """The names that came in place."""
+    names, take = [], InPlaceWrite.take
 
     def noting(self, sent, update):
         taken = take(self, sent, update)
         names.extend(self.names[:1] if taken else ())
         return taken
 
-    monkeypatch.setattr(Shortcut, "take", noting)
+    monkeypatch.setattr(InPlaceWrite, "take", noting)
     return names
 
 
@@ -59,7 +59,7 @@ def serves(engine: Engine, expected: dict[str, Tensor]) -> bool:
 
 @functools.cache
 def right(dtype: str, seed: int) -> dict[str, Tensor]:
-    """What a session holds that takes a policy the long way."""
+    """What a session holds that takes a policy the general path."""
     session, engine = serving("fused", dtype, TENSORS)
     session.reload(engine.weights(seed))
     return held(engine)
@@ -81,7 +81,7 @@ def test_a_tensor_takes_the_short_way_from_the_second_time_on(live, dtype, short
 def test_a_report_tells_of_codes_what_it_would_have_told(live, dtype, short, monkeypatch):
     session, engine = live
     told = session.reload(engine.weights(2)).drift
-    monkeypatch.setattr(Shortcuts, "of", lambda self, name: None)
+    monkeypatch.setattr(InPlaceWrite, "take", lambda self, sent, update: False)
     session.reload(engine.weights(1))
 
     assert session.reload(engine.weights(2)).drift == told
@@ -115,7 +115,7 @@ def test_what_is_wrong_is_refused_in_the_same_words_and_taken_back(dtype, wrong,
         session, engine = serving("fused", dtype, TENSORS)
         session.reload(engine.weights(1))
         if way == "long":
-            monkeypatch.setattr(Shortcuts, "of", lambda self, name: None)
+            monkeypatch.setattr(InPlaceWrite, "take", lambda self, sent, update: False)
         weights = engine.weights(2)
         weights[list(weights)[at]] = wrong(list(weights.values())[at])
         with pytest.raises(MisfitTensor) as refused:
@@ -256,13 +256,13 @@ def test_without_kernels_the_definitions_do_the_work(dtype, short, monkeypatch):
 
 def test_on_a_device_a_doubt_waits_for_the_end_of_the_update(dtype, short, monkeypatch):
     """As long as the device has not answered, nothing stands."""
-    quick = importlib.import_module("flashquant.update.fast_bindings").storing
+    quick = importlib.import_module("flashquant.update.in_place").storing
 
     def waiting(*args):
         store = quick(*args)
         return lambda weight: torch.tensor(store(weight))
 
-    monkeypatch.setattr("flashquant.update.fast_bindings.storing", waiting)
+    monkeypatch.setattr("flashquant.update.in_place.storing", waiting)
     session, engine = serving("fused", dtype, TENSORS)
     session.reload(engine.weights(1))
     weights = engine.weights(2)

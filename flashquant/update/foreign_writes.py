@@ -1,4 +1,4 @@
-"""Who else writes into live weights? Nobody should, and this room sees it when somebody does.
+"""Writes into live weights by anything but flashquant: reported, never put right in silence.
 
 A `param.copy_(...)` into a live parameter comes by no door: nothing is quantized, checked
 or counted. Two traces remain, and both are looked at:
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 _VERSION = operator.attrgetter("_version")
 
 
-class Witness:
+class ForeignWrites:
     """Remembers how the live parameters of one model were left by its own updates.
 
     Args:
@@ -47,7 +47,7 @@ class Witness:
 
     @property
     def foreign(self) -> tuple[str, ...]:
-        """What somebody else has written since its layer was last updated."""
+        """The parameters another writer has modified since their layer was last updated."""
         return tuple(sorted(self._foreign))
 
     def look(self) -> None:
@@ -89,12 +89,12 @@ class Witness:
         unsent: Mapping[str, Collection[str]] = MappingProxyType({}),
         sent: Collection[str] = (),
     ) -> None:
-        """An update of our own stands, and has changed these layers.
+        """An update of flashquant's is committed, and has changed these layers.
 
         Args:
             layers: that went live.
             unsent: of those of which not everything was sent, the parameters that were not: what
-                somebody wrote into them is still there.
+                another writer left in them is still there.
             sent: the parameters that were.
 
         """
@@ -120,8 +120,8 @@ class Witness:
         self._foreign |= new
         if new:
             logger.error(
-                "somebody wrote into %d live weights past every door (first %s): not quantized, "
-                "not checked, and not what a restart would serve. Push them by "
+                "%d live parameters were modified outside flashquant (first %s): what they hold is "
+                "not quantized, not checked, and not what a restart would serve. Push them by "
                 "model.load_weights(...) or flashquant.reload_weights(...); one complete update "
                 "puts all of them right.",
                 len(new),

@@ -14,7 +14,7 @@ from flashquant.errors import SleepingWeights, TornWeights
 from flashquant.update.report import some_of
 
 
-class Health:
+class ServingState:
     """The state of one model's live weights between two updates."""
 
     def __init__(self) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch.nn import Parameter
 
 from flashquant.update import digests
-from flashquant.update.foreign import Witness
+from flashquant.update.foreign_writes import ForeignWrites
 
 
 @pytest.fixture
@@ -23,8 +23,8 @@ def head() -> Parameter:
 
 
 @pytest.fixture
-def witness(norm: Parameter, head: Parameter) -> Witness:
-    return Witness({"norm": [("norm.weight", norm)], "head": [("head.weight", head)]})
+def witness(norm: Parameter, head: Parameter) -> ForeignWrites:
+    return ForeignWrites({"norm": [("norm.weight", norm)], "head": [("head.weight", head)]})
 
 
 def test_nothing_is_reported_where_nothing_was_written(witness, head):
@@ -112,7 +112,7 @@ def test_a_push_of_a_part_of_a_layer_leaves_the_rest_to_whoever_wrote_it(head):
     """A bias goes live alone; the weight beside it is what somebody made of it."""
     bias = Parameter(torch.zeros(2), requires_grad=False)
     items = [("head.weight", head), ("head.bias", bias)]
-    witness = Witness({"head": items})
+    witness = ForeignWrites({"head": items})
     witness.compare(digests(items))
     head.data.copy_(torch.ones(2, 4))
     bias.detach().copy_(torch.ones(2))
@@ -143,4 +143,4 @@ def test_tensors_without_a_version_are_left_to_their_bytes(norm):
     with torch.inference_mode():
         unversioned = torch.zeros(4)
 
-    assert Witness({"norm": [("norm.weight", unversioned)]}).foreign == ()
+    assert ForeignWrites({"norm": [("norm.weight", unversioned)]}).foreign == ()
