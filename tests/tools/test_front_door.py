@@ -55,6 +55,16 @@ def test_a_page_links_to_files_that_are_there(page: Path):
     assert [link for link in local if not (page.parent / link).exists()] == []
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_a_page_names_files_that_are_there(page: Path):
+    """Those of the package may be named as they lie in it: `update/session.py`."""
+    named = re.findall(r"`((?:[\w-]+/)+[\w-]+\.(?:py|c|h|md|sh|yaml|txt|lock))`", page.read_text())
+
+    ours = [name for name in named if not name.startswith("platforms/")]  # that is vLLM's
+    where = (ROOT, ROOT / "flashquant")
+    assert [name for name in ours if not any((root / name).exists() for root in where)] == []
+
+
 def test_every_page_is_in_the_table_of_contents():
     contents = (ROOT / "mkdocs.yml").read_text()
 
