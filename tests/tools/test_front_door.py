@@ -72,17 +72,6 @@ def test_every_page_is_in_the_table_of_contents():
     assert [page for page in pages if page not in contents] == []
 
 
-def test_every_variable_is_in_the_page_about_configuration():
-    """Those that are written in the code; FLASHQUANT_LEDGER and its like are made of a prefix."""
-    written = set()
-    for file in (ROOT / "flashquant").rglob("*.py"):
-        written |= set(re.findall(r"\b(?:FLASHQUANT|FLASHRL)_[A-Z][A-Z0-9_]+", file.read_text()))
-
-    assert (
-        written - set(re.findall(r"[A-Z0-9_]+", (DOCS / "configuration.md").read_text())) == set()
-    )
-
-
 def test_every_error_is_in_the_page_about_errors():
     raised = {name for name in vars(errors) if name[0].isupper()} - {"FlashquantError"}
 
