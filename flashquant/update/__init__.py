@@ -6,7 +6,7 @@ bindings            what is known of a name before its tensor comes
 transaction, undo   an update is committed, or the old weights are put back
 completeness        what has not arrived yet; passes, where one sync ends and the next begins
 agreement           all workers commit, or none does
-integrity           nothing moved, and what it all adds up to (fingerprints/)
+integrity           nothing moved
 foreign, serving    other writers; whether the weights may be served
 code_statistics     how far codes moved, and what frozen scales clipped
 engine              the protocols that patches/ answers with vLLM, and a test with ten lines
@@ -14,9 +14,10 @@ engine              the protocols that patches/ answers with vLLM, and a test wi
 
 from __future__ import annotations
 
+from flashquant.schemes import digests
 from flashquant.update.agreement import Ballot
 from flashquant.update.engine import Engine, Layer, Reach
-from flashquant.update.integrity import digests, footprints
+from flashquant.update.integrity import footprints
 from flashquant.update.members import Member
 from flashquant.update.report import Drift, Refusal, ReloadReport, Status
 from flashquant.update.session import Session

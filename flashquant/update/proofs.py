@@ -9,16 +9,10 @@ from torch import Tensor
 
 from flashquant.config.checks import Checks
 from flashquant.errors import MovedTensor
+from flashquant.schemes import Fingerprints, digest, digests
 from flashquant.update.engine import Engine, Layer
 from flashquant.update.foreign_writes import ForeignWrites
-from flashquant.update.integrity import (
-    Fingerprints,
-    Footprint,
-    check_unmoved,
-    digest,
-    digests,
-    footprints,
-)
+from flashquant.update.integrity import Footprint, check_unmoved, footprints
 from flashquant.update.state import Update
 from flashquant.update.transaction import Transactions
 
