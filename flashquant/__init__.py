@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING, Any, Protocol, overload
 
 if TYPE_CHECKING:
     from flashquant.plan import Weights
+    from flashquant.sender import Manifest
     from flashquant.update import ReloadReport, Status
 
 __all__ = [
     "__version__",
     "is_patched",
+    "manifest",
     "patch",
     "patch_from_env",
     "reload_weights",
@@ -133,6 +135,24 @@ def status(target: Any) -> Status | Awaitable[Status]:
     from flashquant.patches.remote import target as targets
 
     found: Status = targets.status(target)
+    return found
+
+
+@overload
+def manifest(target: _AsyncEngine) -> Awaitable[Manifest]: ...  # type: ignore[overload-overlap]
+@overload
+def manifest(target: object) -> Manifest: ...
+def manifest(target: Any) -> Manifest | Awaitable[Manifest]:
+    """What an engine, a worker or a model wants to be sent, for a `flashquant.sender.Sender`.
+
+    Names, shapes and dtypes of a complete update: codes and scales where the engine takes them,
+    else floats; its scheme, its version and the digest of the policy it serves. Plain data:
+    `.model_dump_json()` travels. An `AsyncLLM` is awaited.
+    See `flashquant.patches.remote.target.manifest`.
+    """
+    from flashquant.patches.remote import target as targets
+
+    found: Manifest = targets.manifest(target)
     return found
 
 

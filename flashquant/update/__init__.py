@@ -9,6 +9,7 @@ agreement           all workers commit, or none does
 integrity           nothing moved
 foreign, serving    other writers; whether the weights may be served
 code_statistics     how far codes moved, and what frozen scales clipped
+checkpoint          the live model as the tensors that a sender delivers, read back
 engine              the protocols that patches/ answers with vLLM, and a test with ten lines
 """
 

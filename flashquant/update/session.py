@@ -28,8 +28,10 @@ from flashquant.plan import (
     naming_the_file,
 )
 from flashquant.profiles import Calibration
+from flashquant.sender import Manifest
 from flashquant.update.agreement import Ballot
 from flashquant.update.bindings import Bindings
+from flashquant.update.checkpoint import Checkpoint
 from flashquant.update.code_statistics import CodeStatistics
 from flashquant.update.completeness import Completeness
 from flashquant.update.engine import Engine
@@ -72,6 +74,7 @@ class Session:
         self.proofs = Proofs(engine, checks, self.transactions)
         self._planner = Planner(engine)
         self._bindings = Bindings(engine, self._planner, calibration)
+        self.checkpoint = Checkpoint(engine, self._planner, self._bindings)
         self._completeness = Completeness(engine, calibration)
         self._code_statistics = CodeStatistics(
             1.0 if calibration is None else calibration.warn_above
@@ -315,6 +318,18 @@ class Session:
         parameters = {} if self.serving.asleep else self.proofs.digests()
         self.proofs.look()
         return self._reporter.status(parameters, self.proofs.foreign)
+
+    def manifest(self) -> Manifest:
+        """What a complete update brings, tensor by tensor, and which policy is live.
+
+        Raises:
+            ReloadError: the engine started without a checkpoint, so its names are not known.
+
+        """
+        self.transactions.take_back_what_was_cut_off()
+        idle = self.transactions.current is None and not self._completeness.waiting()
+        settled = idle and not (self.serving.asleep or self.serving.torn)
+        return self.checkpoint.manifest(self.version, settled=settled)
 
     def _settle(self, update: Update, committed: bool) -> None:
         """An update is over: what is live is what it should be."""

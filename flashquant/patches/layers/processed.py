@@ -140,7 +140,7 @@ class LiveLayer(StagedLayer):
         prepared = {} if self._prepared is None else self._prepared[1]
         if target in prepared:
             return prepared[target]
-        live = self._read_back(target)
+        live = self._read_back(target) if target in self._kept else None
         return self._digests[target] if live is None else live
 
     def drop(self) -> None:

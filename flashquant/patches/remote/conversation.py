@@ -58,18 +58,18 @@ def conversation(path: str, *, atomic: bool, strict: bool, prepare: bool = False
     """
     if not prepare:
         options = {"atomic": atomic, "strict": strict}
-        return _report(_answers((yield Call(worker.TRY_RELOAD, (path,), options))))
+        return _report(answers_of((yield Call(worker.TRY_RELOAD, (path,), options))))
     try:
-        _answers((yield Call(worker.PREPARE, (path,), {"atomic": atomic})))
-        while any(_answers((yield Call(worker.FEED, (_SLICE,))))):
+        answers_of((yield Call(worker.PREPARE, (path,), {"atomic": atomic})))
+        while any(answers_of((yield Call(worker.FEED, (_SLICE,))))):
             pass
-        report = _report(_answers((yield Call(worker.SWAP, (), {"strict": strict}))))
+        report = _report(answers_of((yield Call(worker.SWAP, (), {"strict": strict}))))
     except ReloadError:
         yield Call(worker.ABANDON)
         raise
-    found = _answers((yield Call(worker.DIGEST, (_SLICE,), {"anew": True})))
+    found = answers_of((yield Call(worker.DIGEST, (_SLICE,), {"anew": True})))
     while not all(done for done, _ in found):
-        found = _answers((yield Call(worker.DIGEST, (_SLICE,))))
+        found = answers_of((yield Call(worker.DIGEST, (_SLICE,))))
     return report.with_digests([taken for _, taken in found])
 
 
@@ -156,7 +156,7 @@ def explaining_unpatched() -> Iterator[None]:
         ) from failure
 
 
-def _answers(answers: Sequence[Mapping[str, Any]]) -> list[Any]:
+def answers_of(answers: Sequence[Mapping[str, Any]]) -> list[Any]:
     """What the workers answered, or the one error that matters."""
     failures = {rank: answer for rank, answer in enumerate(answers) if "error" in answer}
     if failures:

@@ -21,6 +21,7 @@ from flashquant.patches.remote import conversation as remote
 from flashquant.patches.seams import worker
 from flashquant.patches.seams.loading import session_of
 from flashquant.plan import NamedTensors, Weights, named_tensors
+from flashquant.sender import Manifest, TensorSpec
 from flashquant.update import ReloadReport, Status
 
 _STATUS = TypeAdapter(Status)  # a worker's answer comes as plain data
@@ -98,6 +99,50 @@ def status(target: Any) -> Any:
     _check_llm(target)
     with remote.explaining_unpatched():
         return _one_status(target.collective_rpc(worker.STATUS))
+
+
+def manifest(target: Any) -> Any:
+    """What an engine, a worker or a model wants to be sent, and which policy it serves.
+
+    Of several workers, one manifest: they want the same tensors, unsharded. Where each holds a
+    shard, none can tell which policy that is, so there is no digest.
+
+    Returns:
+        A `Manifest`; for an `AsyncLLM`, an awaitable of one.
+
+    Raises:
+        ReloadError: flashquant does not look after this model, or the engine started without a
+            checkpoint, or its replicas want different tensors.
+
+    """
+    if (model := _model_of(target)) is not None:
+        return session_of(model).manifest()
+    if _is_async(target):
+        return _manifest_async(target)
+    _check_llm(target)
+    with remote.explaining_unpatched():
+        return _one_manifest(target.collective_rpc(worker.MANIFEST))
+
+
+async def _manifest_async(engine: Any) -> Manifest:
+    with remote.explaining_unpatched():
+        return _one_manifest(await remote.call(engine, worker.MANIFEST))
+
+
+def _one_manifest(answers: Sequence[Mapping[str, Any]]) -> Manifest:
+    every = [Manifest.model_validate(one) for one in remote.answers_of(answers)]
+    first, tensors = every[0], dict[str, TensorSpec]()
+    for one in every:  # of a pipeline, each stage has some
+        clash = any(tensors.get(name, spec) != spec for name, spec in one.tensors.items())
+        if clash or one.scheme != first.scheme:
+            raise ReloadError(
+                f"the replicas of this engine want different tensors ({first.scheme} and "
+                f"{one.scheme}), so no one sender can serve them. Start them in one scheme, or "
+                "push bf16."
+            )
+        tensors |= one.tensors
+    same = all(one.digest == first.digest for one in every)
+    return first.model_copy(update={"tensors": tensors, "digest": first.digest if same else None})
 
 
 async def _reload_async(engine: Any, weights: Weights, **options: bool) -> ReloadReport:

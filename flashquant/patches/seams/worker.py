@@ -120,6 +120,11 @@ def _status(worker: Any) -> dict[str, Any]:
     return asdict(replace(session_of(model).status(), drafts=found))
 
 
+def _manifest(worker: Any) -> dict[str, Any]:
+    """`flashquant.sender.Manifest` of this worker's model, as plain data."""
+    return session_of(worker.get_model()).manifest().model_dump(mode="json")
+
+
 def _member(worker: Any) -> tuple[Any, ...]:
     """Which process this is: a `Member`, as plain data."""
     return tuple(Member.here(session_of(worker.get_model()).rank))
@@ -148,6 +153,7 @@ SWAP = "flashquant_swap"
 ABANDON = "flashquant_abandon"
 DIGEST = "flashquant_digest"
 STATUS = "flashquant_status"
+MANIFEST = "flashquant_manifest"
 MEMBER = "flashquant_member"
 STANDING = "flashquant_standing"
 FORGET = "flashquant_forget"
@@ -161,6 +167,7 @@ _METHODS: dict[str, Callable[..., Any]] = {
     ABANDON: _abandon,
     DIGEST: _answering(_digest),
     STATUS: _status,
+    MANIFEST: _answering(_manifest),
     MEMBER: _member,
     STANDING: _standing,
     FORGET: _forget,
