@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any, Protocol, overload
 
 if TYPE_CHECKING:
     from flashquant.plan import Weights
-    from flashquant.sender import Manifest
+    from flashquant.sender import Delta, Manifest
     from flashquant.update import ReloadReport, Status
 
 __all__ = [
     "__version__",
+    "apply_delta",
     "is_patched",
     "manifest",
     "patch",
@@ -154,6 +155,26 @@ def manifest(target: Any) -> Manifest | Awaitable[Manifest]:
 
     found: Manifest = targets.manifest(target)
     return found
+
+
+@overload
+def apply_delta(  # type: ignore[overload-overlap]
+    target: _AsyncEngine, delta: Delta | str | os.PathLike[str]
+) -> Awaitable[ReloadReport]: ...
+@overload
+def apply_delta(target: object, delta: Delta | str | os.PathLike[str]) -> ReloadReport: ...
+def apply_delta(
+    target: Any, delta: Delta | str | os.PathLike[str]
+) -> ReloadReport | Awaitable[ReloadReport]:
+    """Bring what changed into a serving engine: onto the policy it starts from, or not at all.
+
+    `delta` is a bundle of a `flashquant.sender.Sender`, or the file that one was saved to. An
+    `AsyncLLM` is awaited. See `flashquant.patches.remote.target.apply_delta`.
+    """
+    from flashquant.patches.remote import target as targets
+
+    report: ReloadReport = targets.apply_delta(target, delta)
+    return report
 
 
 def __getattr__(name: str) -> str:

@@ -1,5 +1,6 @@
 """One update of one live model: all or nothing, in place, bit-identical to a fresh start.
 
+deltas              bundles of what changed, onto the policy that they start from
 session             the only room that knows the order
 pipeline            one tensor: admitted, quantized, written, its layer committed
 bindings            what is known of a name before its tensor comes
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 from flashquant.schemes import digests
 from flashquant.update.agreement import Ballot
+from flashquant.update.deltas import Deltas
 from flashquant.update.engine import Engine, Layer, Reach
 from flashquant.update.integrity import footprints
 from flashquant.update.members import Member
@@ -27,6 +29,7 @@ from flashquant.update.undo import UndoLog
 
 __all__ = [
     "Ballot",
+    "Deltas",
     "Drift",
     "Engine",
     "Layer",

@@ -60,7 +60,7 @@ class Checkpoint:
 
         Args:
             version: how many updates are committed.
-            settled: whether what is live is one policy, and nothing waits to become another.
+            settled: whether what is live is one policy.
 
         Raises:
             ReloadError: as `specs`.
@@ -68,9 +68,9 @@ class Checkpoint:
         """
         specs = self.specs()
         return Manifest(
-            scheme=self._engine.scheme,
+            scheme=self.scheme,
             version=version,
-            digest=self._digest(specs) if settled else None,
+            digest=self._digest(specs) if settled and not self._waits else None,
             tensors=specs,
             tied={
                 name: home
@@ -79,48 +79,66 @@ class Checkpoint:
             },
         )
 
+    @property
+    def scheme(self) -> str:
+        """The canonical name of the scheme that the engine stores."""
+        return self._engine.scheme
+
+    @property
+    def _waits(self) -> bool:
+        """Whether something has arrived in part, and would be read in the place of what is live."""
+        return any(layer.missing for layer in self._engine.layers)
+
     def fingerprints(self, specs: Mapping[str, TensorSpec]) -> dict[str, str]:
         """Of the live value of every tensor that can be read back, by name."""
-        live = ((name, self.read(name, spec)) for name, spec in specs.items())
-        return Fingerprints((name, value) for name, value in live if value is not None).read()
+        shown = ((name, spec) for name, spec in specs.items() if self.shows(name, spec))
+        return Fingerprints((name, self.read(name, spec)) for name, spec in shown).read()
 
     def _digest(self, specs: Mapping[str, TensorSpec]) -> str | None:
         """Of the live policy; None where not all of it can be read back."""
-        found = self.fingerprints(specs)
-        return policy_digest(found) if len(found) == len(specs) else None
-
-    def read(self, name: str, spec: TensorSpec) -> Tensor | None:
-        """A copy of the live value of a tensor, as it would be sent; None if nothing shows it."""
-        entry = self._readable(name, spec)
-        if entry is None:
+        if not all(self.shows(name, spec) for name, spec in specs.items()):
             return None
-        homes = {target: self.layer_of(target).held(target) for target in entry.targets}
-        value: Tensor | None = None
+        return policy_digest(self.fingerprints(specs))
+
+    def shows(self, name: str, spec: TensorSpec) -> bool:
+        """Whether live memory shows a tensor, all of it, as it would be sent."""
+        binding = self._bindings.of(name, _form(spec))
+        as_sent = spec.scales is not None or not binding.recipe.makes_codes
+        if not as_sent or binding.recipe.calibration is not None or not _is_all_here(binding.plan):
+            return False
+        homes = (self._layer_of(target).held(target) for target in binding.plan.targets)
+        return all(isinstance(h, Tensor) and h.dtype == spec.torch_dtype for h in homes)
+
+    def read(self, name: str, spec: TensorSpec) -> Tensor:
+        """A copy of the live value of a tensor that live memory shows, as it would be sent."""
+        entry = self.plan_of(name, spec)
+        homes = {target: self._layer_of(target).held(target) for target in entry.targets}
+        device = next(home.device for home in homes.values() if isinstance(home, Tensor))
+        value = torch.empty(spec.shape, dtype=spec.torch_dtype, device=device)
         for step in entry.steps:
             home = homes[step.target]
-            if isinstance(home, str) or home.dtype != spec.torch_dtype:
-                return None
-            if value is None:
-                value = torch.empty(spec.shape, dtype=spec.torch_dtype, device=home.device)
-            if isinstance(step, Write):
+            if isinstance(step, Write) and isinstance(home, Tensor):
                 step.source_view.into(value).copy_(step.target_view.into(home))
         return value
 
-    def layer_of(self, target: str) -> Layer:
+    def groups(self, specs: Mapping[str, TensorSpec]) -> list[list[str]]:
+        """The tensors that go live together, because they are parts of the same layers."""
+        of_layer: dict[str, list[str]] = {}
+        for name, spec in specs.items():
+            layers = {self._layer_of(target).name for target in self.plan_of(name, spec).targets}
+            met = {id(group): group for layer in layers if (group := of_layer.get(layer))}
+            joined = [name_ for group in met.values() for name_ in group] + [name]
+            merged = {layer for layer, group in of_layer.items() if id(group) in met} | layers
+            of_layer |= dict.fromkeys(merged, joined)
+        return list({id(group): group for group in of_layer.values()}.values())
+
+    def _layer_of(self, target: str) -> Layer:
         """The live layer that a parameter belongs to."""
         return self._bindings.homes[target]
 
     def plan_of(self, name: str, spec: TensorSpec) -> TensorPlan:
         """Where a tensor lands."""
         return self._bindings.of(name, _form(spec)).plan
-
-    def _readable(self, name: str, spec: TensorSpec) -> TensorPlan | None:
-        """The plan of a tensor of which all is stored as it comes; None of any other."""
-        binding = self._bindings.of(name, _form(spec))
-        as_sent = spec.scales is not None or not binding.recipe.makes_codes
-        if not as_sent or binding.recipe.calibration is not None:
-            return None
-        return binding.plan if _is_all_here(binding.plan) else None
 
     def _specs_of(self, name: str, form: Tensor) -> Iterator[tuple[str, TensorSpec]]:
         """The tensor itself; or its codes, and its scales."""

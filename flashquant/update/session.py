@@ -28,7 +28,6 @@ from flashquant.plan import (
     naming_the_file,
 )
 from flashquant.profiles import Calibration
-from flashquant.sender import Manifest
 from flashquant.update.agreement import Ballot
 from flashquant.update.bindings import Bindings
 from flashquant.update.checkpoint import Checkpoint
@@ -212,9 +211,8 @@ class Session:
                 self._pipeline.keep_rest(update, self.serving.stale)
             self._pipeline.finish(update)
             self._ties.check_complete()
-            self._completeness.check_complete(
-                update, self._planner.wanted, strict=strict, keeps=keeps
-            )
+            wanted = self._planner.wanted if update.wanted is None else update.wanted
+            self._completeness.check_complete(update, wanted, strict=strict, keeps=keeps)
             self._pipeline.swap_in(update)
             if update.prepares:
                 self.proofs.audit_later(update.before)
@@ -256,8 +254,17 @@ class Session:
             report = self.close(strict=strict)
         finally:
             self.abandon()
+        return self.digested(report, start)
+
+    def digested(self, report: ReloadReport, start: float, *, always: bool = False) -> ReloadReport:
+        """The report of an update that began at `start`, with the digest of what is live now.
+
+        Args:
+            always: even where no digests are asked for.
+
+        """
         self.proofs.audit()
-        if not self.proofs.checks.digest:
+        if not (always or self.proofs.checks.digest):
             return replace(report, seconds=time.perf_counter() - start)
         digesting = time.perf_counter()
         whole = self.proofs.digest()
@@ -318,18 +325,6 @@ class Session:
         parameters = {} if self.serving.asleep else self.proofs.digests()
         self.proofs.look()
         return self._reporter.status(parameters, self.proofs.foreign)
-
-    def manifest(self) -> Manifest:
-        """What a complete update brings, tensor by tensor, and which policy is live.
-
-        Raises:
-            ReloadError: the engine started without a checkpoint, so its names are not known.
-
-        """
-        self.transactions.take_back_what_was_cut_off()
-        idle = self.transactions.current is None and not self._completeness.waiting()
-        settled = idle and not (self.serving.asleep or self.serving.torn)
-        return self.checkpoint.manifest(self.version, settled=settled)
 
     def _settle(self, update: Update, committed: bool) -> None:
         """An update is over: what is live is what it should be."""

@@ -73,14 +73,23 @@ def conversation(path: str, *, atomic: bool, strict: bool, prepare: bool = False
     return report.with_digests([taken for _, taken in found])
 
 
-def reload(llm: Any, path: str, **options: bool) -> ReloadReport:
-    """One whole update of an `LLM` whose workers are elsewhere; see `conversation`.
+def delta_conversation(path: str) -> Conversation:
+    """The same of a bundle of what changed, at a path.
+
+    Raises:
+        ReloadError: as `conversation`.
+
+    """
+    return _report(answers_of((yield Call(worker.TRY_APPLY_DELTA, (path,)))))
+
+
+def carry_out(llm: Any, talk: Conversation) -> ReloadReport:
+    """One whole update of an `LLM` whose workers are elsewhere.
 
     Raises:
         WorkerLost: a worker's process ended.
 
     """
-    talk = conversation(path, **options)
     with _Watch(llm.collective_rpc(worker.MEMBER)) as watch:
         answers: Sequence[Any] | None = None
         while True:
@@ -102,9 +111,8 @@ def _ask(llm: Any, ask: Call) -> Sequence[Any]:
     return answers
 
 
-async def reload_async(engine: Any, path: str, **options: bool) -> ReloadReport:
+async def carry_out_async(engine: Any, talk: Conversation) -> ReloadReport:
     """The same for an `AsyncLLM`, between two steps of the engine."""
-    talk = conversation(path, **options)
     with _Watch(await call(engine, worker.MEMBER)) as watch:
         answers: Sequence[Any] | None = None
         while True:

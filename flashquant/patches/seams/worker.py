@@ -20,6 +20,7 @@ from torch import Tensor
 from flashquant.errors import ReloadError
 from flashquant.patches.point import PatchPoint
 from flashquant.patches.seams.loading import (
+    deltas_of,
     find_session,
     models_of,
     session_of,
@@ -122,7 +123,12 @@ def _status(worker: Any) -> dict[str, Any]:
 
 def _manifest(worker: Any) -> dict[str, Any]:
     """`flashquant.sender.Manifest` of this worker's model, as plain data."""
-    return session_of(worker.get_model()).manifest().model_dump(mode="json")
+    return deltas_of(worker.get_model()).manifest().model_dump(mode="json")
+
+
+def _apply_delta(worker: Any, delta: Any) -> ReloadReport:
+    """One update by a `flashquant.sender.Delta`, or by the path of one."""
+    return deltas_of(worker.get_model()).apply(delta)
 
 
 def _member(worker: Any) -> tuple[Any, ...]:
@@ -147,6 +153,8 @@ _FEED, _DIGESTING = "_flashquant_feed", "_flashquant_digesting"
 PREFIX = "flashquant_"
 RELOAD = "flashquant_reload"
 TRY_RELOAD = "flashquant_try_reload"
+APPLY_DELTA = "flashquant_apply_delta"
+TRY_APPLY_DELTA = "flashquant_try_apply_delta"
 PREPARE = "flashquant_prepare"
 FEED = "flashquant_feed"
 SWAP = "flashquant_swap"
@@ -161,6 +169,8 @@ FORGET = "flashquant_forget"
 _METHODS: dict[str, Callable[..., Any]] = {
     RELOAD: _reload,
     TRY_RELOAD: _answering(_reload),
+    APPLY_DELTA: _apply_delta,
+    TRY_APPLY_DELTA: _answering(_apply_delta),
     PREPARE: _answering(_prepare),
     FEED: _answering(_feed),
     SWAP: _answering(_swap),
