@@ -3,6 +3,7 @@
 manifest   what an engine wants to be sent; the engine tells
 sender     a trainer's weights as codes and scales, or as a bundle of what changed
 delta      such a bundle: a typed header and plain tensors, in safetensors
+store      a folder of bundles, from which an engine that missed some catches up
 changes    what differs between two tensors, in few bytes
 """
 
@@ -11,8 +12,10 @@ from __future__ import annotations
 from flashquant.sender.delta import Delta, DeltaHeader, TensorChange
 from flashquant.sender.manifest import Manifest, TensorSpec, dtype_name, policy_digest
 from flashquant.sender.sender import Sender
+from flashquant.sender.store import BundleStore
 
 __all__ = [
+    "BundleStore",
     "Delta",
     "DeltaHeader",
     "Manifest",

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from flashquant.errors import BrokenDelta
 from flashquant.sender.changes import Change, Form, apply, places
-from flashquant.sender.manifest import Dtype, Size, TensorSpec, dtype_name
+from flashquant.sender.manifest import Digest, Dtype, Size, TensorSpec, dtype_name
 
 MARK: Final = "#"  # between a tensor's name and what a part says of it
 _KEY: Final = "flashquant"
@@ -70,8 +70,8 @@ class DeltaHeader(BaseModel):
     format: Literal[1] = 1
     scheme: str
     version: Size
-    base: str | None
-    digest: str
+    base: Digest | None
+    digest: Digest
     tensors: dict[str, TensorChange]
 
 

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from flashquant.schemes import digest
 
 Size = Annotated[int, Field(ge=0)]
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 Dtype = Literal["bfloat16", "float16", "float32", "int8", "float8_e4m3fn"]
 
 _DTYPES: Final[Mapping[str, torch.dtype]] = {
@@ -80,7 +81,7 @@ class Manifest(BaseModel):
     format: Literal[1] = 1
     scheme: str
     version: Size
-    digest: str | None
+    digest: Digest | None
     tensors: dict[str, TensorSpec]
     tied: dict[str, str] = Field(default_factory=dict)
 

@@ -13,7 +13,8 @@ from torch import Tensor
 import flashquant
 from flashquant.errors import BrokenDelta, MisfitTensor, StaleBase
 from flashquant.sender import Delta, Manifest, Sender
-from tests.engine.serving import Serving, serve
+from tests.engine.processes import CORES, run
+from tests.engine.serving import BY_ROW, Serving, needs, serve
 from tools.models.policies import SCHEMES, Policies, config_name
 
 pytestmark = pytest.mark.engine
@@ -206,3 +207,44 @@ def test_after_a_whole_reload_a_delta_is_stale_until_a_snapshot(
     flashquant.apply_delta(live.llm, sender.snapshot())
 
     assert flashquant.manifest(live.llm).digest == delta.header.digest
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    ["int8", pytest.param("fp8_channel", marks=needs(">=0.28", "scales of whole rows over ranks"))],
+)
+def test_two_ranks_apply_a_delta_together_or_not_at_all(policies: Policies, scheme: str) -> None:
+    """Each holds a shard of every tensor, and keeps the whole ones as they were sent."""
+    answer = run(
+        "deltas",
+        "ranks",
+        policies.bf16("a"),
+        policies.bf16("b"),
+        FLASHRL_CONFIG=scheme,
+        VLLM_ENABLE_V1_MULTIPROCESSING="1",
+        VLLM_ALLOW_INSECURE_SERIALIZATION="1",  # to send the workers a fault
+        VLLM_CPU_OMP_THREADS_BIND=CORES,
+    )
+
+    assert answer["digest before"] is None
+    assert answer["digest"][0] == answer["digest"][1]
+    assert answer["whole"] == answer["reload"]
+    assert answer["failed"][:2] == ["ReloadError", "rank 1: MemoryError: injected"]
+    assert answer["after failure"] == answer["whole"]
+    assert answer["delta"] == answer["reload of the same"] != answer["whole"]
+    assert answer["stale"][0] == "StaleBase"
+    assert answer["after stale"] == answer["delta"]
+
+
+def test_an_async_engine_takes_deltas(policies: Policies) -> None:
+    answer = run(
+        "deltas",
+        "asynchronous",
+        policies.bf16("a"),
+        policies.bf16("b"),
+        FLASHRL_CONFIG=BY_ROW,
+        VLLM_ALLOW_INSECURE_SERIALIZATION="1",
+    )
+
+    assert answer["delta"] == answer["reload"]
+    assert answer["stale"][0] == "StaleBase"
