@@ -34,6 +34,7 @@ class Checkpoint:
     def __init__(self, engine: Engine, planner: Planner, bindings: Bindings) -> None:
         self._engine, self._planner, self._bindings = engine, planner, bindings
         self._known: dict[str, dict[str, TensorSpec]] = {}
+        self._made: set[str] = set()  # scales that the engine makes itself, of floats
 
     def specs(self) -> dict[str, TensorSpec]:
         """Every tensor that a complete update brings, by name: codes and scales are two.
@@ -53,7 +54,7 @@ class Checkpoint:
             if name not in self._known:
                 self._known[name] = dict(self._specs_of(name, form))
             found |= self._known[name]
-        return found
+        return {name: spec for name, spec in found.items() if name not in self._made}
 
     def manifest(self, version: int, *, settled: bool) -> Manifest:
         """What a complete update brings, and the digest of what is live.
@@ -147,7 +148,16 @@ class Checkpoint:
         if not binding.plan.steps:
             return
         if (codes := recipe.takes_codes) is None:
-            yield name, TensorSpec(shape=shape, dtype=dtype_name(_sent(recipe, form.dtype)))
+            sent = _sent(recipe, form.dtype)
+            if recipe.makes_codes:
+                self._made.add(recipe.scale_name)
+            try:
+                yield name, TensorSpec(shape=shape, dtype=dtype_name(sent))
+            except ValueError as wrong:
+                raise ReloadError(
+                    f"{name} is stored as {sent}, which no bundle holds ({wrong}). Push this "
+                    "model by flashquant.reload_weights."
+                ) from wrong
             return
         rounds_to = None if recipe.loads is None else dtype_name(recipe.loads)
         yield (

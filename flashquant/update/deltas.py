@@ -147,9 +147,9 @@ class Deltas:
             StaleBase: it is not.
 
         """
-        found = self._policy if self._is_known else None
-        if found is None:
-            found = _Policy(fingerprints=self._checkpoint.fingerprints(specs))
+        if not self._is_known:  # whoever wrote since, what was kept is of no use any more
+            self._policy = _Policy(fingerprints=self._checkpoint.fingerprints(specs))
+        found = self._policy
         if unseen := [name for name in specs if name not in found.fingerprints]:
             raise StaleBase(
                 f"a delta starts from policy {delta.header.base}, and the engine cannot tell which "

@@ -15,7 +15,7 @@ from flashquant.errors import BrokenDelta, MisfitTensor, StaleBase
 from flashquant.sender import Delta, Manifest, Sender
 from tests.engine.processes import CORES, run
 from tests.engine.serving import BY_ROW, Serving, needs, serve
-from tools.models.policies import SCHEMES, Policies, config_name
+from tools.models.policies import FP8, SCHEMES, Policies, config_name
 
 pytestmark = pytest.mark.engine
 
@@ -101,7 +101,7 @@ def test_twenty_deltas_in_a_row_are_twenty_whole_reloads(
     assert flashquant.status(live.llm).digest == report.digest
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", [*SCHEMES, FP8])
 def test_every_scheme_takes_deltas(policies: Policies, scheme: str) -> None:
     """Where codes cannot be sent, changed floats are."""
     live, other = (
@@ -116,6 +116,22 @@ def test_every_scheme_takes_deltas(policies: Policies, scheme: str) -> None:
         report = flashquant.apply_delta(live.llm, sender.bundle(weights))
 
     assert report.digest == flashquant.reload_weights(other.llm, weights).digest
+    live.snapshot().assert_same(other.snapshot())
+
+
+@pytest.mark.parametrize("scheme", ["int8", "fp8_channel"])
+@pytest.mark.parametrize("kind", ["tied", "qwen3-moe"])
+def test_tied_heads_and_experts_take_deltas(kind: str, scheme: str, tmp_path: Path) -> None:
+    policies = Policies(tmp_path, kind)
+    live, other = (serve(policies.bf16(policy), scheme) for policy in "ab")
+    weights = policies.tensors("b")
+    sender = Sender(flashquant.manifest(live.llm), delta=True)
+    flashquant.apply_delta(live.llm, sender.bundle(weights))
+
+    report = flashquant.apply_delta(live.llm, sender.bundle(stepped(weights, 1)))
+
+    whole = flashquant.reload_weights(other.llm, stepped(weights, 1))
+    assert report.digest == whole.digest
     live.snapshot().assert_same(other.snapshot())
 
 
