@@ -25,6 +25,7 @@ _WIDTHS: Final[Mapping[torch.dtype, int]] = {
 }
 """Of gaps: the largest number, which stands for as many unchanged elements and no change."""
 
+_WORD: Final = 8  # bytes
 _BITS: Final[Mapping[int, torch.dtype]] = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
 
@@ -53,7 +54,7 @@ def change(old: Tensor | None, new: Tensor) -> Change | None:
     """
     if old is None:
         return Change("whole", None, new)
-    here = (_flat_bits(old) != _flat_bits(new)).nonzero().flatten()
+    here = _different(_flat_bits(old), _flat_bits(new))
     if not len(here):
         return None
     values = new.flatten()[here]
@@ -95,6 +96,18 @@ def apply(found: Change, base: Tensor) -> Tensor:
     here = places(found, base.numel()).to(base.device)
     _flat_bits(base)[here] = _flat_bits(found.values).to(base.device)
     return base
+
+
+def _different(old: Tensor, new: Tensor) -> Tensor:
+    """Where two flat tensors differ; eight bytes at a time first, since most are equal."""
+    many = _WORD // new.element_size()
+    if any(tensor.storage_offset() % many for tensor in (old, new)):
+        return (old != new).nonzero().flatten()
+    whole = new.numel() // many * many
+    words = old[:whole].view(torch.int64) != new[:whole].view(torch.int64)
+    near = words.nonzero() * many + torch.arange(many, device=new.device)
+    here = torch.cat([near.flatten(), torch.arange(whole, new.numel(), device=new.device)])
+    return here[old[here] != new[here]]
 
 
 def _flat_bits(tensor: Tensor) -> Tensor:
