@@ -10,7 +10,8 @@ Elements are compared, and copied, by their bits: a zero with a sign is another 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Final, Literal, NamedTuple
 
 import torch
@@ -96,6 +97,30 @@ def apply(found: Change, base: Tensor) -> Tensor:
     here = places(found, base.numel()).to(base.device)
     _flat_bits(base)[here] = _flat_bits(found.values).to(base.device)
     return base
+
+
+Remember = Callable[[Callable[[], object], int], object]
+
+
+def write(found: Change, live: Tensor, remember: Remember) -> None:
+    """Make the new tensor in the memory of the old one, also if it came whole.
+
+    Args:
+        found: what changed.
+        live: the old tensor, contiguous.
+        remember: takes, before anything is written, what puts the old elements back, and how many
+            bytes that holds.
+
+    """
+    if found.form == "whole":
+        old = live.clone()
+        remember(functools.partial(live.copy_, old), old.nbytes)
+        live.copy_(found.values.view(live.shape))
+        return
+    flat, here = _flat_bits(live), places(found, live.numel()).to(live.device)
+    old = flat[here]
+    remember(functools.partial(flat.index_copy_, 0, here, old), old.nbytes + here.nbytes)
+    flat[here] = _flat_bits(found.values).to(live.device)
 
 
 def _different(old: Tensor, new: Tensor) -> Tensor:

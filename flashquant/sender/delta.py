@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from flashquant.errors import BrokenDelta
-from flashquant.sender.changes import Change, Form, apply, places
+from flashquant.sender.changes import Change, Form, Remember, apply, places, write
 from flashquant.sender.manifest import Digest, Dtype, Size, TensorSpec, dtype_name
 
 MARK: Final = "#"  # between a tensor's name and what a part says of it
@@ -146,6 +146,15 @@ class Delta:
     def rebuilt(self, name: str, base: Tensor) -> Tensor:
         """The new value of a tensor, made in the memory of its old one unless it came whole."""
         return apply(self.change(name), base)
+
+    def write(self, name: str, live: Tensor, remember: Remember) -> None:
+        """Make the new value of a tensor in the memory of its old one (contiguous).
+
+        Args:
+            remember: takes what puts the old value back, and its bytes, before anything is written.
+
+        """
+        write(self.change(name), live, remember)
 
     def check_fits(self, scheme: str, specs: Mapping[str, TensorSpec]) -> None:
         """Whether it is one for an engine that wants these tensors.

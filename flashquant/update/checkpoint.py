@@ -18,6 +18,7 @@ from flashquant.schemes import Fingerprints
 from flashquant.sender import Manifest, TensorSpec, dtype_name, policy_digest
 from flashquant.update.bindings import Bindings
 from flashquant.update.engine import Engine, Layer
+from flashquant.update.in_place import Window
 from flashquant.update.quantize import Recipe, is_float
 
 
@@ -121,6 +122,14 @@ class Checkpoint:
             if isinstance(step, Write) and isinstance(home, Tensor):
                 step.source_view.into(value).copy_(step.target_view.into(home))
         return value
+
+    def window(self, name: str, spec: TensorSpec) -> Window | None:
+        """The live memory, dense, that is all of a tensor as it is sent; None if there is more to
+        writing it than to overwrite that."""
+        if not self.shows(name, spec):
+            return None
+        binding = self._bindings.of(name, _form(spec))
+        return self._bindings.destination(binding, name, _form(spec)).window
 
     def groups(self, specs: Mapping[str, TensorSpec]) -> list[list[str]]:
         """The tensors that go live together, because they are parts of the same layers."""

@@ -2,7 +2,8 @@
 
     on which policy?   of the engine's digest, where the last bundle left it; else of what can be
                        read back of the live tensors
-    each layer         its old tensors, read back or kept; the new ones made of them; pushed
+    each layer         what changed is overwritten where kernels read it as it was sent; else
+                       its old tensors, read back or kept; the new ones made of them; pushed
     at the end         the digest of the new policy has to be the bundle's, or all is taken back
 
 What no live memory shows (packed for a kernel, made by vLLM itself, a shard of a whole) is kept on
@@ -18,9 +19,11 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from flashquant.errors import BrokenDelta, StaleBase
-from flashquant.schemes import Fingerprints
+from flashquant.errors import BrokenDelta, ReloadError, StaleBase
+from flashquant.schemes import Fingerprints, check_finite, holds_codes
 from flashquant.sender import Delta, Manifest, TensorSpec, policy_digest
+from flashquant.update.code_statistics import noted_in_place
+from flashquant.update.in_place import Window
 from flashquant.update.report import ReloadReport
 from flashquant.update.session import Session
 
@@ -116,11 +119,18 @@ class Deltas:
         old = _Policy() if delta.is_whole else self._base(delta, specs)
         fresh.fingerprints |= old.fingerprints
         fresh.kept |= old.kept
-        groups = self._checkpoint.groups(specs)
-        changed = [group for group in groups if not delta.header.tensors.keys().isdisjoint(group)]
-        self._expect((name, specs[name]) for group in changed for name in group)
+        groups, said = self._checkpoint.groups(specs), delta.header.tensors
+        changed = [group for group in groups if not said.keys().isdisjoint(group)]
+        windows = {name: self._checkpoint.window(name, specs[name]) for name in said}
+        in_place = [g for g in changed if all(windows.get(name, True) for name in g)]
+        pushed = [group for group in changed if group not in in_place]
+        self._expect((name, specs[name]) for group in pushed for name in group)
         new = Fingerprints()
-        for group in changed:
+        for name in (name for group in in_place for name in group):
+            if (window := windows.get(name)) is not None:
+                self._overwrite(name, window, delta)
+                new.add([(name, window.live.view(specs[name].shape))])
+        for group in pushed:
             # All of a layer is read before any of it is written.
             tensors = {name: self._new(name, specs[name], delta, old, fresh) for name in group}
             new.add((name, tensors[name]) for name in group if name in delta.header.tensors)
@@ -133,6 +143,22 @@ class Deltas:
                 f"{delta.header.digest}: some of its bytes are not those that were sent. Have it "
                 "sent again, or take a whole bundle (`Sender.snapshot()`)."
             )
+
+    def _overwrite(self, name: str, window: Window, delta: Delta) -> None:
+        """Write what changed of a tensor where the kernels read it: no step runs in a bracket."""
+        update = self._session.transactions.current
+        if update is None or update.over:
+            raise ReloadError(f"the update was rolled back before {name} was written; send it anew")
+        values = delta.change(name).values
+        check_finite(name, values)
+        undo = update.undo
+        delta.write(name, window.live, lambda back, size: undo.remember_how(back, nbytes=size))
+        update.statistics.read(values.nbytes)
+        update.statistics.bytes_out += values.nbytes
+        update.committed.add(window.layer.name)
+        update.live.update(window.layer.targets)
+        if holds_codes(values.dtype):
+            update.statistics.noted[name] = noted_in_place(window.live)
 
     def _expect(self, tensors: Iterable[tuple[str, TensorSpec]]) -> None:
         """The update under way is complete with these tensors, and not without them."""

@@ -97,6 +97,7 @@ def test_twenty_deltas_in_a_row_are_twenty_whole_reloads(
         assert delta.nbytes < whole.nbytes
 
     live.snapshot().assert_same(other.snapshot())
+    assert flashquant.status(live.llm).foreign == ()
     flashquant.reload_weights(live.llm, weights)
     assert flashquant.status(live.llm).digest == report.digest
 

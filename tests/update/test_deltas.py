@@ -35,7 +35,17 @@ class Packs(FakeEngine):
         self.qkv.held = lambda target: "packed" if target == "qkv.weight" else shown(target)
 
 
-@pytest.fixture(params=[FakeEngine, Packs])
+class Shows(FakeEngine):
+    """An engine whose kernels read rows as they come."""
+
+    def __init__(self, dtype=torch.int8) -> None:
+        super().__init__(dtype)
+        for layer in self.layers:
+            layer.homes = layer.live
+            layer.move_in = lambda target, undo: False
+
+
+@pytest.fixture(params=[FakeEngine, Packs, Shows])
 def engine(request):
     return request.param(torch.int8)
 
@@ -169,6 +179,7 @@ def test_flipped_values_are_found_by_the_digest_and_taken_back(engine, deltas, s
     assert deltas.manifest().digest == second.header.digest
 
 
+@pytest.mark.parametrize("engine", [FakeEngine, Packs], indirect=True)
 def test_a_layer_that_fails_takes_everything_back(engine, deltas, sender):
     """Once: what comes again goes through."""
     first, second, _ = bundles(sender, 3)
@@ -210,6 +221,43 @@ def test_only_the_layers_that_change_are_written(caplog):
 
     assert report.layers_committed == 1
     assert not caplog.records
+
+
+def test_where_kernels_read_rows_only_what_changed_is_written_and_kept_for_undo():
+    engine = Shows()
+    deltas = Deltas(serving(engine))
+    sender = Sender(deltas.manifest(), delta=True)
+    sender.bundle(without_head(OLD))
+    engine.qkv.on_commit = lambda: pytest.fail("nothing is made anew")
+    weights = {name: tensor.clone() for name, tensor in without_head(OLD).items()}
+    weights["q.weight"][1, 2] = 0
+
+    report = deltas.apply(sender.bundle(weights))
+
+    assert serves(engine, fresh(weights, dtype=torch.int8))
+    assert (report.layers_committed, report.bytes_out, report.undo_bytes) == (1, 1, 1 + 8)
+    assert report.version == 1
+
+
+def test_what_was_overwritten_is_put_back_when_a_later_layer_fails():
+    """A push fails after the windows of others were written."""
+    engine = Shows()
+    deltas = Deltas(serving(engine))
+    sender = Sender(deltas.manifest(), delta=True)
+    deltas.apply(sender.bundle(without_head(NEW)))
+    before = {name: tensor.clone() for name, tensor in engine.live.items()}
+    engine.norm.homes = {}
+    engine.norm.on_commit = lambda: next(breaking(error=RuntimeError("the device is lost")))
+    weights = {name: -tensor for name, tensor in without_head(NEW).items()}
+    delta = sender.bundle(weights)
+
+    with pytest.raises(RuntimeError, match="the device is lost"):
+        deltas.apply(delta)
+    assert serves(engine, before)
+
+    engine.norm.on_commit = lambda: None
+    deltas.apply(delta)
+    assert serves(engine, fresh(weights, dtype=torch.int8))
 
 
 def test_a_bundle_of_nothing_changes_nothing(engine, deltas, sender):
