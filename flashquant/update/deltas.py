@@ -99,7 +99,7 @@ class Deltas:
             report = self._session.close()
         finally:
             self._session.abandon()
-        report = self._session.digested(report, start, always=True)
+        report = self._session.proofs.digested(report, start, always=True)
         fresh.engine = report.digest
         self._policy = fresh
         return report

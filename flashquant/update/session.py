@@ -11,7 +11,6 @@ apart). Inside a bracket (`begin` to `finish`) nothing is committed until the en
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 
 import torch
 
@@ -254,28 +253,7 @@ class Session:
             report = self.close(strict=strict)
         finally:
             self.abandon()
-        return self.digested(report, start)
-
-    def digested(self, report: ReloadReport, start: float, *, always: bool = False) -> ReloadReport:
-        """The report of an update that began at `start`, with the digest of what is live now.
-
-        Args:
-            always: even where no digests are asked for.
-
-        """
-        self.proofs.audit()
-        if not (always or self.proofs.checks.digest):
-            return replace(report, seconds=time.perf_counter() - start)
-        digesting = time.perf_counter()
-        whole = self.proofs.digest()
-        now = time.perf_counter()
-        return replace(
-            report,
-            digest=whole,
-            ranks=(whole,),
-            phases={**report.phases, "digest": now - digesting},
-            seconds=now - start,
-        )
+        return self.proofs.digested(report, start)
 
     def close(self, *, strict: bool = True) -> ReloadReport:
         """`finish` what was begun, and tell what it did; without a digest."""
