@@ -18,8 +18,8 @@ import torch
 import xxhash
 from torch import Tensor
 
+from flashquant.schemes.fingerprints import definition, quick
 from flashquant.update import digests
-from flashquant.update.fingerprints import definition, quick
 
 Work = Callable[[], object]
 _SMALL = [(f"norm {place}", torch.full((2048,), float(place)).bfloat16()) for place in range(300)]

@@ -6,6 +6,7 @@
 
     patch, unpatch, is_patched                   the same without the environment variable
     ReloadReport, Status                         what the two functions return
+    manifest, apply_delta, flashquant.sender     codes, or only what changed, from the trainer
     errors                                       everything that is raised on purpose
 
 Importing this imports neither torch nor vLLM; both wait until something is asked for.
@@ -20,14 +21,17 @@ from typing import TYPE_CHECKING, Any, Protocol, overload
 if TYPE_CHECKING:
     from flashquant import errors
     from flashquant.plan import Weights
+    from flashquant.sender import Delta, Manifest
     from flashquant.update import ReloadReport, Status
 
 __all__ = [
     "ReloadReport",
     "Status",
     "__version__",
+    "apply_delta",
     "errors",
     "is_patched",
+    "manifest",
     "patch",
     "patch_from_env",
     "reload_weights",
@@ -50,8 +54,6 @@ def patch() -> None:
     or to see at once whether this vLLM can be patched. Engines that exist already stay as they
     are; engines made later are quantized if FLASHRL_CONFIG is set then, and are vLLM's own if not.
 
-    Imports torch and vLLM. Workers in other processes patch themselves.
-
     Raises:
         UnsupportedEngine: the installed vLLM is outside the tested range (the extra
             `flashquant[vllm]` says which that is).
@@ -59,8 +61,6 @@ def patch() -> None:
             tested versions, or has been replaced by another library. Nothing is patched then.
 
     Example:
-        >>> import os, flashquant
-        >>> from vllm import LLM
         >>> os.environ["FLASHRL_CONFIG"] = "int8"
         >>> flashquant.patch()
         >>> llm = LLM("Qwen/Qwen2.5-0.5B-Instruct")
@@ -112,13 +112,13 @@ def is_patched() -> bool:
 
 
 def patch_from_env() -> None:
-    """Patch vLLM if FLASHRL_CONFIG is set; vLLM's plugin hook, which nobody has to call.
+    """Patch vLLM if FLASHRL_CONFIG is set; vLLM's plugin hook, which need not be called.
 
     vLLM calls it in each of its processes (`vllm.general_plugins`). While FLASHRL_CONFIG is unset
     or empty it does nothing, and imports neither torch nor vLLM; it is then asked again whenever an
     engine begins, so the variable may also be set after vLLM has been imported. Otherwise it reads
-    the configuration, sets up the logger `flashquant` unless somebody has (FLASHRL_LOGGING_LEVEL,
-    FLASHRL_LOGGING_FILE), and calls `patch()`.
+    the configuration, sets up the logger `flashquant` unless it has handlers
+    (FLASHRL_LOGGING_LEVEL, FLASHRL_LOGGING_FILE), and calls `patch()`.
 
     Raises:
         ConfigError: FLASHRL_CONFIG names no scheme and no file, the file says something impossible,
@@ -128,7 +128,6 @@ def patch_from_env() -> None:
         UnsupportedEngine, PatchError: as `patch()`.
 
     Example:
-        >>> os.environ["FLASHRL_CONFIG"] = "runs/mixed.yaml"
         >>> flashquant.patch_from_env()
 
     """
@@ -208,9 +207,7 @@ def reload_weights(
         prepare: make everything beside the live weights first, between steps of the engine,
             and pause it only to swap the new weights in. Costs memory for a second set of
             quantized weights on the engine's device (two sets, with `atomic`), and more time in
-            all; `report.pause_seconds` is what requests see of it. An engine inside the
-            caller's own process cannot generate meanwhile; the report tells the times apart all
-            the same.
+            all; `report.pause_seconds` is what requests see of it.
 
     Returns:
         A `ReloadReport`: `version`, `tensors`, `bytes_in` and `bytes_out`, `seconds` and `phases`
@@ -232,7 +229,8 @@ def reload_weights(
             replaced it. The engine refuses to serve: restart it.
         UnsupportedEngine: the loader of this model does more with a weight than flashquant can
             quantize in place; the model is served in bf16.
-        ReloadError: all of the above but UnsupportedEngine are one. By itself: the target cannot be
+        ReloadError: all of the above but UnsupportedEngine are one (and StaleBase and BrokenDelta,
+            of `apply_delta`). By itself: the target cannot be
             reloaded, or was created without FLASHRL_CONFIG; no safetensors at the path; the
             engine's loader refuses the tensor.
 
@@ -294,6 +292,71 @@ def status(target: Any) -> Status | Awaitable[Status]:
 
     found: Status = targets.status(target)
     return found
+
+
+@overload
+def manifest(target: _AsyncEngine) -> Awaitable[Manifest]: ...  # type: ignore[overload-overlap]
+@overload
+def manifest(target: object) -> Manifest: ...
+def manifest(target: Any) -> Manifest | Awaitable[Manifest]:
+    """Say what an engine, a worker or a model wants to be sent, for a `flashquant.sender.Sender`.
+
+    Names, shapes and dtypes of a complete update: codes and scales where the engine takes them,
+    else floats.
+
+    Args:
+        target: as for `status`; the manifest of an `AsyncLLM` is awaited.
+
+    Returns:
+        A `flashquant.sender.Manifest`: its tensors, scheme, version, and the digest of the policy
+        that is served. Plain data: `.model_dump_json()` travels.
+
+    Raises:
+        ReloadError: as `status`; or the engine is spread over pipeline stages.
+
+    Example:
+        >>> sender = Sender(flashquant.manifest(llm))
+        >>> flashquant.reload_weights(llm, sender.stream(model.state_dict()))
+
+    """
+    from flashquant.patches.remote import target as targets
+
+    found: Manifest = targets.manifest(target)
+    return found
+
+
+@overload
+def apply_delta(  # type: ignore[overload-overlap]
+    target: _AsyncEngine, delta: Delta | str | os.PathLike[str]
+) -> Awaitable[ReloadReport]: ...
+@overload
+def apply_delta(target: object, delta: Delta | str | os.PathLike[str]) -> ReloadReport: ...
+def apply_delta(
+    target: Any, delta: Delta | str | os.PathLike[str]
+) -> ReloadReport | Awaitable[ReloadReport]:
+    """Bring what changed into a serving engine: onto the policy it starts from, or not at all.
+
+    Args:
+        target: as for `reload_weights`.
+        delta: a bundle of a `flashquant.sender.Sender`, or the file that one was saved to.
+
+    Returns:
+        The `ReloadReport` of the update; for an `AsyncLLM`, an awaitable of one.
+
+    Raises:
+        StaleBase: the engine serves another policy than the one that the bundle starts from; says
+            both digests. Send it a whole bundle (`sender.snapshot()`).
+        BrokenDelta: the bundle was cut, contradicts itself, or is for another engine.
+        ReloadError: as `reload_weights`. After each of these the old weights are served.
+
+    Example:
+        >>> flashquant.apply_delta(llm, sender.bundle(model.state_dict()))
+
+    """
+    from flashquant.patches.remote import target as targets
+
+    report: ReloadReport = targets.apply_delta(target, delta)
+    return report
 
 
 def __getattr__(name: str) -> Any:

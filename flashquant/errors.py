@@ -8,6 +8,8 @@ FlashquantError
 ├── PatchError                   a seam in the engine is missing, taken, or shaped differently
 │   └── UnsupportedEngine        the engine, or a kernel in it, is none that flashquant knows
 └── ReloadError                  a push of weights did not go through
+    ├── BrokenDelta              a bundle was cut, or says what cannot be, or is for another engine
+    ├── StaleBase                a delta starts from another policy than the one that is served
     ├── UnknownWeight            the engine's loader does not know this name
     ├── MisfitTensor             shape, dtype, device or values of an incoming tensor are wrong
     ├── IncompleteUpdate         a strict update ended before everything had arrived
@@ -54,6 +56,14 @@ class UnsupportedEngine(PatchError):
 
 class ReloadError(FlashquantError):
     """A push of weights did not go through."""
+
+
+class BrokenDelta(ReloadError, ValueError):
+    """A bundle was cut, contradicts itself, or is for another engine."""
+
+
+class StaleBase(ReloadError):
+    """A delta starts from another policy than the one that the engine serves."""
 
 
 class UnknownWeight(ReloadError, ValueError):

@@ -142,6 +142,15 @@ class Planner:
         first = next(firsts, None)
         return None if first is None or first.needs_loader else replace(first, name=name)
 
+    @property
+    def forms(self) -> Mapping[str, Tensor]:
+        """Every name of the checkpoint, on meta as it was there; of an engine that started without
+        one, every name that has come."""
+        if self._checkpoint:
+            return {name: _meta(*form) for name, form in self._checkpoint.items()}
+        entries = (self.plan[name] for name in self.plan.names)
+        return {entry.name: _meta(entry.shape, entry.dtype) for entry in entries if entry.steps}
+
     def _learn_forms(self, forms: Mapping[str, tuple[torch.Size, torch.dtype]]) -> None:
         new = {name: _meta(*form) for name, form in forms.items() if name not in self.plan}
         if new:

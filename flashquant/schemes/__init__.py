@@ -7,6 +7,8 @@ them does the work is decided in `quick`, and nowhere else.
     int8_channel   codes [N, K] int8   scales [N, 1] float32   one scale an output channel
     fp8_channel    codes [N, K] e4m3   scales [N, 1] float32   one scale an output channel
     fp8_tensor     codes [N, K] e4m3   scales [1]    float32   one scale a tensor
+
+What tensors hold is told apart by their fingerprints (fingerprints/).
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from flashquant.schemes.build import BuildError, built
 from flashquant.schemes.by_name import DEFINITIONS, WHOLE
 from flashquant.schemes.chunks import row_chunks
 from flashquant.schemes.devices import current, resolved
+from flashquant.schemes.fingerprints.digests import Fingerprints, digest, digests, fingerprint
 from flashquant.schemes.quick import (
     Quantize,
     Storing,
@@ -44,6 +47,7 @@ __all__ = [
     "WHOLE",
     "BuildError",
     "Doubts",
+    "Fingerprints",
     "Quantize",
     "Storing",
     "built",
@@ -53,6 +57,9 @@ __all__ = [
     "check_peak",
     "check_plain",
     "current",
+    "digest",
+    "digests",
+    "fingerprint",
     "fp8_channel",
     "fp8_static",
     "fp8_tensor",

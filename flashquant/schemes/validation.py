@@ -97,12 +97,20 @@ def check_finite(
         return
     codes = tensor.element_size() == 1  # torch has no maximum of float8, and e4m3 no infinity
     if doubts is not None and not is_at_hand(tensor):
-        peak_there = torch.where(tensor.isnan().any(), math.nan, 0.0) if codes else absmax(tensor)
+        peak_there = torch.where(_holds_nan(tensor), math.nan, 0.0) if codes else absmax(tensor)
         doubts.add(name, peak_there, stored)
     elif codes:
-        check_peak(name, math.nan if tensor.isnan().any() else 0.0, stored)
+        check_peak(name, math.nan if _holds_nan(tensor) else 0.0, stored)
     else:
         check_peak(name, peak_of(tensor), stored)
+
+
+def _holds_nan(codes: Tensor) -> Tensor:
+    """Whether any of these float8 is NaN."""
+    if codes.dtype != torch.float8_e4m3fn:
+        return codes.isnan().any()
+    # All bits but the sign: torch's own look at float8 takes thirty times as long on the host.
+    return ((codes.view(torch.uint8) & 0x7F) == 0x7F).any()
 
 
 def is_at_hand(tensor: Tensor) -> bool:

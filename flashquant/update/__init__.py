@@ -1,22 +1,26 @@
 """One update of one live model: all or nothing, in place, bit-identical to a fresh start.
 
+deltas              bundles of what changed, onto the policy that they start from
 session             the only room that knows the order
 pipeline            one tensor: admitted, quantized, written, its layer committed
 bindings            what is known of a name before its tensor comes
 transaction, undo   an update is committed, or the old weights are put back
 completeness        what has not arrived yet; passes, where one sync ends and the next begins
 agreement           all workers commit, or none does
-integrity           nothing moved, and what it all adds up to (fingerprints/)
+integrity           nothing moved
 foreign, serving    other writers; whether the weights may be served
 code_statistics     how far codes moved, and what frozen scales clipped
+checkpoint          the live model as the tensors that a sender delivers, read back
 engine              the protocols that patches/ answers with vLLM, and a test with ten lines
 """
 
 from __future__ import annotations
 
+from flashquant.schemes import digests
 from flashquant.update.agreement import Ballot
+from flashquant.update.deltas import Deltas
 from flashquant.update.engine import Engine, Layer, Reach
-from flashquant.update.integrity import digests, footprints
+from flashquant.update.integrity import footprints
 from flashquant.update.members import Member
 from flashquant.update.report import Drift, Refusal, ReloadReport, Status
 from flashquant.update.session import Session
@@ -25,6 +29,7 @@ from flashquant.update.undo import UndoLog
 
 __all__ = [
     "Ballot",
+    "Deltas",
     "Drift",
     "Engine",
     "Layer",

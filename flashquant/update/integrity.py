@@ -1,24 +1,18 @@
-"""All arrived, none moved, and what it all adds up to.
+"""None moved: where live tensors are, before and after.
 
 A footprint is where a tensor lives and how it is laid out; captured CUDA graphs
-and compiled code have it by heart. A fingerprint is what it holds, a digest what
-a whole model holds; two engines that serve the same policy in the same scheme
-have equal digests.
+and compiled code have it by heart. What it holds is its fingerprint (schemes/fingerprints).
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from flashquant.errors import MovedTensor
-from flashquant.update.fingerprints.quick import sums
-
-_BYTES: Final = 16  # of a fingerprint, and of a digest
 
 
 class Footprint(NamedTuple):
@@ -56,76 +50,3 @@ def check_unmoved(before: Mapping[str, Footprint], after: Mapping[str, Footprint
         f"{before.get(first)}, is {after.get(first)}. Captured graphs and compiled code still read "
         "the old memory; restart the engine and report this layer."
     )
-
-
-class Fingerprints:
-    """Fingerprints of many things, by name: taken where these lie, and read all at once.
-
-    On a device nothing is waited for before `read`.
-    """
-
-    def __init__(self, contents: Iterable[tuple[str, Tensor | str]] = ()) -> None:
-        self._known: dict[str, str] = {}
-        self._layouts: dict[str, str] = {}
-        self._sums: dict[torch.device, dict[str, Tensor]] = {}
-        self.add(contents)
-
-    def add(self, contents: Iterable[tuple[str, Tensor | str]]) -> None:
-        """Begin to take the fingerprints of tensors as they are now.
-
-        A string stands for memory whose bytes are out of reach: the fingerprint of what was
-        packed into it.
-        """
-        for name, value in contents:
-            if isinstance(value, str):
-                self._known[name] = value
-                continue
-            layout, flat = _as_it_lies(value)
-            found = sums(flat)
-            if isinstance(found, tuple):
-                self._known[name] = _hashed(layout, *found)
-                continue
-            self._known[name] = ""  # in its place among the others
-            self._layouts[name] = layout
-            self._sums.setdefault(found.device, {})[name] = found
-
-    def read(self) -> dict[str, str]:
-        """All of them, in the order in which they came; each device is waited for once."""
-        for found in self._sums.values():
-            values = torch.stack(list(found.values())).tolist()
-            for name, (first, second) in zip(found, values, strict=True):
-                self._known[name] = _hashed(self._layouts[name], first, second)
-        self._sums.clear()
-        return dict(self._known)
-
-
-def digests(contents: Iterable[tuple[str, Tensor | str]]) -> dict[str, str]:
-    """The fingerprint of each thing the kernels read, by name."""
-    return Fingerprints(contents).read()
-
-
-def digest(parts: Mapping[str, str]) -> str:
-    """One fingerprint of many, of their names and of their order."""
-    fields = "".join(f"{len(name)} {name} {len(part)} {part} " for name, part in parts.items())
-    return hashlib.blake2b(fields.encode(), digest_size=_BYTES).hexdigest()
-
-
-def fingerprint(value: Tensor) -> str:
-    """128 bits, in hex, of a tensor's layout, dtype and values; its device is waited for.
-
-    Of the layout, and two sums of the bytes: `fingerprints.definition`.
-    """
-    return digests([("", value)])[""]
-
-
-def _as_it_lies(value: Tensor) -> tuple[str, Tensor]:
-    """The description of a tensor's layout, and its elements, side by side."""
-    # An `[N, K]` storage seen through `.t()` is read as it lies, without a copy.
-    turned = value.dim() == 2 and not value.is_contiguous() and value.t().is_contiguous()
-    flat = (value.t() if turned else value).detach().contiguous()
-    return f"{tuple(value.shape)} {value.dtype} {turned}", flat
-
-
-def _hashed(layout: str, first: int, second: int) -> str:
-    fields = f"{layout} {first} {second}"
-    return hashlib.blake2b(fields.encode(), digest_size=_BYTES).hexdigest()

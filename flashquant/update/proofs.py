@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from flashquant.config.checks import Checks
 from flashquant.errors import MovedTensor
+from flashquant.schemes import Fingerprints, digest, digests
 from flashquant.update.engine import Engine, Layer
 from flashquant.update.foreign_writes import ForeignWrites
-from flashquant.update.integrity import (
-    Fingerprints,
-    Footprint,
-    check_unmoved,
-    digest,
-    digests,
-    footprints,
-)
+from flashquant.update.integrity import Footprint, check_unmoved, footprints
+from flashquant.update.report import ReloadReport
 from flashquant.update.state import Update
 from flashquant.update.transaction import Transactions
 
@@ -95,6 +92,27 @@ class Proofs:
     def digest(self) -> str:
         """Fingerprint of everything the kernels read, equal for equal policies."""
         return digest(self.digests())
+
+    def digested(self, report: ReloadReport, start: float, *, always: bool = False) -> ReloadReport:
+        """The report of an update that began at `start`, with the digest of what is live now.
+
+        Args:
+            always: even where no digests are asked for.
+
+        """
+        self.audit()
+        if not (always or self.checks.digest):
+            return replace(report, seconds=time.perf_counter() - start)
+        digesting = time.perf_counter()
+        whole = self.digest()
+        now = time.perf_counter()
+        return replace(
+            report,
+            digest=whole,
+            ranks=(whole,),
+            phases={**report.phases, "digest": now - digesting},
+            seconds=now - start,
+        )
 
     def digests(self) -> dict[str, str]:
         """The same for each thing they read, by name."""

@@ -14,6 +14,7 @@ import functools
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
+import torch
 from torch import Tensor
 
 from flashquant.errors import UnsupportedEngine
@@ -63,6 +64,20 @@ class Recipe:
     def makes_codes(self) -> bool:
         """Whether floats become codes."""
         return self._codes is not None
+
+    @functools.cached_property
+    def takes_codes(self) -> tuple[torch.dtype, torch.dtype] | None:
+        """The dtypes of the codes and scales that may be sent of it, made by the definition of its
+        scheme; None where floats have to come."""
+        entry = self._entry
+        if self._codes is None or self.calibration or entry.needs_loader or entry.turns_rows:
+            return None
+        codes, scales = self._parameters[self._codes], self._parameters.get(f"{self._codes}_scale")
+        try:
+            quantizer(codes, scales, self._codes)
+        except UnsupportedEngine:
+            return None
+        return None if scales is None else (codes.dtype, scales.dtype)
 
     @functools.cached_property
     def quantize(self) -> Quantize:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from flashquant.update.integrity import digest
+from flashquant.schemes import digest
 
 _NAMES_SHOWN = 3
 _DIGEST_SHOWN = 12

@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from itertools import chain
 
 from flashquant.plan import Planner
+from flashquant.schemes import digest
 from flashquant.update.completeness import Completeness
 from flashquant.update.engine import Engine
-from flashquant.update.integrity import digest
 from flashquant.update.report import Refusal, ReloadReport, Status, some_of
 from flashquant.update.state import Update
 from flashquant.update.ties import Ties

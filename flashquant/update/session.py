@@ -11,7 +11,6 @@ apart). Inside a bracket (`begin` to `finish`) nothing is committed until the en
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 
 import torch
 
@@ -30,6 +29,7 @@ from flashquant.plan import (
 from flashquant.profiles import Calibration
 from flashquant.update.agreement import Ballot
 from flashquant.update.bindings import Bindings
+from flashquant.update.checkpoint import Checkpoint
 from flashquant.update.code_statistics import CodeStatistics
 from flashquant.update.completeness import Completeness
 from flashquant.update.engine import Engine
@@ -72,6 +72,7 @@ class Session:
         self.proofs = Proofs(engine, checks, self.transactions)
         self._planner = Planner(engine)
         self._bindings = Bindings(engine, self._planner, calibration)
+        self.checkpoint = Checkpoint(engine, self._planner, self._bindings)
         self._completeness = Completeness(engine, calibration)
         self._code_statistics = CodeStatistics(
             1.0 if calibration is None else calibration.warn_above
@@ -209,9 +210,8 @@ class Session:
                 self._pipeline.keep_rest(update, self.serving.stale)
             self._pipeline.finish(update)
             self._ties.check_complete()
-            self._completeness.check_complete(
-                update, self._planner.wanted, strict=strict, keeps=keeps
-            )
+            wanted = self._planner.wanted if update.wanted is None else update.wanted
+            self._completeness.check_complete(update, wanted, strict=strict, keeps=keeps)
             self._pipeline.swap_in(update)
             if update.prepares:
                 self.proofs.audit_later(update.before)
@@ -253,19 +253,7 @@ class Session:
             report = self.close(strict=strict)
         finally:
             self.abandon()
-        self.proofs.audit()
-        if not self.proofs.checks.digest:
-            return replace(report, seconds=time.perf_counter() - start)
-        digesting = time.perf_counter()
-        whole = self.proofs.digest()
-        now = time.perf_counter()
-        return replace(
-            report,
-            digest=whole,
-            ranks=(whole,),
-            phases={**report.phases, "digest": now - digesting},
-            seconds=now - start,
-        )
+        return self.proofs.digested(report, start)
 
     def close(self, *, strict: bool = True) -> ReloadReport:
         """`finish` what was begun, and tell what it did; without a digest."""

@@ -83,6 +83,7 @@ class Update:
     live: set[str] = field(default_factory=set)  # parameters, arrived now or earlier
     committed: set[str] = field(default_factory=set)  # layers
     touched: set[str] = field(default_factory=set)  # layers, of a push outside a bracket
+    wanted: frozenset[str] | None = None  # parameters it has to bring; None for all
     waiting: dict[str, Layer] = field(default_factory=dict)  # layers, of which something came
     doubts: Doubts = field(default_factory=Doubts)
     prepared: dict[str, Layer] = field(default_factory=dict)  # layers

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from flashquant.errors import IncompleteUpdate, MisfitTensor
 from flashquant.plan import Replay, TensorPlan, Write
+from flashquant.schemes import fingerprint
 from flashquant.update.engine import Layer
-from flashquant.update.integrity import fingerprint
 from flashquant.update.staging import write
 from flashquant.update.undo import UndoLog
 

@@ -42,11 +42,12 @@ class UndoLog:
         self._copies, self._pinned = Copies(reserve), Copies(reserve, pinned=True)
         self._steps: list[Callable[[], object]] = []
         self._held: list[object] = []
+        self._held_bytes = 0  # of what actions hold themselves
         self.touched = False
 
     @property
     def bytes(self) -> int:
-        return self._copies.nbytes + self._pinned.nbytes
+        return self._copies.nbytes + self._pinned.nbytes + self._held_bytes
 
     @property
     def can_restore(self) -> bool:
@@ -76,17 +77,21 @@ class UndoLog:
         """What has been remembered is overwritten from now on."""
         self.touched = True
 
-    def remember_how(self, undo: Callable[[], object], *, live: bool = True) -> None:
+    def remember_how(
+        self, undo: Callable[[], object], *, live: bool = True, nbytes: int = 0
+    ) -> None:
         """Note an action that reverses the one about to be taken, on live weights or staged.
 
         Args:
             undo: sets things to how they are now; harmless where they still are.
             live: whether it is live weights that are about to change.
+            nbytes: what the action holds of them.
 
         """
         self.touched = self.touched or live
         if self._keep:
             self._steps.append(undo)
+            self._held_bytes += nbytes
 
     def restore(self) -> None:
         """Play the log backwards; a second call plays what the first could not."""

@@ -20,8 +20,8 @@ from torch import Tensor
 
 import flashquant
 from flashquant.errors import ReloadError
+from flashquant.schemes import fingerprint
 from flashquant.update import Stage, UndoLog
-from flashquant.update.integrity import fingerprint
 from tests.engine import faults
 from tests.engine.faults import INJECTED, SEED
 from tests.engine.serving import choosing, same_bits, serve

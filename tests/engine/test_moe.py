@@ -24,6 +24,7 @@ from vllm.model_executor.layers.linear import ReplicatedLinear, UnquantizedLinea
 
 import flashquant
 from flashquant.errors import IncompleteUpdate, MisfitTensor, UnsupportedEngine
+from flashquant.sender import Sender
 from tests.engine import faults
 from tests.engine.serving import Serving, choosing, needs, serve
 from tests.engine.test_faults import Target, reload_failing
@@ -105,6 +106,18 @@ def case(
             for policy in "ab"
         )
         yield live, fresh, policies(kind)
+
+
+def test_experts_take_what_changed(case: tuple[Serving, Serving, Policies]) -> None:
+    """As codes where the engine takes those of experts, else as floats."""
+    live, _, policies = case
+    sender = Sender(flashquant.manifest(live.llm), delta=True)
+    flashquant.apply_delta(live.llm, sender.bundle(policies.tensors("a")))
+
+    report = flashquant.apply_delta(live.llm, sender.bundle(policies.tensors("b")))
+
+    assert report.digest == flashquant.reload_weights(live.llm, policies.tensors("b")).digest
+    flashquant.reload_weights(live.llm, policies.tensors("a"))
 
 
 @pytest.fixture

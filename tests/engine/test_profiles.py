@@ -23,6 +23,7 @@ from flashquant.errors import ConfigError, MisfitTensor, ProfileError
 from flashquant.profiles import Base, Profile, fingerprint, load_profile, save_profile
 from flashquant.profiles.making import Checkpoint, factors_of_twins, profile_of, write_w8a8
 from flashquant.schemes import int8_channel
+from flashquant.sender import Sender
 from tests.engine.serving import Serving, serve
 from tests.engine.test_doors import DOORS, Weights
 from tests.engine.test_reload_equals_restart import buckets_cut_inside_qkv
@@ -284,6 +285,18 @@ def test_a_push_that_fails_leaves_codes_scales_and_norms(live: Serving, files: F
         flashquant.reload_weights(live.llm, bad)
 
     live.snapshot().assert_same(before)
+
+
+def test_changed_floats_are_a_whole_push_where_a_profile_makes_codes(
+    live: Serving, files: Files
+) -> None:
+    """A sender is told to send floats: it cannot make such codes."""
+    sender = Sender(flashquant.manifest(live.llm), delta=True)
+    flashquant.apply_delta(live.llm, sender.bundle(tiny_models.tensors(files.bf16)))
+
+    report = flashquant.apply_delta(live.llm, sender.bundle(files.moved))
+
+    assert report.digest == flashquant.reload_weights(live.llm, files.moved).digest
 
 
 def test_codes_are_refused_where_a_profile_makes_them(live: Serving, files: Files) -> None:

@@ -35,7 +35,9 @@ class Llm:
 
 
 def reload(*answers: Any, **kwargs: Any) -> Any:
-    return remote.reload(Llm(*answers, **kwargs), "/path", atomic=True, strict=True)
+    return remote.carry_out(
+        Llm(*answers, **kwargs), remote.conversation("/path", atomic=True, strict=True)
+    )
 
 
 def test_the_error_of_the_worker_that_failed_by_itself_is_raised():
@@ -89,7 +91,7 @@ def test_a_call_that_never_returns_is_given_up_when_a_worker_has_died(monkeypatc
     )
 
     with pytest.raises(WorkerLost, match="rank 0"):
-        remote.reload(llm, "/path", atomic=True, strict=True)
+        remote.carry_out(llm, remote.conversation("/path", atomic=True, strict=True))
     forever.set()
 
 

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from flashquant.schemes import chunks
+from flashquant.errors import MisfitTensor
+from flashquant.schemes import check_finite, chunks
 from flashquant.schemes.fp8 import fp8_channel, fp8_static, fp8_tensor
 
 FLOATS = [torch.bfloat16, torch.float16, torch.float32]
@@ -278,3 +279,15 @@ def test_the_weight_itself_is_not_touched():
     fp8_tensor(weight)
 
     assert torch.equal(weight, before)
+
+
+def test_of_all_codes_those_that_are_nan_are_refused():
+    for code in range(256):
+        codes = torch.zeros(4, 6, dtype=torch.uint8)
+        codes[2, 3] = code
+        codes = codes.view(torch.float8_e4m3fn)
+        if codes.isnan().any():
+            with pytest.raises(MisfitTensor, match="NaN"):
+                check_finite("w", codes.t())
+        else:
+            check_finite("w", codes.t())

@@ -43,6 +43,10 @@ class FakeLayer:
     def stage(self, target):
         return self._stages[target]
 
+    def held(self, target):
+        stage = self._stages[target]
+        return stage.memory(CPU) if stage.started else self.live[target]
+
     def window(self, step, undo, reach):
         return step.target_view.into(self._stages[step.target].memory(CPU))
 

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flashquant.errors import MovedTensor
-from flashquant.update import digests, footprints
-from flashquant.update.integrity import check_unmoved, digest, fingerprint
+from flashquant.schemes import digest, digests, fingerprint
+from flashquant.update import footprints
+from flashquant.update.integrity import check_unmoved
 
 DTYPES = [torch.bfloat16, torch.float8_e4m3fn, torch.int8, torch.float32, torch.bool]
 

@@ -98,7 +98,7 @@ class ProcessedLayer(LiveLayer):
         prepared = None if self._prepared is None else self._digests.coming(target)
         if prepared is not None:
             return prepared
-        live = self._parameters.read_back(target)
+        live = self._parameters.read_back(target) if target in self._parameters.kept else None
         return self._digests.of(target) if live is None else live
 
     def drop(self) -> None:

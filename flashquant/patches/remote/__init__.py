@@ -9,8 +9,8 @@ replicas      the replicas of one server take the entries of FLASHRL_CONFIG in t
 from __future__ import annotations
 
 from flashquant.patches.remote import executor, replicas
-from flashquant.patches.remote.target import reload_weights, status
+from flashquant.patches.remote.target import apply_delta, manifest, reload_weights, status
 
-__all__ = ["POINTS", "reload_weights", "status"]
+__all__ = ["POINTS", "apply_delta", "manifest", "reload_weights", "status"]
 
 POINTS = (*executor.POINTS, *replicas.POINTS)

@@ -58,29 +58,38 @@ def conversation(path: str, *, atomic: bool, strict: bool, prepare: bool = False
     """
     if not prepare:
         options = {"atomic": atomic, "strict": strict}
-        return _report(_answers((yield Call(worker.TRY_RELOAD, (path,), options))))
+        return _report(answers_of((yield Call(worker.TRY_RELOAD, (path,), options))))
     try:
-        _answers((yield Call(worker.PREPARE, (path,), {"atomic": atomic})))
-        while any(_answers((yield Call(worker.FEED, (_SLICE,))))):
+        answers_of((yield Call(worker.PREPARE, (path,), {"atomic": atomic})))
+        while any(answers_of((yield Call(worker.FEED, (_SLICE,))))):
             pass
-        report = _report(_answers((yield Call(worker.SWAP, (), {"strict": strict}))))
+        report = _report(answers_of((yield Call(worker.SWAP, (), {"strict": strict}))))
     except ReloadError:
         yield Call(worker.ABANDON)
         raise
-    found = _answers((yield Call(worker.DIGEST, (_SLICE,), {"anew": True})))
+    found = answers_of((yield Call(worker.DIGEST, (_SLICE,), {"anew": True})))
     while not all(done for done, _ in found):
-        found = _answers((yield Call(worker.DIGEST, (_SLICE,))))
+        found = answers_of((yield Call(worker.DIGEST, (_SLICE,))))
     return report.with_digests([taken for _, taken in found])
 
 
-def reload(llm: Any, path: str, **options: bool) -> ReloadReport:
-    """One whole update of an `LLM` whose workers are elsewhere; see `conversation`.
+def delta_conversation(path: str) -> Conversation:
+    """The same of a bundle of what changed, at a path.
+
+    Raises:
+        ReloadError: as `conversation`.
+
+    """
+    return _report(answers_of((yield Call(worker.TRY_APPLY_DELTA, (path,)))))
+
+
+def carry_out(llm: Any, talk: Conversation) -> ReloadReport:
+    """One whole update of an `LLM` whose workers are elsewhere.
 
     Raises:
         WorkerLost: a worker's process ended.
 
     """
-    talk = conversation(path, **options)
     with _Watch(llm.collective_rpc(worker.MEMBER)) as watch:
         answers: Sequence[Any] | None = None
         while True:
@@ -102,9 +111,8 @@ def _ask(llm: Any, ask: Call) -> Sequence[Any]:
     return answers
 
 
-async def reload_async(engine: Any, path: str, **options: bool) -> ReloadReport:
+async def carry_out_async(engine: Any, talk: Conversation) -> ReloadReport:
     """The same for an `AsyncLLM`, between two steps of the engine."""
-    talk = conversation(path, **options)
     with _Watch(await call(engine, worker.MEMBER)) as watch:
         answers: Sequence[Any] | None = None
         while True:
@@ -156,7 +164,7 @@ def explaining_unpatched() -> Iterator[None]:
         ) from failure
 
 
-def _answers(answers: Sequence[Mapping[str, Any]]) -> list[Any]:
+def answers_of(answers: Sequence[Mapping[str, Any]]) -> list[Any]:
     """What the workers answered, or the one error that matters."""
     failures = {rank: answer for rank, answer in enumerate(answers) if "error" in answer}
     if failures:

@@ -19,8 +19,9 @@ from vllm.v1.executor.uniproc_executor import UniProcExecutor
 from flashquant.errors import ReloadError
 from flashquant.patches.remote import conversation as remote
 from flashquant.patches.seams import worker
-from flashquant.patches.seams.loading import session_of
+from flashquant.patches.seams.loading import deltas_of, session_of
 from flashquant.plan import NamedTensors, Weights, named_tensors
+from flashquant.sender import Delta, Manifest, TensorSpec
 from flashquant.update import ReloadReport, Status
 
 _STATUS = TypeAdapter(Status)  # a worker's answer comes as plain data
@@ -54,7 +55,7 @@ def reload_weights(
             (report,) = target.collective_rpc(worker.RELOAD, args=(weights,), kwargs=options)
         else:
             with _stored(weights) as path:
-                report = remote.reload(target, path, **options)
+                report = remote.carry_out(target, remote.conversation(path, **options))
     return report
 
 
@@ -77,12 +78,96 @@ def status(target: Any) -> Any:
         return _one_status(target.collective_rpc(worker.STATUS))
 
 
+def manifest(target: Any) -> Any:
+    """What an engine, a worker or a model wants to be sent, and which policy it serves.
+
+    Of several workers, one manifest: they want the same tensors, unsharded. Where each holds a
+    shard, none can tell which policy that is, so there is no digest.
+
+    Returns:
+        A `Manifest`; for an `AsyncLLM`, an awaitable of one.
+
+    Raises:
+        ReloadError: flashquant does not look after this model, or the engine started without a
+            checkpoint, or its replicas want different tensors.
+
+    """
+    if (model := _model_of(target)) is not None:
+        return deltas_of(model).manifest()
+    if _is_async(target):
+        return _manifest_async(target)
+    _check_llm(target)
+    with remote.explaining_unpatched():
+        return _one_manifest(target.collective_rpc(worker.MANIFEST))
+
+
+async def _manifest_async(engine: Any) -> Manifest:
+    with remote.explaining_unpatched():
+        return _one_manifest(await remote.call(engine, worker.MANIFEST))
+
+
+def _one_manifest(answers: Sequence[Mapping[str, Any]]) -> Manifest:
+    every = [Manifest.model_validate(one) for one in remote.answers_of(answers)]
+    first, tensors = every[0], dict[str, TensorSpec]()
+    for one in every:  # of a pipeline, each stage has some
+        clash = any(tensors.get(name, spec) != spec for name, spec in one.tensors.items())
+        if clash or one.scheme != first.scheme:
+            raise ReloadError(
+                f"the replicas of this engine want different tensors ({first.scheme} and "
+                f"{one.scheme}), so no one sender can serve them. Start them in one scheme, or "
+                "push bf16."
+            )
+        tensors |= one.tensors
+    same = all(one.digest == first.digest for one in every)
+    return first.model_copy(update={"tensors": tensors, "digest": first.digest if same else None})
+
+
+def apply_delta(target: Any, delta: Delta | str | os.PathLike[str]) -> Any:
+    """Bring what changed into a serving engine: all of it, onto the policy it starts from.
+
+    Args:
+        target: a vLLM `LLM` or `AsyncLLM`, a worker, or the model inside one.
+        delta: a bundle of a `flashquant.sender.Sender`, or the file that one was saved to. A whole
+            one goes into any engine; where kernels pack weights, or workers hold shards, it also
+            makes the engine keep on the host what it cannot read back (one byte a weight).
+
+    Returns:
+        A `ReloadReport`, whose digest is that of a reload of the same weights; for an
+        `AsyncLLM`, an awaitable of one.
+
+    Raises:
+        StaleBase: it starts from another policy than is served: send `Sender.snapshot()`.
+        BrokenDelta: it is cut, contradicts itself, or is for another engine.
+        ReloadError: as `reload_weights`. Whichever it is, every live tensor is what it was.
+
+    """
+    if (model := _model_of(target)) is not None:
+        return deltas_of(model).apply(delta)
+    if _is_async(target):
+        return _apply_async(target, delta)
+    _check_llm(target)
+    with remote.explaining_unpatched():
+        if isinstance(_executor(target), UniProcExecutor):
+            (report,) = target.collective_rpc(worker.APPLY_DELTA, args=(delta,))
+        else:
+            with _saved(delta) as path:
+                report = remote.carry_out(target, remote.delta_conversation(path))
+    return report
+
+
+async def _apply_async(engine: Any, delta: Delta | str | os.PathLike[str]) -> ReloadReport:
+    with ExitStack() as stack:
+        path = await asyncio.to_thread(stack.enter_context, _saved(delta))
+        stack.enter_context(remote.explaining_unpatched())
+        return await remote.carry_out_async(engine, remote.delta_conversation(path))
+
+
 async def _reload_async(engine: Any, weights: Weights, **options: bool) -> ReloadReport:
     with ExitStack() as stack:
         # Writing a model's tensors takes a while, in which the event loop serves others.
         path = await asyncio.to_thread(stack.enter_context, _stored(weights))
         stack.enter_context(remote.explaining_unpatched())
-        return await remote.reload_async(engine, path, **options)
+        return await remote.carry_out_async(engine, remote.conversation(path, **options))
 
 
 async def _status_async(engine: Any) -> Status:
@@ -131,6 +216,18 @@ def _stored(weights: Weights) -> Iterator[str]:
     with tempfile.TemporaryDirectory(prefix="flashquant-", dir=_shared_memory()) as folder:
         file = Path(folder) / "weights.safetensors"
         save_file(_each_its_own(named_tensors(weights)), file)
+        yield str(file)
+
+
+@contextmanager
+def _saved(delta: Delta | str | os.PathLike[str]) -> Iterator[str]:
+    """A bundle as a path, likewise."""
+    if not isinstance(delta, Delta):
+        yield str(Path(delta).resolve())
+        return
+    with tempfile.TemporaryDirectory(prefix="flashquant-", dir=_shared_memory()) as folder:
+        file = Path(folder) / "delta.safetensors"
+        delta.save(file)
         yield str(file)
 
 

@@ -22,7 +22,7 @@ from flashquant.patches.layers import packed_once
 from flashquant.patches.point import PatchPoint
 from flashquant.patches.seams.blame import naming_the_layer
 from flashquant.patches.seams.peers import ballot_for
-from flashquant.update import Session
+from flashquant.update import Deltas, Session
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +39,7 @@ class _Attached:
             ballot=ballot_for(vllm_config),
             calibration=self.engine.calibration,
         )
+        self.deltas = Deltas(self.session)
         self._caches = bool(vllm_config.cache_config.enable_prefix_caching) or bool(
             own.is_multimodal_model
         )
@@ -115,6 +116,20 @@ def session_of(model: nn.Module) -> Session:
             "the engine is created (in every process), and do not call unpatch() in between."
         )
     return session
+
+
+def deltas_of(model: nn.Module) -> Deltas:
+    """What applies bundles to a serving model.
+
+    Raises:
+        ReloadError: as `session_of`.
+
+    """
+    session_of(model)
+    attached = _attached(model)
+    if attached is None:
+        raise ReloadError(f"{type(model).__name__} is not looked after by flashquant")
+    return attached.deltas
 
 
 class Standing(NamedTuple):

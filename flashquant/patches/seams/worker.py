@@ -21,6 +21,7 @@ from flashquant.errors import ReloadError
 from flashquant.patches import channels
 from flashquant.patches.point import PatchPoint
 from flashquant.patches.seams.loading import (
+    deltas_of,
     find_session,
     models_of,
     session_of,
@@ -120,6 +121,16 @@ def _status(worker: Any) -> dict[str, Any]:
     return asdict(replace(session_of(model).status(), drafts=found))
 
 
+def _manifest(worker: Any) -> dict[str, Any]:
+    """`flashquant.sender.Manifest` of this worker's model, as plain data."""
+    return deltas_of(worker.get_model()).manifest().model_dump(mode="json")
+
+
+def _apply_delta(worker: Any, delta: Any) -> ReloadReport:
+    """One update by a `flashquant.sender.Delta`, or by the path of one."""
+    return deltas_of(worker.get_model()).apply(delta)
+
+
 def _member(worker: Any) -> tuple[Any, ...]:
     """Which process this is: a `Member`, as plain data."""
     return tuple(Member.here(session_of(worker.get_model()).rank))
@@ -139,12 +150,15 @@ def _forget(worker: Any) -> None:
 PREFIX = "flashquant_"
 RELOAD = "flashquant_reload"
 TRY_RELOAD = "flashquant_try_reload"
+APPLY_DELTA = "flashquant_apply_delta"
+TRY_APPLY_DELTA = "flashquant_try_apply_delta"
 PREPARE = "flashquant_prepare"
 FEED = "flashquant_feed"
 SWAP = "flashquant_swap"
 ABANDON = "flashquant_abandon"
 DIGEST = "flashquant_digest"
 STATUS = "flashquant_status"
+MANIFEST = "flashquant_manifest"
 MEMBER = "flashquant_member"
 STANDING = "flashquant_standing"
 FORGET = "flashquant_forget"
@@ -152,12 +166,15 @@ FORGET = "flashquant_forget"
 _METHODS: dict[str, Callable[..., Any]] = {
     RELOAD: _reload,
     TRY_RELOAD: _answering(_reload),
+    APPLY_DELTA: _apply_delta,
+    TRY_APPLY_DELTA: _answering(_apply_delta),
     PREPARE: _answering(_prepare),
     FEED: _answering(_feed),
     SWAP: _answering(_swap),
     ABANDON: _abandon,
     DIGEST: _answering(_digest),
     STATUS: _status,
+    MANIFEST: _answering(_manifest),
     MEMBER: _member,
     STANDING: _standing,
     FORGET: _forget,

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from flashquant.schemes import devices
+from flashquant.schemes.fingerprints import definition, native
 from flashquant.schemes.native import wanted
-from flashquant.update.fingerprints import definition, native
 
 logger = logging.getLogger(__name__)
 
@@ -37,8 +37,8 @@ def _on_gpu(device: torch.device) -> Any:
     if not wanted():
         return None
     try:
+        from flashquant.schemes.fingerprints import fused
         from flashquant.schemes.fused import COMPILE_ERRORS
-        from flashquant.update.fingerprints import fused
     except ImportError as missing:  # Triton comes with torch for CUDA
         logger.info("digests on %s are taken by torch: %s", device, missing)
         return None

@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flashquant.update.fingerprints import definition, native
-from flashquant.update.fingerprints.definition import BLOCK
+from flashquant.schemes.fingerprints import definition, native
+from flashquant.schemes.fingerprints.definition import BLOCK
 
 _ROWS = 4  # blocks of one program
 _OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}

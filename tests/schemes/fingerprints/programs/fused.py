@@ -17,7 +17,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 import torch
 from torch import Tensor
 
-from flashquant.update.fingerprints import definition, fused
+from flashquant.schemes.fingerprints import definition, fused
 
 
 def cases() -> Iterator[tuple[str, Tensor]]:

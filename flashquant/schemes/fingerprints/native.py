@@ -12,9 +12,9 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from flashquant.schemes import BuildError, built
+from flashquant.schemes.build import BuildError, built
+from flashquant.schemes.fingerprints import definition
 from flashquant.schemes.native import wanted
-from flashquant.update.fingerprints import definition
 
 logger = logging.getLogger(__name__)
 

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flashquant.update.fingerprints import definition
-from flashquant.update.fingerprints.definition import BLOCK, BLOCK_BYTES, sums
+from flashquant.schemes.fingerprints import definition
+from flashquant.schemes.fingerprints.definition import BLOCK, BLOCK_BYTES, sums
 
 MASK = (1 << 64) - 1
 

@@ -4,6 +4,7 @@
     native.py       its equal in C (`words.c`), for host memory
     fused.py        its equal in Triton, for GPUs
     quick.py        who takes them for this tensor
+    digests.py      128 bits of a tensor as text, and one digest of many
 
 Not cryptographic: whoever knows the keys can make two tensors with equal sums.
 """

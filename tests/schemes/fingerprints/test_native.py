@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flashquant.schemes import build
-from flashquant.update.fingerprints import definition, native, quick
+from flashquant.schemes.fingerprints import definition, native, quick
 
 COMPILER = os.environ.get("CC") or next(filter(shutil.which, ("cc", "gcc", "clang")), None)
 pytestmark = pytest.mark.skipif(

@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from flashquant.update import integrity as verify
-from flashquant.update.fingerprints import definition, quick
+from flashquant.schemes.fingerprints import definition, digests, quick
 
 
 def test_the_sums_of_the_triton_kernel_are_those_of_the_definition(tmp_path):
@@ -49,13 +48,13 @@ def contents():
 
 
 def test_all_fingerprints_on_a_device_are_read_at_once_and_are_those_of_the_host(monkeypatch):
-    on_the_host = verify.digests(contents())
+    on_the_host = digests.digests(contents())
     reads = []
     tolist = torch.Tensor.tolist
-    monkeypatch.setattr(verify, "sums", definition.sums)  # as from a device: tensors
+    monkeypatch.setattr(digests, "sums", definition.sums)  # as from a device: tensors
     monkeypatch.setattr(torch.Tensor, "tolist", lambda t: reads.append(t.shape) or tolist(t))
 
-    taken = verify.Fingerprints()
+    taken = digests.Fingerprints()
     for item in contents():
         taken.add([item])
     assert reads == []
@@ -68,7 +67,7 @@ def test_all_fingerprints_on_a_device_are_read_at_once_and_are_those_of_the_host
 @pytest.fixture
 def fused():
     pytest.importorskip("triton")
-    return importlib.import_module("flashquant.update.fingerprints.fused")
+    return importlib.import_module("flashquant.schemes.fingerprints.fused")
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])

@@ -1,0 +1,236 @@
+"""One update as a bundle of plain tensors with a typed header, in a safetensors file or in memory.
+
+    header                            metadata "flashquant", JSON: DeltaHeader
+    model.norm.weight                 a tensor that is sent whole
+    model.layers.0....weight#gaps     which elements of another one changed (or #bitmap)
+    model.layers.0....weight#values   and what they are now
+
+Whatever comes from elsewhere is checked when a `Delta` is made of it: a `Delta` that exists is
+consistent in itself. Whether it fits an engine is looked at there, before anything is touched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Final, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from flashquant.errors import BrokenDelta
+from flashquant.sender.changes import Change, Form, Remember, apply, places, write
+from flashquant.sender.manifest import Digest, Dtype, Size, TensorSpec, dtype_name
+
+MARK: Final = "#"  # between a tensor's name and what a part says of it
+_KEY: Final = "flashquant"
+_AGAIN: Final = "Have it sent again, or take a whole bundle (`Sender.snapshot()`)."
+
+
+class TensorChange(BaseModel):
+    """What a bundle says of one tensor.
+
+    Attributes:
+        shape: of the whole tensor.
+        dtype: of its elements.
+        form: `whole`, or how the places are said.
+        changed: how many elements have a value in the bundle.
+
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    shape: tuple[Size, ...]
+    dtype: Dtype
+    form: Form
+    changed: Size
+
+
+class DeltaHeader(BaseModel):
+    """What a bundle is.
+
+    Attributes:
+        format: of the bundle.
+        scheme: canonical name of the scheme that its codes are in.
+        version: which bundle of its sender this is, from 1.
+        base: the digest of the policy that it changes (`Manifest.digest`); None where it is whole.
+        digest: of the policy that comes out.
+        tensors: those that change, by name; all of them where it is whole.
+
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: Literal[1] = 1
+    scheme: str
+    version: Size
+    base: Digest | None
+    digest: Digest
+    tensors: dict[str, TensorChange]
+
+
+class Delta:
+    """What changed from one policy to the next, or a policy whole; lossless.
+
+    Attributes:
+        header: what it is.
+        parts: its tensors, by the names they have in a file.
+
+    """
+
+    def __init__(self, header: DeltaHeader, parts: Mapping[str, Tensor]) -> None:
+        """Raises:
+        BrokenDelta: header and tensors contradict each other.
+
+        """
+        self.header, self.parts = header, dict(parts)
+        expected = {part for name in header.tensors for part in _part_names(name, header)}
+        if odd := sorted(expected ^ self.parts.keys()):
+            raise BrokenDelta(f"{odd[0]} is in a bundle's header or among its tensors. {_AGAIN}")
+        for name, said in header.tensors.items():
+            try:
+                _check(self.change(name), said, whole=self.is_whole)
+            except ValueError as wrong:
+                raise BrokenDelta(f"{name} in a bundle: {wrong}. {_AGAIN}") from wrong
+
+    @classmethod
+    def of(
+        cls,
+        changes: Mapping[str, tuple[TensorSpec, Change]],
+        *,
+        scheme: str,
+        version: int,
+        base: str | None,
+        digest: str,
+    ) -> Delta:
+        """The bundle of these changes; they are brought to the host."""
+        parts: dict[str, Tensor] = {}
+        for name, (_, found) in changes.items():
+            if found.places is None:
+                parts[name] = found.values.cpu()
+            else:
+                parts[f"{name}{MARK}{found.form}"] = found.places.cpu()
+                parts[f"{name}{MARK}values"] = found.values.cpu()
+        said = {
+            name: TensorChange(
+                shape=spec.shape, dtype=spec.dtype, form=found.form, changed=found.values.numel()
+            )
+            for name, (spec, found) in changes.items()
+        }
+        header = DeltaHeader(scheme=scheme, version=version, base=base, digest=digest, tensors=said)
+        return cls(header, parts)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it needs no base: it holds the whole policy."""
+        return self.header.base is None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its tensors; a header comes on top."""
+        return sum(part.nbytes for part in self.parts.values())
+
+    def change(self, name: str) -> Change:
+        """What it says of a tensor of its header."""
+        form = self.header.tensors[name].form
+        if form == "whole":
+            return Change(form, None, self.parts[name])
+        return Change(form, self.parts[f"{name}{MARK}{form}"], self.parts[f"{name}{MARK}values"])
+
+    def rebuilt(self, name: str, base: Tensor) -> Tensor:
+        """The new value of a tensor, made in the memory of its old one unless it came whole."""
+        return apply(self.change(name), base)
+
+    def write(self, name: str, live: Tensor, remember: Remember) -> None:
+        """Make the new value of a tensor in the memory of its old one (contiguous).
+
+        Args:
+            remember: takes what puts the old value back, and its bytes, before anything is written.
+
+        """
+        write(self.change(name), live, remember)
+
+    def check_fits(self, scheme: str, specs: Mapping[str, TensorSpec]) -> None:
+        """Whether it is one for an engine that wants these tensors.
+
+        Raises:
+            BrokenDelta: it is of another scheme, of other tensors, or not whole though it has no
+                base.
+
+        """
+        header = self.header
+        if header.scheme != scheme:
+            raise BrokenDelta(
+                f"a bundle is in {header.scheme}, and the engine serves {scheme}. Make a sender "
+                "from flashquant.manifest(...) of this engine."
+            )
+        for name, said in header.tensors.items():
+            spec = specs.get(name)
+            if spec is None or (spec.shape, spec.dtype) != (said.shape, said.dtype):
+                wanted = "none" if spec is None else f"{spec.dtype} {spec.shape}"
+                raise BrokenDelta(
+                    f"{name} in a bundle is {said.dtype} {said.shape}, and the engine wants "
+                    f"{wanted}. Make a sender from flashquant.manifest(...) of this engine."
+                )
+        if self.is_whole and (missing := sorted(specs.keys() - header.tensors.keys())):
+            raise BrokenDelta(f"a whole bundle lacks {missing[0]}. {_AGAIN}")
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write it to a safetensors file: whole, or not at all."""
+        path = Path(path)
+        parts = {name: part.contiguous() for name, part in self.parts.items()}
+        handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        os.close(handle)
+        try:
+            save_file(parts, scratch, metadata={_KEY: self.header.model_dump_json()})
+            with open(scratch, "rb") as written:
+                os.fsync(written.fileno())
+            os.replace(scratch, path)
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(scratch)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Delta:
+        """Read one from a safetensors file.
+
+        Raises:
+            BrokenDelta: it is none, was cut, or contradicts itself.
+
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                header = DeltaHeader.model_validate_json((file.metadata() or {}).get(_KEY, ""))
+                parts = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError, ValidationError) as broken:
+            raise BrokenDelta(f"{path} is no whole bundle ({broken}). {_AGAIN}") from broken
+        return cls(header, parts)
+
+
+def _part_names(name: str, header: DeltaHeader) -> Iterator[str]:
+    form = header.tensors[name].form
+    if form == "whole":
+        yield name
+    else:
+        yield f"{name}{MARK}{form}"
+        yield f"{name}{MARK}values"
+
+
+def _check(found: Change, said: TensorChange, *, whole: bool) -> None:
+    """Raise ValueError unless the tensors of a change are what its header says."""
+    values, numel = found.values, torch.Size(said.shape).numel()
+    if dtype_name(values.dtype) != said.dtype or values.numel() != said.changed:
+        raise ValueError(f"its values are {values.dtype} {tuple(values.shape)}")
+    if found.form == "whole":
+        if tuple(values.shape) != said.shape:
+            raise ValueError(f"it has shape {tuple(values.shape)}, and should have {said.shape}")
+        return
+    if whole:
+        raise ValueError("the bundle has no base, so it cannot be changed in part")
+    places(found, numel)

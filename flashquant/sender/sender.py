@@ -1,0 +1,204 @@
+"""A trainer's weights become what an engine wants: codes and scales, or what changed of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashquant.errors import IncompleteUpdate, MisfitTensor, ReloadError, UnknownWeight
+from flashquant.schemes import (
+    check_dtype,
+    check_finite,
+    check_form,
+    check_plain,
+    fingerprint,
+    quantizer,
+)
+from flashquant.sender.changes import Change, change
+from flashquant.sender.delta import MARK, Delta
+from flashquant.sender.manifest import Manifest, TensorSpec, policy_digest
+
+Weights = Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
+
+
+class Sender:
+    """Makes of a trainer's weights what one engine, or many of a kind, want to be sent.
+
+    Codes are made by the definitions that the engine itself goes by, on the device where the
+    weights are: what comes out is, to the bit, what the engine would make of the same weights.
+
+    Args:
+        manifest: what `flashquant.manifest(target)` returned, or the plain data of it.
+        delta: keep what a bundle held, so that the next one holds what changed. That is one byte
+            a weight in an 8-bit scheme (two of what stays in bf16), where the weights are, and
+            twice that while a bundle is made.
+
+    """
+
+    def __init__(self, manifest: Manifest | Mapping[str, Any], *, delta: bool = False) -> None:
+        """Raises:
+        ReloadError: a tensor of the manifest has a name that a bundle cannot hold.
+
+        """
+        self.manifest = Manifest.model_validate(manifest)
+        self._keeps = delta
+        self._last: dict[str, Tensor] = {}
+        self._fingerprints: dict[str, str] = {}
+        self._version = 0
+        if odd := next((name for name in self.manifest.tensors if MARK in name), None):
+            raise ReloadError(f"{odd}: {MARK} may not be in a name. Push this model in bf16.")
+
+    def stream(self, weights: Weights) -> Iterator[tuple[str, Tensor]]:
+        """Each tensor as the engine wants it, under its checkpoint name; codes before their scales.
+
+        Every door takes them: `flashquant.reload_weights(llm, sender.stream(weights))`.
+
+        Args:
+            weights: `(name, tensor)` pairs or a dict; full tensors, or `DTensor`s, which are
+                gathered one at a time (so every rank has to iterate).
+
+        Raises:
+            UnknownWeight: the engine wants no such tensor.
+            MisfitTensor: its shape, dtype or values are wrong.
+
+        """
+        pairs = weights.items() if isinstance(weights, Mapping) else weights
+        for name, sent in pairs:
+            tensor = _gathered(sent)
+            spec = self.manifest.tensors.get(name)
+            if spec is not None:
+                yield from self._made(name, tensor, spec)
+            elif name in self.manifest.tied:
+                yield name, tensor
+            else:
+                raise UnknownWeight(
+                    f"{name} is none of the {len(self.manifest.tensors)} tensors that the engine "
+                    "wants. Send the names of its checkpoint, without the marks of wrappers."
+                )
+
+    def bundle(self, weights: Weights) -> Delta:
+        """One update: what changed since the last bundle, if the sender keeps that; else all of it.
+
+        Args:
+            weights: a complete set, as `stream` takes it. What fails leaves the last bundle the
+                last.
+
+        Raises:
+            IncompleteUpdate: some tensors are missing.
+            ReloadError: as `stream`.
+
+        """
+        fresh: dict[str, Tensor] = {}
+        changes: dict[str, tuple[TensorSpec, Change]] = {}
+        fingerprints: dict[str, str] = {}
+        with torch.no_grad():
+            for name, value in self._complete(weights):
+                spec, found = self.manifest.tensors[name], change(self._last.get(name), value)
+                if found is None:
+                    fresh[name], fingerprints[name] = self._last[name], self._fingerprints[name]
+                    continue
+                changes[name] = spec, found
+                fingerprints[name] = fingerprint(value)
+                if self._keeps:
+                    fresh[name] = value
+        base = policy_digest(self._fingerprints) if self._last else None
+        made = self._bundled(changes, base, fingerprints)
+        if self._keeps:
+            self._last, self._fingerprints = fresh, fingerprints
+        return made
+
+    def snapshot(self) -> Delta:
+        """The last bundle's policy, whole: for an engine that is not at its base.
+
+        Raises:
+            ReloadError: nothing is kept.
+
+        """
+        if not self._last:
+            raise ReloadError(
+                "this sender keeps no bundle. Make it with delta=True, and call bundle(weights)."
+            )
+        tensors = self.manifest.tensors
+        whole = {name: (tensors[name], Change("whole", None, t)) for name, t in self._last.items()}
+        return self._bundled(whole, None, self._fingerprints)
+
+    def _bundled(
+        self,
+        changes: Mapping[str, tuple[TensorSpec, Change]],
+        base: str | None,
+        fingerprints: Mapping[str, str],
+    ) -> Delta:
+        self._version += 1
+        return Delta.of(
+            changes,
+            scheme=self.manifest.scheme,
+            version=self._version,
+            base=base,
+            digest=policy_digest(fingerprints),
+        )
+
+    def _complete(self, weights: Weights) -> Iterator[tuple[str, Tensor]]:
+        """Each tensor that the engine wants, once, in memory of its own; or an error."""
+        seen, tied = dict[str, str](), dict[str, str]()
+        pairs = weights.items() if isinstance(weights, Mapping) else weights
+        for sent in pairs:
+            for name, value in self.stream([sent]):
+                if name in seen or name in tied:
+                    raise MisfitTensor(f"{name} came twice in one update; send each tensor once")
+                if name in self.manifest.tied:
+                    tied[name] = fingerprint(value)
+                    continue
+                seen[name] = ""
+                own = _own(value, sent[1])
+                if name in self.manifest.tied.values():
+                    seen[name] = fingerprint(own)
+                yield name, own
+        if missing := [name for name in self.manifest.tensors if name not in seen]:
+            raise IncompleteUpdate(
+                f"the update ended without {len(missing)} of the engine's tensors, first "
+                f"{missing[0]}. A bundle is made of a complete set of weights."
+            )
+        for name, found in tied.items():
+            if found != seen[home := self.manifest.tied[name]]:
+                raise MisfitTensor(f"{name} differs from {home}, which the engine holds once")
+
+    def _made(self, name: str, tensor: Tensor, spec: TensorSpec) -> Iterator[tuple[str, Tensor]]:
+        """A tensor as it is wanted; codes that the trainer made itself pass."""
+        check_plain(name, tensor)
+        check_form(name, tensor, spec.shape)
+        check_dtype(name, tensor.dtype, spec.torch_dtype)
+        if spec.scales is None or tensor.dtype == spec.torch_dtype:
+            check_finite(name, tensor, (spec.torch_dtype,))
+            yield name, tensor.detach().to(spec.torch_dtype)
+            return
+        if spec.rounds_to_torch is not None:
+            check_finite(name, tensor, (spec.rounds_to_torch,))
+            tensor = tensor.to(spec.rounds_to_torch)
+        scale_spec = self.manifest.tensors[spec.scales]
+        quantize = quantizer(_form(spec), _form(scale_spec), name)
+        rows = tensor.detach().reshape(-1, spec.shape[-1]).contiguous()
+        codes, scales = quantize(rows, None)
+        check_finite(name, scales)  # a row that holds NaN or Inf has such a scale
+        yield name, codes.reshape(spec.shape)
+        yield spec.scales, scales.reshape(scale_spec.shape).to(scale_spec.torch_dtype)
+
+
+def _gathered(sent: Any) -> Any:
+    """All of a sharded tensor, which every rank has to ask for; anything else as it is."""
+    full = getattr(sent, "full_tensor", None)
+    return sent if full is None else full()
+
+
+def _own(value: Tensor, sent: Tensor) -> Tensor:
+    """The value in memory that no trainer writes into."""
+    value = value.contiguous()
+    theirs = isinstance(sent, Tensor) and not hasattr(sent, "full_tensor")
+    same = theirs and value.untyped_storage().data_ptr() == sent.untyped_storage().data_ptr()
+    return value.clone() if same else value
+
+
+def _form(spec: TensorSpec) -> Tensor:
+    return torch.empty(spec.shape, dtype=spec.torch_dtype, device="meta")

@@ -1,0 +1,266 @@
+"""Codes made by a sender, and what changed of them, on the real engine."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import flashquant
+from flashquant.errors import BrokenDelta, MisfitTensor, StaleBase
+from flashquant.sender import Delta, Manifest, Sender
+from tests.engine.processes import CORES, run
+from tests.engine.serving import BY_ROW, Serving, needs, serve
+from tools.models.policies import FP8, SCHEMES, Policies, config_name
+
+pytestmark = pytest.mark.engine
+
+CODES = {"int8": torch.int8, "fp8_channel": torch.float8_e4m3fn}
+O_PROJ = "model.layers.0.self_attn.o_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def policies(tmp_path_factory: pytest.TempPathFactory) -> Policies:
+    return Policies(tmp_path_factory.mktemp("policies"), "qwen2")
+
+
+@pytest.fixture(params=list(CODES))
+def live(request: pytest.FixtureRequest, policies: Policies) -> Iterator[Serving]:
+    serving = serve(policies.bf16("a"), request.param)
+    flashquant.reload_weights(serving.llm, policies.tensors("a"))
+    yield serving
+    flashquant.reload_weights(serving.llm, policies.tensors("a"))
+
+
+def test_an_engine_says_the_same_of_what_it_wants_through_every_target(live: Serving) -> None:
+    worker = live.llm.llm_engine.model_executor.driver_worker.worker
+
+    manifest = flashquant.manifest(live.llm)
+
+    assert isinstance(manifest, Manifest)
+    assert flashquant.manifest(worker) == flashquant.manifest(live.model) == manifest
+    assert manifest.tensors[O_PROJ].torch_dtype == CODES[live.scheme]
+    assert manifest.tensors[f"{O_PROJ}_scale"].shape == (256, 1)
+
+
+def stepped(weights: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
+    """One step of a trainer: every weight moves, by about a part in a thousand."""
+    dice = torch.Generator().manual_seed(seed)
+    return {
+        name: (t.float() * (1 + 1e-3 * torch.randn(t.shape, generator=dice))).to(t.dtype)
+        for name, t in weights.items()
+    }
+
+
+@pytest.fixture
+def other(live: Serving, policies: Policies) -> Serving:
+    """Another engine of the scheme, for whole reloads of the same weights."""
+    return serve(policies.served("b", live.scheme), config_name(live.scheme))
+
+
+def test_codes_that_a_sender_made_are_those_that_the_engine_would_make(
+    live: Serving, other: Serving, policies: Policies
+) -> None:
+    """Through the door that takes bf16; half of the bytes."""
+    weights = policies.tensors("b")
+    whole = flashquant.reload_weights(other.llm, weights)
+
+    sender = Sender(flashquant.manifest(live.llm))
+    report = flashquant.reload_weights(live.llm, sender.stream(weights))
+
+    assert report.digest == whole.digest
+    assert report.bytes_in < whole.bytes_in
+    live.snapshot().assert_same(other.snapshot())
+
+
+def test_twenty_deltas_in_a_row_are_twenty_whole_reloads(
+    live: Serving, other: Serving, policies: Policies
+) -> None:
+    """The same digest after each; the same tokens and log-probs at the end."""
+    weights = policies.tensors("b")
+    sender = Sender(flashquant.manifest(live.llm), delta=True)
+    whole = sender.bundle(weights)
+    flashquant.apply_delta(live.llm, whole)
+
+    for seed in range(20):
+        weights = stepped(weights, seed)
+        delta = sender.bundle(weights)
+        report = flashquant.apply_delta(live.llm, delta)
+
+        assert report.digest == flashquant.reload_weights(other.llm, weights).digest
+        assert flashquant.manifest(live.llm).digest == delta.header.digest
+        assert not delta.is_whole
+        assert delta.nbytes < whole.nbytes
+
+    live.snapshot().assert_same(other.snapshot())
+    assert flashquant.status(live.llm).foreign == ()
+    flashquant.reload_weights(live.llm, weights)
+    assert flashquant.status(live.llm).digest == report.digest
+
+
+@pytest.mark.parametrize("scheme", [*SCHEMES, FP8])
+def test_every_scheme_takes_deltas(policies: Policies, scheme: str) -> None:
+    """Where codes cannot be sent, changed floats are."""
+    live, other = (
+        serve(policies.served(policy, scheme), config_name(scheme)) for policy in ("a", "b")
+    )
+    weights = policies.tensors("b")
+    sender = Sender(flashquant.manifest(live.llm), delta=True)
+    flashquant.apply_delta(live.llm, sender.bundle(weights))
+
+    for seed in range(3):
+        weights = stepped(weights, seed)
+        report = flashquant.apply_delta(live.llm, sender.bundle(weights))
+
+    assert report.digest == flashquant.reload_weights(other.llm, weights).digest
+    live.snapshot().assert_same(other.snapshot())
+
+
+@pytest.mark.parametrize("scheme", ["int8", "fp8_channel"])
+def test_a_model_with_a_tied_head_takes_deltas(scheme: str, tmp_path: Path) -> None:
+    policies = Policies(tmp_path, "tied")
+    live, other = (serve(policies.bf16(policy), scheme) for policy in "ab")
+    weights = policies.tensors("b")
+    sender = Sender(flashquant.manifest(live.llm), delta=True)
+    flashquant.apply_delta(live.llm, sender.bundle(weights))
+
+    report = flashquant.apply_delta(live.llm, sender.bundle(stepped(weights, 1)))
+
+    whole = flashquant.reload_weights(other.llm, stepped(weights, 1))
+    assert report.digest == whole.digest
+    live.snapshot().assert_same(other.snapshot())
+
+
+def test_a_file_does_as_well_as_an_object_and_a_worker_as_an_llm(
+    live: Serving, policies: Policies, tmp_path: Path
+) -> None:
+    sender = Sender(flashquant.manifest(live.llm), delta=True)
+    sender.bundle(policies.tensors("b")).save(tmp_path / "1.safetensors")
+    delta = sender.bundle(stepped(policies.tensors("b"), 1))
+    worker = live.llm.llm_engine.model_executor.driver_worker.worker
+
+    flashquant.apply_delta(live.llm, tmp_path / "1.safetensors")
+    flashquant.apply_delta(worker, delta)
+
+    assert flashquant.manifest(live.model).digest == delta.header.digest
+
+
+def test_only_the_first_delta_needs_a_whole_bundle_and_only_where_kernels_pack(
+    live: Serving, policies: Policies
+) -> None:
+    """An engine that shows its codes knows by itself which policy it serves."""
+    manifest = flashquant.manifest(live.llm)
+    sender = Sender(manifest, delta=True)
+    first = sender.bundle(policies.tensors("a"))
+    delta = sender.bundle(stepped(policies.tensors("a"), 1))
+    before = live.snapshot()
+
+    if manifest.digest is None:
+        with pytest.raises(StaleBase, match="packed for a kernel"):
+            flashquant.apply_delta(live.llm, delta)
+        live.snapshot().assert_same(before)
+        flashquant.apply_delta(live.llm, first)
+    else:
+        assert manifest.digest == first.header.digest
+    flashquant.apply_delta(live.llm, delta)
+
+    assert flashquant.manifest(live.llm).digest == delta.header.digest
+
+
+def test_a_bundle_that_cannot_be_applied_leaves_every_bit_as_it_was(
+    live: Serving, policies: Policies, tmp_path: Path
+) -> None:
+    """Skipped, sent twice, cut, spoilt on its way, of another engine; then the good one goes in."""
+    sender = Sender(flashquant.manifest(live.llm), delta=True)
+    weights = policies.tensors("b")
+    flashquant.apply_delta(live.llm, sender.bundle(weights))
+    before = live.snapshot()
+    good = sender.bundle(stepped(weights, 1))
+    later = sender.bundle(stepped(weights, 2))
+    file = tmp_path / "cut.safetensors"
+    good.save(file)
+    file.write_bytes(file.read_bytes()[:-1])
+    elsewhere = good.header.model_copy(update={"scheme": "bf16"})
+
+    bad = [later, file, Delta(elsewhere, good.parts), *spoilt(good, 40)]
+    for bundle in bad:
+        with pytest.raises((StaleBase, BrokenDelta, MisfitTensor)):
+            flashquant.apply_delta(live.llm, bundle)
+        assert flashquant.status(live.llm).digest == before.digest
+    live.snapshot().assert_same(before)
+
+    flashquant.apply_delta(live.llm, good)
+    with pytest.raises(StaleBase, match=f"the engine serves {good.header.digest}"):
+        flashquant.apply_delta(live.llm, good)
+    flashquant.apply_delta(live.llm, later)
+    assert flashquant.manifest(live.llm).digest == later.header.digest
+
+
+def spoilt(delta: Delta, count: int) -> Iterator[Delta]:
+    """One bit of a value is another one."""
+    dice = random.Random(0)
+    values = [name for name, part in delta.parts.items() if "#" not in name or "#values" in name]
+    for name in dice.sample(values, min(count, len(values))):
+        part = delta.parts[name].clone()
+        part.view(-1).view(torch.uint8)[dice.randrange(part.nbytes)] ^= 1 << dice.randrange(8)
+        yield Delta(delta.header, delta.parts | {name: part})
+
+
+def test_after_a_whole_reload_a_delta_is_stale_until_a_snapshot(
+    live: Serving, policies: Policies
+) -> None:
+    sender = Sender(flashquant.manifest(live.llm), delta=True)
+    flashquant.apply_delta(live.llm, sender.bundle(policies.tensors("b")))
+    flashquant.reload_weights(live.llm, policies.tensors("a"))
+    delta = sender.bundle(stepped(policies.tensors("b"), 1))
+
+    with pytest.raises(StaleBase):
+        flashquant.apply_delta(live.llm, delta)
+    flashquant.apply_delta(live.llm, sender.snapshot())
+
+    assert flashquant.manifest(live.llm).digest == delta.header.digest
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    ["int8", pytest.param("fp8_channel", marks=needs(">=0.28", "scales of whole rows over ranks"))],
+)
+def test_two_ranks_apply_a_delta_together_or_not_at_all(policies: Policies, scheme: str) -> None:
+    """Each holds a shard of every tensor, and keeps the whole ones as they were sent."""
+    answer = run(
+        "deltas",
+        "ranks",
+        policies.bf16("a"),
+        policies.bf16("b"),
+        FLASHRL_CONFIG=scheme,
+        VLLM_ENABLE_V1_MULTIPROCESSING="1",
+        VLLM_ALLOW_INSECURE_SERIALIZATION="1",  # to send the workers a fault
+        VLLM_CPU_OMP_THREADS_BIND=CORES,
+    )
+
+    assert answer["digest before"] is None
+    assert answer["digest"][0] == answer["digest"][1]
+    assert answer["whole"] == answer["reload"]
+    assert answer["failed"][:2] == ["ReloadError", "rank 1: MemoryError: injected"]
+    assert answer["after failure"] == answer["whole"]
+    assert answer["delta"] == answer["reload of the same"] != answer["whole"]
+    assert answer["stale"][0] == "StaleBase"
+    assert answer["after stale"] == answer["delta"]
+
+
+def test_an_async_engine_takes_deltas(policies: Policies) -> None:
+    answer = run(
+        "deltas",
+        "asynchronous",
+        policies.bf16("a"),
+        policies.bf16("b"),
+        FLASHRL_CONFIG=BY_ROW,
+        VLLM_ALLOW_INSECURE_SERIALIZATION="1",
+    )
+
+    assert answer["delta"] == answer["reload"]
+    assert answer["stale"][0] == "StaleBase"
