@@ -20,6 +20,7 @@ from flashquant.plan.weights import (
     few_at_a_time,
     named_tensors,
     naming_the_file,
+    stored_names,
 )
 from flashquant.plan.wrappers import Names
 from flashquant.plan.writes import Fill, Replay, Step, TensorPlan, View, Write, WritePlan
@@ -42,6 +43,7 @@ __all__ = [
     "named_tensors",
     "naming_the_file",
     "storage_of",
+    "stored_names",
     "tensors_in",
     "written_by",
 ]

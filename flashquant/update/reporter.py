@@ -119,6 +119,7 @@ class Reporter:
             direct=tuple(by_road["direct"]),
             staged=tuple(by_road["staged"]),
             fallback=tuple(by_road["fallback"]),
+            in_bf16=self._engine.in_bf16,
         )
 
     def report(self, update: Update, now: float, *, pause: float) -> ReloadReport:

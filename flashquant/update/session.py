@@ -11,6 +11,7 @@ apart). Inside a bracket (`begin` to `finish`) nothing is committed until the en
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -90,6 +91,11 @@ class Session:
     def plan(self) -> WritePlan:
         """Where every name seen so far lands."""
         return self._planner.plan
+
+    @property
+    def landed(self) -> Mapping[str, tuple[str, ...]]:
+        """The parameters in which each tensor of the checkpoint has landed, by its name."""
+        return self._planner.landed
 
     @property
     def live(self) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import fnmatch
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import vllm
@@ -22,11 +22,18 @@ from flashquant.config.locate import Located, locate, locate_in_model, split_rev
 from flashquant.config.schema import FlashConfig, RolloutConfig, config_from_env
 from flashquant.config.schemes import SCHEMES, W8A8, Scheme
 from flashquant.errors import ConfigError
-from flashquant.patches.decided import ADDITIONAL_CONFIG_KEY, PROFILE_KEY, STARTS_ON_FLOATS
+from flashquant.patches.decided import (
+    ADDITIONAL_CONFIG_KEY,
+    KEPT_KEY,
+    PROFILE_KEY,
+    STARTS_ON_FLOATS,
+)
 from flashquant.patches.guard import vllm_is
 from flashquant.patches.point import PatchPoint
+from flashquant.patches.seams.kept import keep_in_bf16
 from flashquant.patches.seams.logprobs import configure_logprobs
 from flashquant.profiles import load_profile
+from flashquant.update import some_of
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +97,7 @@ def configure(args: Any, config: RolloutConfig, checks: Checks) -> None:
     own = checkpoint.get("quantization_config")
     asked = SCHEMES[config.scheme]
     scheme = asked.held_as or asked.name
+    kept = keep_in_bf16(args, config.keep, checkpoint)
     profile = _profile_of(config)
     if profile is None and config.scheme == "int8_prune":
         raise ConfigError(
@@ -103,6 +111,8 @@ def configure(args: Any, config: RolloutConfig, checks: Checks) -> None:
             f"{args.model} is not quantized. Name that checkpoint under `model`, or leave "
             "`profile` out for plain per-channel int8."
         )
+    if profile is not None:
+        _refuse_scaled(kept, profile)
     if own is not None:
         _check_same_scheme(own, scheme, args.model)
     elif scheme == "int8":
@@ -117,15 +127,17 @@ def configure(args: Any, config: RolloutConfig, checks: Checks) -> None:
         )
     if config.params_to_ignore:
         logger.warning(
-            "params_to_ignore has no effect: what a reload writes is learned from vLLM's loader. "
-            "To keep layers in bf16, give the engine quantization_config={'ignore': [...]}"
+            "params_to_ignore has no effect, as in FlashRL, which never reads it: what a reload "
+            "writes is learned from vLLM's loader. To keep layers in bf16, write `keep`"
         )
     decided: dict[str, Any] = {
         "scheme": scheme,
         STARTS_ON_FLOATS: own is None,
         "checks": checks.model_dump(),
     }
-    by = ""
+    if kept:
+        decided[KEPT_KEY] = kept
+    by = f", {len(kept)} modules kept in bf16" if kept else ""
     if profile is not None:
         decided[PROFILE_KEY] = {
             "reference": profile.reference,
@@ -134,7 +146,7 @@ def configure(args: Any, config: RolloutConfig, checks: Checks) -> None:
             "warn_above": config.clipped_warning,
             "prunes": config.scheme == "int8_prune",
         }
-        by = f" by {profile.reference}, scales {config.scales}"
+        by += f" by {profile.reference}, scales {config.scales}"
     args.additional_config = {**(args.additional_config or {}), ADDITIONAL_CONFIG_KEY: decided}
     logger.info("flashquant serves %s in %s%s", args.model, config.scheme, by)
 
@@ -195,6 +207,16 @@ def _profile_of(config: RolloutConfig) -> Located | None:
     return next((profile for profile in found if profile is not None), None)
 
 
+def _refuse_scaled(kept: Iterable[str], profile: Located) -> None:
+    """A layer whose columns a profile scales would need scaled weights in bf16, too."""
+    entries = load_profile(profile.path).entries if kept else {}
+    if wrong := next((module for module in kept if f"{module}.weight" in entries), None):
+        raise ConfigError(
+            f"keep: {wrong} stays in bf16, but the profile {profile.reference} scales it together "
+            "with the norm in front of it. Leave it out of keep, or `profile` out of the entry."
+        )
+
+
 def _set_quantization(args: Any, quantization: str, scheme: str) -> None:
     same = {quantization, "fp8"} if scheme == "fp8_vllm" else {quantization}
     if args.quantization is not None and args.quantization not in same:
@@ -231,7 +253,7 @@ def _serve_as_w8a8(args: Any) -> None:
     _check_same_scheme({**W8A8, **theirs}, "int8", "the model of hf_overrides")
     asked = [*(theirs.get("ignore") or ()), *_ignored_by_arguments(args)]
     if ignored := [pattern for pattern in asked if pattern not in W8A8["ignore"]]:
-        logger.info("layers that match %s are not quantized", ", ".join(ignored))
+        logger.info("layers that match %s are not quantized", some_of(ignored))
     ours = {**W8A8, **theirs, "ignore": [*W8A8["ignore"], *ignored]}
     args.hf_overrides = {**overrides, "quantization_config": ours}
     _set_quantization(args, "compressed-tensors", "int8")
