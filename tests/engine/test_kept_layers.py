@@ -75,7 +75,7 @@ def test_int8_leaves_in_bf16_what_it_is_asked_to(
 
 
 KEEPS = ["lm_head", "*.down_proj", {"first": 1}]
-SERVED = ("int8", "fp8_vllm", "fp8_channel")
+SERVED = ("int8", "fp8_vllm", "fp8_channel", "fp8_tensor")
 
 
 def written(folder: Path, **entry: Any) -> str:
@@ -90,7 +90,7 @@ def keeping(
     request: pytest.FixtureRequest, policies: Policies, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Serving, Serving]:
     """Engines on A and on B that keep the first block and every down_proj."""
-    if request.param == "fp8_channel" and request.param != BY_ROW:
+    if request.param in ("fp8_channel", "fp8_tensor") and BY_ROW != "fp8_channel":
         pytest.skip("this vLLM has no online fp8 by channel")
     config = written(tmp_path_factory.mktemp("configs"), fn=request.param, keep=KEEPS)
     live, fresh = (serve(policies.bf16(policy), config) for policy in "ab")
@@ -201,6 +201,30 @@ def test_experts_are_kept_whole_and_routers_anyway(
     kept = flashquant.status(live.llm).in_bf16
     assert kept
     assert all(keep[0].strip("*.") in name or name.endswith("gate") for name in kept)
+
+
+@pytest.mark.parametrize("scheme", ["fp8_tensor", "fp8_channel"])
+def test_a_list_of_flashrl_quantizes_what_it_lists_and_keeps_the_rest(
+    scheme: str, policies: Policies, tmp_path: Path
+) -> None:
+    """Its configuration as `flashrl setup` writes it, but for the load format and the executor."""
+    listed = [name for name in policies.tensors("a") if ".mlp." in name]
+    torch.save(listed, tmp_path / "profile.pt")
+    config = written(tmp_path, fn=scheme, profile=str(tmp_path / "profile.pt"))
+    live, fresh = (serve_by_channel(policies.bf16(policy), config, scheme) for policy in "ab")
+
+    flashquant.reload_weights(live.llm, policies.tensors("b"))
+
+    live.snapshot().assert_same(fresh.start)
+    kept = flashquant.status(live.llm).in_bf16
+    assert {name.split(".")[-2] for name in kept} == {"self_attn"}
+    assert len(kept) == 8
+
+
+def serve_by_channel(checkpoint: Path, config: str, scheme: str) -> Serving:
+    if BY_ROW != "fp8_channel":
+        pytest.skip(f"this vLLM is not asked for {scheme}")
+    return serve(checkpoint, config)
 
 
 REFUSED = {

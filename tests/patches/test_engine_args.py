@@ -12,7 +12,7 @@ from vllm.engine.arg_utils import EngineArgs
 
 from flashquant.config.checks import Checks
 from flashquant.config.schema import FlashConfig, RolloutConfig
-from flashquant.config.schemes import W8A8
+from flashquant.config.schemes import COMPRESSED, W8A8
 from flashquant.errors import ConfigError, ProfileError
 from flashquant.patches.seams import engine_args
 from flashquant.patches.seams import kept as kept_seam
@@ -114,10 +114,74 @@ def test_ranks_that_would_scale_their_own_shards_are_refused(
         configured(bf16, RolloutConfig(fn="fp8_channel"), tensor_parallel_size=2)
 
 
-@pytest.mark.parametrize("name", ["fp8_tensor"])
-def test_a_valid_name_that_is_not_built_says_what_to_use(bf16: Path, name: str) -> None:
-    with pytest.raises(ConfigError, match=r"not built yet; (fp8_vllm|int8)"):
-        configured(bf16, RolloutConfig(fn=name))
+def test_a_valid_name_that_a_version_does_not_serve_says_what_to_use(
+    bf16: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_args, "vllm_is", lambda versions: False)
+
+    with pytest.raises(ConfigError, match=r"fp8_tensor is a valid name, .* fp8_vllm stores one"):
+        configured(bf16, RolloutConfig(fn="fp8_tensor"))
+
+
+FLASHRLS = (
+    *("bf16", "fp8", "fp8_fast", "fp8_vllm", "fp8_vllm_fast", "fp8_channel", "fp8_tensor"),
+    *("int8", "int8_fast", "int8_wo_prune", "int8_prune"),
+)
+
+
+@pytest.mark.parametrize("name", FLASHRLS)
+def test_every_name_of_flashrl_is_served(bf16: Path, w8a8: Path, name: str) -> None:
+    """Those that `flashrl setup --fn` takes in 1.0.3; with a model where it wants one."""
+    model = str(w8a8) if name == "int8_prune" else None
+
+    args = configured(bf16, RolloutConfig(fn=name, model=model))
+
+    assert args.additional_config["flashquant"]["scheme"] == RolloutConfig(fn=name).scheme.replace(
+        "_prune", ""
+    )
+
+
+def test_fp8_by_tensor_serves_a_bf16_checkpoint_as_one_with_a_scale_a_channel(bf16: Path) -> None:
+    args = configured(bf16, RolloutConfig(fn="fp8_tensor"))
+
+    assert args.quantization == "compressed-tensors"
+    assert args.hf_overrides == {"quantization_config": COMPRESSED["fp8_tensor"]}
+
+
+LISTED = [f"model.layers.{i}.mlp.{n}_proj.weight" for i in (0, 1) for n in ("gate", "up", "down")]
+
+
+@pytest.mark.parametrize("name", ["fp8_tensor", "fp8_channel"])
+def test_a_list_of_flashrl_says_what_is_quantized(bf16: Path, tmp_path: Path, name: str) -> None:
+    torch.save(LISTED, tmp_path / "profile.pt")
+
+    args = configured(bf16, RolloutConfig(fn=name, profile=str(tmp_path / "profile.pt")))
+
+    kept = args.additional_config["flashquant"]["kept"]
+    assert "model.layers.0.self_attn.q_proj" in kept
+    assert not any(".mlp." in module for module in kept)
+    own = args.hf_overrides["quantization_config"] if name == "fp8_tensor" else None
+    assert "model.layers.1.self_attn.o_proj" in (
+        own["ignore"] if own else args.quantization_config.ignore
+    )
+
+
+@pytest.mark.parametrize(
+    ("held", "says", "error"),
+    [
+        (["model.layers.0.mlp.downproj.weight"], r"lists .*downproj.*mlp\.down_proj", ConfigError),
+        ({"a": 1}, "holds a dict, but the profile of an fp8 scheme is a list", ProfileError),
+        ([], "lists no weight", ProfileError),
+    ],
+    ids=["another model's", "for int8", "empty"],
+)
+def test_a_list_that_cannot_be_meant_is_refused(
+    bf16: Path, tmp_path: Path, held: object, says: str, error: type[Exception]
+) -> None:
+    torch.save(held, tmp_path / "profile.pt")
+
+    with pytest.raises(error, match=says):
+        configured(bf16, RolloutConfig(fn="fp8_tensor", profile=str(tmp_path / "profile.pt")))
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from vllm.config.quantization import resolve_quantization_config
 from flashquant.config.checks import Checks, checks_from_env
 from flashquant.config.locate import Located, locate, locate_in_model, split_revision
 from flashquant.config.schema import FlashConfig, RolloutConfig, config_from_env
-from flashquant.config.schemes import SCHEMES, W8A8, Scheme
+from flashquant.config.schemes import COMPRESSED, SCHEMES, Scheme
 from flashquant.errors import ConfigError
 from flashquant.patches.decided import (
     ADDITIONAL_CONFIG_KEY,
@@ -97,7 +97,7 @@ def configure(args: Any, config: RolloutConfig, checks: Checks) -> None:
     own = checkpoint.get("quantization_config")
     asked = SCHEMES[config.scheme]
     scheme = asked.held_as or asked.name
-    kept = keep_in_bf16(args, config.keep, checkpoint)
+    kept = keep_in_bf16(args, config, checkpoint)
     profile = _profile_of(config)
     if profile is None and config.scheme == "int8_prune":
         raise ConfigError(
@@ -115,8 +115,8 @@ def configure(args: Any, config: RolloutConfig, checks: Checks) -> None:
         _refuse_scaled(kept, profile)
     if own is not None:
         _check_same_scheme(own, scheme, args.model)
-    elif scheme == "int8":
-        _serve_as_w8a8(args)
+    elif scheme in COMPRESSED:
+        _serve_as_compressed(args, scheme)
     elif asked.online is not None:
         _refuse_overrides(args, config.scheme)
         _set_quantization(args, asked.online, asked.name)
@@ -194,7 +194,7 @@ def _profile_of(config: RolloutConfig) -> Located | None:
 
     """
     if not SCHEMES[config.scheme].takes_profile:
-        if config.profile is not None:
+        if config.profile is not None and not SCHEMES[config.scheme].lists_layers:
             logger.warning(
                 "%s needs no profile; %s is not read, as in FlashRL", config.fn, config.profile
             )
@@ -237,33 +237,35 @@ def _refuse_overrides(args: Any, scheme: str) -> None:
         )
 
 
-def _serve_as_w8a8(args: Any) -> None:
-    """Give a bf16 checkpoint the quantization config of its W8A8 twin.
+def _serve_as_compressed(args: Any, scheme: str) -> None:
+    """Give a bf16 checkpoint the quantization config of its compressed-tensors twin.
 
-    vLLM has no online int8 for dense layers. A bf16 checkpoint is therefore served
-    as if it were a compressed-tensors W8A8 one, and quantized on its way in.
+    vLLM has no online int8 for dense layers, and none by tensor with scales of channels. A bf16
+    checkpoint is therefore served as if it were one that holds codes, and quantized on its way in.
     """
+    twin = COMPRESSED[scheme]
     if callable(args.hf_overrides):
         raise ConfigError(
-            "int8 on a bf16 checkpoint adds a quantization_config to hf_overrides, which was given "
-            "as a function. Pass hf_overrides as a dict, or serve a W8A8 checkpoint."
+            f"{scheme} on a bf16 checkpoint adds a quantization_config to hf_overrides, which was "
+            "given as a function. Pass hf_overrides as a dict, or serve a checkpoint that is "
+            "quantized already."
         )
     overrides = dict(args.hf_overrides or {})
     theirs = overrides.get("quantization_config") or {}
-    _check_same_scheme({**W8A8, **theirs}, "int8", "the model of hf_overrides")
-    asked = [*(theirs.get("ignore") or ()), *_ignored_by_arguments(args)]
-    if ignored := [pattern for pattern in asked if pattern not in W8A8["ignore"]]:
+    _check_same_scheme({**twin, **theirs}, scheme, "the model of hf_overrides")
+    asked = [*(theirs.get("ignore") or ()), *_ignored_by_arguments(args, scheme)]
+    if ignored := [pattern for pattern in asked if pattern not in twin["ignore"]]:
         logger.info("layers that match %s are not quantized", some_of(ignored))
-    ours = {**W8A8, **theirs, "ignore": [*W8A8["ignore"], *ignored]}
+    ours = {**twin, **theirs, "ignore": [*twin["ignore"], *ignored]}
     args.hf_overrides = {**overrides, "quantization_config": ours}
-    _set_quantization(args, "compressed-tensors", "int8")
+    _set_quantization(args, "compressed-tensors", scheme)
 
 
-def _ignored_by_arguments(args: Any) -> list[str]:
+def _ignored_by_arguments(args: Any, scheme: str) -> list[str]:
     """What vLLM's own argument leaves in bf16; it is taken over from there.
 
     Raises:
-        ConfigError: it asks for something else, of which int8 knows nothing.
+        ConfigError: it asks for something else, of which the scheme knows nothing.
 
     """
     theirs = vars(args).get("quantization_config")
@@ -272,9 +274,9 @@ def _ignored_by_arguments(args: Any) -> list[str]:
     settings = theirs if isinstance(theirs, Mapping) else vars(theirs)
     if odd := sorted(name for name, value in settings.items() if value and name != "ignore"):
         raise ConfigError(
-            f"FLASHRL_CONFIG asks for int8, and the engine was given a quantization_config with "
-            f"{', '.join(odd)}, which vLLM has for its online schemes only. Leave it out; `ignore` "
-            "names layers that stay in bf16."
+            f"FLASHRL_CONFIG asks for {scheme}, and the engine was given a quantization_config "
+            f"with {', '.join(odd)}, which vLLM has for its online schemes only. Leave it out; "
+            "`ignore` names layers that stay in bf16."
         )
     args.quantization_config = None
     return [_as_regex(pattern) for pattern in settings.get("ignore") or ()]
@@ -296,7 +298,8 @@ def _check_same_scheme(own: Mapping[str, Any], scheme: str, model: str) -> None:
     raise ConfigError(
         f"{model} is quantized already ({own.get('quant_method')}, {sorted(map(str, stored))}), "
         f"and FLASHRL_CONFIG asks for {scheme}. Serve the bf16 checkpoint in {scheme}, or ask for "
-        "what this one holds: int8 for W8A8, fp8_channel for fp8 with channel scales."
+        "what this one holds: int8 for W8A8, fp8_channel (or fp8_tensor, whose pushes have one "
+        "scale a tensor) for fp8 with channel scales."
     )
 
 

@@ -15,7 +15,7 @@ import dataclasses
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,13 @@ from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 
-from flashquant.config.keep import Kept, kept_modules, modules_of, with_parents
+from flashquant.config.keep import kept_modules, modules_of, nearest, with_parents
 from flashquant.config.locate import locate_in_model
+from flashquant.config.schema import RolloutConfig
+from flashquant.config.schemes import SCHEMES
 from flashquant.errors import ConfigError, ReloadError
 from flashquant.plan import stored_names
+from flashquant.profiles import load_names
 
 _QUANTIZABLE = (UnquantizedLinearMethod, UnquantizedFusedMoEMethod)
 _IN_BF16 = (*_QUANTIZABLE, UnquantizedEmbeddingMethod)
@@ -37,12 +40,16 @@ _IN_BF16 = (*_QUANTIZABLE, UnquantizedEmbeddingMethod)
 _WITH_NAMES = ("model.safetensors.index.json", "model.safetensors")
 
 
-def keep_in_bf16(args: Any, keep: Iterable[Kept], checkpoint: Mapping[str, Any]) -> tuple[str, ...]:
+def keep_in_bf16(
+    args: Any, config: RolloutConfig, checkpoint: Mapping[str, Any]
+) -> tuple[str, ...]:
     """Write the modules that an entry keeps into vLLM's engine arguments.
+
+    FlashRL's profile of an fp8 scheme is a list of what is quantized; all others are kept.
 
     Args:
         args: vLLM's `EngineArgs`, changed in place.
-        keep: of the entry.
+        config: the entry.
         checkpoint: the model's configuration.
 
     Returns:
@@ -50,12 +57,16 @@ def keep_in_bf16(args: Any, keep: Iterable[Kept], checkpoint: Mapping[str, Any])
 
     Raises:
         ConfigError: one of them matches nothing, is quantized already, or cannot be looked for.
+        ProfileError: the profile is no list of names.
 
     """
-    if not keep:
+    listed = config.profile if SCHEMES[config.scheme].lists_layers else None
+    if not config.keep and listed is None:
         return ()
     names = _names_in(args.model, args.revision)
-    kept = kept_modules(keep, names, _depth_of(checkpoint))
+    kept = kept_modules(config.keep, names, _depth_of(checkpoint))
+    if listed is not None:
+        kept = tuple(sorted({*kept, *_unlisted(listed, names)}))
     _refuse_quantized(kept, names, args.model)
     if checkpoint.get("quantization_config") is None:
         _ignore_also(args, _patterns(frozenset(kept), modules_of(names)))
@@ -133,6 +144,23 @@ def _names_in(model: str, revision: str | None) -> tuple[str, ...]:
     )
 
 
+def _unlisted(profile: str, names: tuple[str, ...]) -> Iterator[str]:
+    """The modules of a checkpoint of which a FlashRL profile lists no weight.
+
+    Raises:
+        ConfigError: it lists one that the checkpoint does not have.
+
+    """
+    listed, modules = load_names(profile), modules_of(names)
+    if foreign := next((name for name in listed if name not in names), None):
+        raise ConfigError(
+            f"the profile {profile} lists {foreign}, which the checkpoint does not have; "
+            f"{nearest(modules_of([foreign])[0], modules)}. Use the profile of this model."
+        )
+    quantized = set(modules_of(listed))
+    return (module for module in modules if module not in quantized)
+
+
 def _depth_of(checkpoint: Mapping[str, Any]) -> int | None:
     """How many blocks the language model has, where the configuration says so."""
     own = checkpoint.get("text_config")
@@ -146,7 +174,7 @@ def _refuse_quantized(kept: Iterable[str], names: Iterable[str], model: str) -> 
     if wrong := next((module for module in kept if module in codes), None):
         raise ConfigError(
             f"keep: {wrong} is quantized already in {model}. Serve the bf16 checkpoint, or leave "
-            "it out of keep."
+            "it out of keep (and in the list of a FlashRL profile)."
         )
 
 
