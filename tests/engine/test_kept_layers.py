@@ -203,6 +203,22 @@ def test_experts_are_kept_whole_and_routers_anyway(
     assert all(keep[0].strip("*.") in name or name.endswith("gate") for name in kept)
 
 
+@pytest.mark.parametrize("scheme", ["int8", "fp8_vllm"])
+def test_names_are_those_of_the_checkpoint_where_vllm_has_others(
+    scheme: str, tmp_path: Path
+) -> None:
+    """GPT-OSS: `self_attn` is `attn` in vLLM; its experts have no kernel here but that of bf16."""
+    policies = Policies(tmp_path, "gpt-oss")
+    config = written(tmp_path, fn=scheme, keep=["*.experts", "*.self_attn.o_proj"])
+    live, fresh = (serve(policies.bf16(policy), config) for policy in "ab")
+
+    flashquant.reload_weights(live.llm, policies.tensors("b"))
+
+    live.snapshot().assert_same(fresh.start)
+    kept = flashquant.status(live.llm).in_bf16
+    assert {name.rpartition(".")[2] for name in kept} == {"experts", "o_proj"}
+
+
 @pytest.mark.parametrize("scheme", ["fp8_tensor", "fp8_channel"])
 def test_a_list_of_flashrl_quantizes_what_it_lists_and_keeps_the_rest(
     scheme: str, policies: Policies, tmp_path: Path

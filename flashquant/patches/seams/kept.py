@@ -4,9 +4,9 @@
                                                           ->  where they landed is not quantized
 
 Names are of the checkpoint, and vLLM matches those of its modules. It maps the one to the other
-for compressed-tensors only, so each is asked for by its name, which is mapped, and by an expression
-that holds below any prefix. Whether that was enough is not believed: when the checkpoint is loaded,
-the write plan tells which layer every name landed in.
+for compressed-tensors only, so each is asked for by its name, which is mapped (here, for the online
+schemes), and by an expression that holds below any prefix. Whether that was enough is not
+believed: when the checkpoint is loaded, the write plan tells which layer every name landed in.
 """
 
 from __future__ import annotations
@@ -21,10 +21,13 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from vllm.config import VllmConfig
 from vllm.model_executor.layers.fused_moe import UnquantizedFusedMoEMethod
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+from vllm.model_executor.layers.quantization.online.base import OnlineQuantizationConfig
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+from vllm.model_executor.model_loader.utils import get_model_architecture
 
 from flashquant.config.keep import kept_modules, modules_of, nearest, with_parents
 from flashquant.config.locate import locate_in_model
@@ -71,6 +74,24 @@ def keep_in_bf16(
     if checkpoint.get("quantization_config") is None:
         _ignore_also(args, _patterns(frozenset(kept), modules_of(names)))
     return kept
+
+
+def name_as_vllm(vllm_config: VllmConfig, kept: AbstractSet[str]) -> None:
+    """Tell vLLM's online schemes what its own names of kept modules are, before any is created.
+
+    Args:
+        vllm_config: of the model that is about to be created; its quantization is changed in place.
+        kept: modules of the checkpoint.
+
+    """
+    quantization = vllm_config.quant_config
+    if kept and isinstance(quantization, OnlineQuantizationConfig):
+        model_class, _ = get_model_architecture(vllm_config.model_config)
+        if (mapper := getattr(model_class, "hf_to_vllm_mapper", None)) is not None:
+            # What else it does since 0.32 is to fuse q, k and v; a part is not to keep the whole.
+            renames = getattr(mapper, "get_rename_mapper", lambda: mapper)()
+            theirs = renames.apply_list(sorted(kept))
+            quantization.ignored_layers = [*quantization.ignored_layers, *theirs]
 
 
 def check_kept(

@@ -20,7 +20,7 @@ from flashquant.patches.engine import LiveEngine
 from flashquant.patches.layers import packed_once
 from flashquant.patches.point import PatchPoint
 from flashquant.patches.seams.blame import naming_the_layer
-from flashquant.patches.seams.kept import check_kept
+from flashquant.patches.seams.kept import check_kept, name_as_vllm
 from flashquant.patches.seams.peers import ballot_for
 from flashquant.update import Session
 
@@ -166,7 +166,9 @@ def check_servable(model: nn.Module) -> None:
 def _initialize_model(original: Any, vllm_config: Any, **kwargs: Any) -> nn.Module:
     if not asks_for_session(vllm_config):
         return original(vllm_config, **kwargs)  # type: ignore[no-any-return]
-    with naming_the_layer(scheme_of(vllm_config), keeps=bool(kept_by(vllm_config))):
+    kept = kept_by(vllm_config)
+    name_as_vllm(vllm_config, kept)
+    with naming_the_layer(scheme_of(vllm_config), keeps=bool(kept)):
         model: nn.Module = original(vllm_config, **kwargs)
     own = kwargs.get("model_config") or vllm_config.model_config  # a draft has its own
     vars(model)["load_weights"] = _Attached(model, vllm_config, own)
