@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,7 @@ def test_int8_leaves_in_bf16_what_it_is_asked_to(
 
 
 KEEPS = ["lm_head", "*.down_proj", {"first": 1}]
-SERVED = ("int8", "fp8_vllm", "fp8_channel", "fp8_tensor")
+SERVED = ("int8", "fp8_vllm", "fp8_channel", "fp8_tensor", "fp8_block")
 
 
 def written(folder: Path, **entry: Any) -> str:
@@ -85,16 +86,23 @@ def written(folder: Path, **entry: Any) -> str:
     return str(path)
 
 
-@pytest.fixture(scope="module", params=SERVED)
+@pytest.fixture(scope="module")
+def configs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("configs")
+
+
+@pytest.fixture(params=SERVED)
 def keeping(
-    request: pytest.FixtureRequest, policies: Policies, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Serving, Serving]:
-    """Engines on A and on B that keep the first block and every down_proj."""
+    request: pytest.FixtureRequest, policies: Policies, configs: Path
+) -> Iterator[tuple[Serving, Serving]]:
+    """Engines on A and on B, kept, that keep the first block and every down_proj in bf16."""
     if request.param in ("fp8_channel", "fp8_tensor") and BY_ROW != "fp8_channel":
         pytest.skip("this vLLM has no online fp8 by channel")
-    config = written(tmp_path_factory.mktemp("configs"), fn=request.param, keep=KEEPS)
-    live, fresh = (serve(policies.bf16(policy), config) for policy in "ab")
-    return live, fresh
+    config = written(configs, fn=request.param, keep=KEEPS)
+    # vLLM has its blocks of fp8 for AMX alone; its kernels for it run on AVX-512, too.
+    with choosing("amx" if request.param == "fp8_block" else "native"):
+        live, fresh = (serve(policies.bf16(policy), config) for policy in "ab")
+        yield live, fresh
 
 
 def test_what_is_kept_is_pushed_as_it_comes_and_equals_a_start(

@@ -51,8 +51,8 @@ def naming_the_layer(
             f"{name or 'a layer'} ({type(layer).__name__}) cannot be served in {scheme} on this "
             f"machine: {type(failure).__name__}: {failure}. Leave it in bf16 by "
             f"quantization_config={{'ignore': ['{_pattern(name, model)}']}}, an argument of the "
-            "engine, or serve the model in another scheme: docs/compatibility.md says which run "
-            "where."
+            "engine, or by `keep` in a file of FLASHRL_CONFIG; or serve the model in another "
+            "scheme: docs/compatibility.md says which run where."
         ) from failure
 
 
