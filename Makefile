@@ -5,7 +5,8 @@ LOCK := requirements/cpu-engine.lock
 STAMP := .venv/.installed
 PY := .venv/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --no-input
-WHEEL_DIR ?= dist
+DIST_DIR ?= dist
+WHEEL_DIR ?= $(DIST_DIR)
 
 # Where the CPU build of torch is looked for when pip's own configuration does not offer it.
 PYTORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
@@ -16,16 +17,36 @@ TORCH_PIN := $(shell sed -n 's/^\#: //p' $(LOCK))
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test versions stacks lint bench lock wheel clean
+.PHONY: help demo bench docs test versions stacks lint lock wheel dist clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | \
-	  while IFS="$$(printf '\t')" read -r target text; do printf '  make %-8s %s\n' "$$target" "$$text"; done
+	@sed -n -e 's/^##@ \(.*\)/@\t\1/p' -e 's/^\([a-z]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | \
+	  while IFS="$$(printf '\t')" read -r target text; do \
+	    if [ "$$target" = @ ]; then printf '\n%s\n' "$$text"; \
+	    else printf '  make %-9s %s\n' "$$target" "$$text"; fi; \
+	  done
+
+##@ Try it
 
 demo: $(STAMP) ## push into SmolLM2, then a short RL run with its plot (DEMO_ARGS="...")
 	$(PY) -m examples.demo $(DEMO_ARGS)
 	@rm -rf .demo-cache/rl
 	$(PY) -m examples.rl --quick --out .demo-cache/rl
+
+bench: $(STAMP) ## measure how long a weight sync takes (BENCH_ARGS="...")
+	$(PY) -m benchmarks.sync_latency $(BENCH_ARGS)
+
+# Every warning is an error: a link that leads nowhere fails. Not --quiet: that hides them from --strict.
+docs: .venv-docs/.installed ## build the documentation into site/; a broken link fails
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict $(DOCS_ARGS)
+
+##@ Check it
+
+lint: $(STAMP) ## ruff, mypy, and which room may import which
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+	.venv/bin/lint-imports
 
 # Engines use one thread: two processes are as fast as two machines.
 test: $(STAMP) ## run the tests (PYTEST_ARGS="-m 'not engine'")
@@ -39,17 +60,15 @@ stacks: $(STAMP) ## RL stacks' own code against a patched engine
 	$(PY) -m tests.stacks.overlays
 	$(PY) -m pytest tests/stacks $(PYTEST_ARGS)
 
-lint: $(STAMP) ## ruff, mypy, and which room may import which
-	.venv/bin/ruff check .
-	.venv/bin/ruff format --check .
-	.venv/bin/mypy
-	.venv/bin/lint-imports
-
-bench: $(STAMP) ## measure how long a weight sync takes (BENCH_ARGS="...")
-	$(PY) -m benchmarks.sync_latency $(BENCH_ARGS)
+##@ Release it
 
 wheel: $(STAMP) ## build the wheel into dist/
 	$(PY) -m build --wheel --no-isolation --outdir $(WHEEL_DIR) .
+
+dist: $(STAMP) .venv-dist/.installed ## build wheel and sdist into dist/, and check both
+	rm -f $(DIST_DIR)/flashquant-*
+	$(PY) -m build --no-isolation --outdir $(DIST_DIR) .
+	.venv-dist/bin/twine check --strict $(DIST_DIR)/flashquant-*
 
 # Not a child of the stamp: after an edit of pyproject.toml that would put the old versions back.
 lock: | .venv/bin/python ## write what is installed in .venv to the lock
@@ -63,7 +82,7 @@ lock: | .venv/bin/python ## write what is installed in .venv to the lock
 	@git --no-pager diff --stat -- $(LOCK) 2>/dev/null || true
 
 clean: ## remove caches and build results (.venv, .stacks and .versions stay)
-	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf build dist site .venv-docs .venv-dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find . \( -path ./.venv -o -path ./.stacks -o -path ./.versions \) -prune -o \
 	  -type d -name __pycache__ -exec rm -rf {} +
 
@@ -76,6 +95,12 @@ clean: ## remove caches and build results (.venv, .stacks and .versions stay)
 	echo "flashquant needs Python 3.11 or newer; neither python3.11 nor python3 is one." >&2; \
 	echo "Install it, or name it: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)" >&2; \
 	exit 1
+
+# Tools that the engine's lock knows nothing of, each in an environment of its own.
+.venv-%/.installed: requirements/%.txt | .venv/bin/python
+	$(PY) -m venv --clear .venv-$*
+	.venv-$*/bin/python -m pip --disable-pip-version-check --no-input install --quiet --no-deps -r $<
+	@touch $@
 
 $(STAMP): pyproject.toml $(LOCK) | .venv/bin/python
 	$(PIP) install --quiet $(PIP_PIN)

@@ -106,7 +106,7 @@ class Point:
 
 def _layer(name: str, shards: int, dtype: torch.dtype) -> Any:
     """A layer that is written where it lies, as the row-major kernels of a GPU have them."""
-    from flashquant.patches.layers import DirectLayer, LayerBlueprint
+    from flashquant.patches.layers import InPlaceLayer, LayerBlueprint
 
     module = nn.Module()
     values = {"weight": torch.zeros(shards * ROWS, COLUMNS, dtype=dtype)}
@@ -121,7 +121,7 @@ def _layer(name: str, shards: int, dtype: torch.dtype) -> Any:
         parameters={key: value.to("meta") for key, value in values.items()},
         targets={key: f"{name}.{key}" for key in values},
     )
-    return DirectLayer(
+    return InPlaceLayer(
         blueprint, {f"{name}.{key}": p.detach() for key, p in module.named_parameters()}
     )
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # SkyRL 0.3.0: a GRPO run with int8 rollouts. Add your model and data; this is what flashquant adds.
 #
-# SkyRL asks for vLLM 0.23, flashquant for 0.27.1 or newer: colocated engines take weights by CUDA
-# IPC there. Engines that are not colocated do not: SkyRL's broadcast calls a method of vLLM 0.23.
+# Colocated engines take weights by CUDA IPC, on vLLM 0.23, which SkyRL pins, and on 0.32. Engines that
+# are not colocated do so on 0.23 only, if at all: SkyRL's broadcast calls a method that 0.32 lacks.
 set -euo pipefail
 
 # For Ray's workers on this machine. On several, export it before `ray start` on each.

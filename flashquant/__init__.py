@@ -1,10 +1,14 @@
 """flashquant: an unmodified vLLM generates in fp8 or int8, the trainer stays in bf16.
 
-Importing this imports neither torch nor vLLM; both wait until something is asked for.
-
     FLASHRL_CONFIG=int8 python train.py          the plugin patches every vLLM process
     flashquant.reload_weights(llm, weights)      one update, in place, all or nothing
     flashquant.status(llm)                       version, digest, what is still pending
+
+    patch, unpatch, is_patched                   the same without the environment variable
+    ReloadReport, Status                         what the two functions return
+    errors                                       everything that is raised on purpose
+
+Importing this imports neither torch nor vLLM; both wait until something is asked for.
 """
 
 from __future__ import annotations
@@ -14,11 +18,15 @@ from collections.abc import Awaitable
 from typing import TYPE_CHECKING, Any, Protocol, overload
 
 if TYPE_CHECKING:
+    from flashquant import errors
     from flashquant.plan import Weights
     from flashquant.update import ReloadReport, Status
 
 __all__ = [
+    "ReloadReport",
+    "Status",
     "__version__",
+    "errors",
     "is_patched",
     "patch",
     "patch_from_env",
@@ -35,11 +43,27 @@ class _AsyncEngine(Protocol):
 
 
 def patch() -> None:
-    """Patch vLLM in this process: all points or none; twice is once.
+    """Patch vLLM in this process: every point, or none. A second call changes nothing.
+
+    Where FLASHRL_CONFIG is set, vLLM does this by itself, in every process that it starts, through
+    its entry point `vllm.general_plugins`. Call it where plugins are switched off (VLLM_PLUGINS),
+    or to see at once whether this vLLM can be patched. Engines that exist already stay as they
+    are; engines made later are quantized if FLASHRL_CONFIG is set then, and are vLLM's own if not.
+
+    Imports torch and vLLM. Workers in other processes patch themselves.
 
     Raises:
-        UnsupportedEngine: the installed vLLM is outside the tested range.
-        PatchError: a seam is missing, taken, or shaped differently.
+        UnsupportedEngine: the installed vLLM is outside the tested range (the extra
+            `flashquant[vllm]` says which that is).
+        PatchError: a function that would be wrapped is missing, has other parameters than the
+            tested versions, or has been replaced by another library. Nothing is patched then.
+
+    Example:
+        >>> import os, flashquant
+        >>> from vllm import LLM
+        >>> os.environ["FLASHRL_CONFIG"] = "int8"
+        >>> flashquant.patch()
+        >>> llm = LLM("Qwen/Qwen2.5-0.5B-Instruct")
 
     """
     from flashquant import patches
@@ -48,14 +72,39 @@ def patch() -> None:
 
 
 def unpatch() -> None:
-    """Undo `patch()` exactly."""
+    """Take every patch of this process out again; vLLM is then as it was, name by name.
+
+    Without effect where nothing is patched. Engines that were made while vLLM was patched keep
+    their quantized weights and can still be reloaded as a model or a worker; engines made later are
+    vLLM's own, whatever FLASHRL_CONFIG says.
+
+    Raises:
+        PatchError: another library has wrapped a function after flashquant did, so the original
+            cannot be put back without taking the other's away; all other points are out.
+
+    Example:
+        >>> flashquant.unpatch()
+        >>> flashquant.is_patched()
+        False
+
+    """
     from flashquant import patches
 
     patches.unpatch()
 
 
 def is_patched() -> bool:
-    """Whether vLLM is patched in this process."""
+    """Whether vLLM is patched in this process. Imports nothing.
+
+    Returns:
+        True from `patch()` (or vLLM's loading of its plugins under FLASHRL_CONFIG) until
+        `unpatch()`. It says nothing about workers in other processes: `status(llm)` does, by
+        raising where they are not patched.
+
+    Example:
+        >>> assert flashquant.is_patched(), "set FLASHRL_CONFIG before the engine is made"
+
+    """
     import sys
 
     patches = sys.modules.get("flashquant.patches")
@@ -63,13 +112,29 @@ def is_patched() -> bool:
 
 
 def patch_from_env() -> None:
-    """vLLM's plugin hook: patch when FLASHRL_CONFIG is set, else do nothing until it is.
+    """Patch vLLM if FLASHRL_CONFIG is set; vLLM's plugin hook, which nobody has to call.
+
+    vLLM calls it in each of its processes (`vllm.general_plugins`). While FLASHRL_CONFIG is unset
+    or empty it does nothing, and imports neither torch nor vLLM; it is then asked again whenever an
+    engine begins, so the variable may also be set after vLLM has been imported. Otherwise it reads
+    the configuration, sets up the logger `flashquant` unless somebody has (FLASHRL_LOGGING_LEVEL,
+    FLASHRL_LOGGING_FILE), and calls `patch()`.
 
     Raises:
-        ConfigError: FLASHRL_CONFIG or a logging variable says something impossible.
+        ConfigError: FLASHRL_CONFIG names no scheme and no file, the file says something impossible,
+            or another variable of flashquant's does (`flashquant config --env` lists them). Nothing
+            has been patched.
+        LocateError: a ConfigError: the file cannot be found here, or be had from the Hub.
+        UnsupportedEngine, PatchError: as `patch()`.
+
+    Example:
+        >>> os.environ["FLASHRL_CONFIG"] = "runs/mixed.yaml"
+        >>> flashquant.patch_from_env()
 
     """
-    if not os.environ.get("FLASHRL_CONFIG"):
+    from flashquant.config import env
+
+    if not env.CONFIG.read(os.environ):
         from flashquant.config.late import ask_again
 
         ask_again(patch_from_env, is_patched)
@@ -78,6 +143,7 @@ def patch_from_env() -> None:
     from flashquant.config.schema import config_from_env
 
     config_from_env(os.environ)
+    env.check(os.environ)
     set_up_logging(os.environ)
     patch()
 
@@ -111,7 +177,75 @@ def reload_weights(
 ) -> ReloadReport | Awaitable[ReloadReport]:
     """Bring one complete set of bf16 weights into a serving engine, in place.
 
-    An `AsyncLLM` is awaited. See `flashquant.patches.remote.target.reload_weights`.
+    Each tensor is quantized into the memory that the running kernels read. Afterwards the engine
+    is, bit for bit, what a fresh start on the same weights would be; no live tensor has moved, so
+    compiled code and CUDA graphs stay valid. Requests in flight go on under the new weights: what
+    the engine has cached of the old ones (prefixes, keys and values, embeddings of images) is
+    computed anew.
+
+    Args:
+        target: a `vllm.LLM`, an `AsyncLLM` (await the result), a vLLM worker, or the model inside
+            one. It must have been created while FLASHRL_CONFIG was set.
+        weights: a dict of name to tensor, an iterable of `(name, tensor)` pairs, or a path
+            (`str` or `PathLike`) to a `.safetensors` file or a folder of them (of a folder, what
+            its index lists). Tensors are dense, whole (unsharded), with the names and shapes of
+            the checkpoint; bfloat16, float16 or float32; on any device. A linear layer's is
+            `[out_features, in_features]`. Marks of FSDP, DDP, `torch.compile` and merged PEFT in
+            names are taken off. Each name comes once, in any order. A tied head may come beside
+            its embeddings, if it equals them. An iterable is read once, a tensor at a time, and no
+            reference to one is kept; for engines whose workers are other processes, all tensors
+            are first written into a file in /dev/shm (2 bytes a weight in bf16), a path is not.
+        atomic: keep what it takes to put the old weights back. Costs a copy of what is
+            overwritten in host memory while the call lasts (about 1 byte a quantized weight, 2 a
+            bf16 one; `report.undo_bytes`), kept for the next call until the engine sleeps.
+            With False, that memory is saved, and a call that fails leaves the engine *torn*: it
+            refuses every request with TornWeights until every parameter has arrived again.
+        strict: every parameter that the engine's checkpoint filled must arrive. With False, what
+            does not arrive stays as it is: whole layers, and of a fused layer (q, k and v; gate
+            and up) the shards that were not sent, where their rows can be kept (`report.kept`).
+            Where they cannot (packed for a kernel, or one scale for the whole layer) half a layer
+            is refused. Costs nothing.
+        prepare: make everything beside the live weights first, between steps of the engine,
+            and pause it only to swap the new weights in. Costs memory for a second set of
+            quantized weights on the engine's device (two sets, with `atomic`), and more time in
+            all; `report.pause_seconds` is what requests see of it. An engine inside the
+            caller's own process cannot generate meanwhile; the report tells the times apart all
+            the same.
+
+    Returns:
+        A `ReloadReport`: `version`, `tensors`, `bytes_in` and `bytes_out`, `seconds` and `phases`
+        (seconds), `digest` (of all live weights, the same as a fresh engine's), `pending`, `kept`,
+        `ignored`, and what changed in the codes (`changed`, `clipped`). One line as `str()`. For an
+        `AsyncLLM`, an awaitable of one. Data-parallel replicas are engines of their own: each
+        commits by itself.
+
+    Raises:
+        UnknownWeight: the engine's own loader knows no such name; says which one is near.
+        MisfitTensor: wrong shape or dtype, a sharded, sparse or meta tensor, NaN or infinity,
+            a value that the stored dtype cannot hold, a name that came twice, or a tied head
+            that differs from its embeddings.
+        IncompleteUpdate: with `strict`, something did not arrive; without, half a layer did.
+        PeerFailed: another worker refused the update; says which rank, and why.
+        WorkerLost: a worker's process ended. vLLM's engine does not survive that: restart it.
+        SleepingWeights: the engine sleeps; wake it up first.
+        MovedTensor: a live tensor is no longer where it was, because something outside flashquant
+            replaced it. The engine refuses to serve: restart it.
+        UnsupportedEngine: the loader of this model does more with a weight than flashquant can
+            quantize in place; the model is served in bf16.
+        ReloadError: all of the above but UnsupportedEngine are one. By itself: the target cannot be
+            reloaded, or was created without FLASHRL_CONFIG; no safetensors at the path; the
+            engine's loader refuses the tensor.
+
+        Whatever the iterable itself raises comes through as it is, and so does a lack of memory.
+        With `atomic`, after every one of these but WorkerLost and MovedTensor, every live tensor is
+        what it was, bit for bit, and the next update may follow at once.
+
+    Example:
+        >>> report = flashquant.reload_weights(llm, model.state_dict())
+        >>> print(report)
+        reload 1: 290 tensors, 988.1 MB in, 494.6 MB out, 24 layers in 412.3 ms (...)
+        >>> report = await flashquant.reload_weights(async_llm, "runs/step-100", prepare=True)
+
     """
     from flashquant.patches.remote import target as targets
 
@@ -126,9 +260,35 @@ def status(target: _AsyncEngine) -> Awaitable[Status]: ...  # type: ignore[overl
 @overload
 def status(target: object) -> Status: ...
 def status(target: Any) -> Status | Awaitable[Status]:
-    """How an engine, a worker or a model stands; an `AsyncLLM` is awaited.
+    """Tell how the weights of an engine, a worker or a model stand. Changes nothing.
 
-    See `flashquant.patches.remote.target.status`.
+    Reads every live weight once, for the digest: about the time of a copy of the quantized
+    weights. Ask it after an update, not between tokens.
+
+    Args:
+        target: a `vllm.LLM`, an `AsyncLLM` (await the result), a vLLM worker, or the model inside
+            one. It must have been created while FLASHRL_CONFIG was set.
+
+    Returns:
+        A `Status`: `scheme`, `version` (updates committed; 0 is the checkpoint), `digest` (hex; two
+        engines with the same one hold the same weights), `pending` (layer -> parameters that have
+        yet to arrive), `dropped` and `refused` (what a sync left out), `refusal` (the last error,
+        also where a training stack swallowed it), `torn`, `asleep`, `foreign` (weights that
+        something outside flashquant has written), and how each layer is updated (`direct`,
+        `staged`, `fallback`). One line as `str()`. For an `AsyncLLM`, an awaitable of one; of
+        several workers, all in one.
+
+    Raises:
+        ReloadError: the target is none of these, or flashquant does not look after it:
+            FLASHRL_CONFIG was not set when it was created, or not in its workers' processes.
+
+    Example:
+        >>> now = flashquant.status(llm)
+        >>> now.version, now.pending, now.refusal
+        (7, {}, None)
+        >>> print(now)
+        int8 at version 7: 24 direct, 2 staged, 0 fallback, digest 3f2a90c1d4e8
+
     """
     from flashquant.patches.remote import target as targets
 
@@ -136,9 +296,22 @@ def status(target: Any) -> Status | Awaitable[Status]:
     return found
 
 
-def __getattr__(name: str) -> str:
+def __getattr__(name: str) -> Any:
+    """What is imported, or looked up, when it is first asked for."""
     if name == "__version__":
         from importlib.metadata import version
 
         return version("flashquant")
+    if name == "errors":
+        from importlib import import_module
+
+        return import_module("flashquant.errors")
+    if name in ("ReloadReport", "Status"):
+        from flashquant import update
+
+        return getattr(update, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import subprocess
 import sys
@@ -10,7 +11,9 @@ from types import ModuleType
 import pytest
 
 import flashquant
+from flashquant import errors
 
+LATER = {"ReloadReport", "Status", "errors"}  # imported when they are asked for
 HEAVY = ("torch", "vllm", "numpy", "transformers")
 
 
@@ -42,7 +45,7 @@ def test_all_is_what_is_there():
         and getattr(value, "__module__", None) == "flashquant"
     }
 
-    assert public | {"__version__"} == set(flashquant.__all__)
+    assert public | {"__version__", *LATER} == set(flashquant.__all__)
 
 
 @pytest.mark.parametrize("name", flashquant.__all__)
@@ -72,6 +75,9 @@ def test_the_version_is_that_of_the_distribution():
         "import flashquant; flashquant.patch_from_env()",
         "import flashquant; assert not flashquant.is_patched()",
         "import flashquant; flashquant.__version__",
+        "import flashquant; flashquant.errors.ReloadError",
+        "from flashquant import errors",
+        "import flashquant; dir(flashquant)",
     ],
 )
 @pytest.mark.parametrize("environ", [{}, {"FLASHRL_CONFIG": ""}], ids=["unset", "empty"])
@@ -111,3 +117,46 @@ def test_a_misspelt_configuration_says_the_nearest_name():
     assert done.returncode == 1
     assert "ConfigError: FLASHRL_CONFIG" in done.stderr
     assert "'int8'" in done.stderr
+
+
+def test_the_types_of_what_is_returned_are_those_that_are_returned():
+    from flashquant.update import report
+
+    assert flashquant.ReloadReport is report.ReloadReport
+    assert flashquant.Status is report.Status
+    assert flashquant.errors.ReloadError is errors.ReloadError
+
+
+@pytest.mark.parametrize("name", sorted(set(flashquant.__all__) - LATER - {"__version__"}))
+def test_help_is_complete_by_itself(name):
+    """What it takes, returns and raises, and an example; no way to another page."""
+    function = getattr(flashquant, name)
+    said = inspect.getdoc(function)
+
+    assert "Example:" in said
+    assert "See `" not in said
+    for argument in inspect.signature(function).parameters:
+        assert f"\n    {argument}: " in said
+    if inspect.signature(function).return_annotation != "None":
+        assert "Returns:" in said
+
+
+def test_help_names_every_error_of_an_update():
+    said = flashquant.reload_weights.__doc__
+    missing = [
+        kind.__name__
+        for kind in vars(errors).values()
+        if isinstance(kind, type) and issubclass(kind, errors.ReloadError)
+        if kind.__name__ not in said
+    ]
+
+    assert missing == []
+
+
+@pytest.mark.parametrize(
+    "command", [["-m", "flashquant"], ["-c", "from flashquant.cli.main import main; main()"]]
+)
+def test_the_command_says_its_version(command):
+    done = subprocess.run([sys.executable, *command, "--version"], capture_output=True, text=True)
+
+    assert (done.returncode, done.stdout) == (0, f"flashquant {flashquant.__version__}\n")

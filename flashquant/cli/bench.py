@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from flashquant.patches.diagnostics import Result
 
 # Engines in this process, one beside the other, and quiet unless the user wants vLLM's log.
-_ENVIRONMENT = {
+QUIET = {
     "TORCHDYNAMO_DISABLE": "1",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_LOGGING_LEVEL": "ERROR",
@@ -46,7 +46,7 @@ def _bench(chosen: argparse.Namespace) -> int:
         raise ConfigError(f"--rounds {chosen.rounds}: at least one turn has to count")
     if not (chosen.model / "config.json").is_file():
         raise ConfigError(f"{chosen.model} is no folder of a checkpoint: it has no config.json")
-    for name, value in _ENVIRONMENT.items():
+    for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     from flashquant.patches.diagnostics import measure
 

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from flashquant.errors import ConfigError
-
-_PREFIX = "FLASHQUANT_"
+from flashquant.config import env
 
 
 class Checks(BaseModel):
@@ -29,9 +27,9 @@ class Checks(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    ledger: bool = True
-    digest: bool = True
-    bracket_timeout: float = Field(default=600.0, ge=0, allow_inf_nan=False)
+    ledger: bool = env.LEDGER.default
+    digest: bool = env.DIGEST.default
+    bracket_timeout: float = Field(default=env.BRACKET_TIMEOUT.default, ge=0, allow_inf_nan=False)
 
 
 def checks_from_env(environ: Mapping[str, str]) -> Checks:
@@ -41,15 +39,8 @@ def checks_from_env(environ: Mapping[str, str]) -> Checks:
         ConfigError: a value that is neither yes nor no, or no number of seconds.
 
     """
-    variables = {field: f"{_PREFIX}{field.upper()}" for field in Checks.model_fields}
-    said = {field: environ[name] for field, name in variables.items() if environ.get(name)}
-    try:
-        return Checks.model_validate(said)
-    except ValidationError as wrong:
-        field = str(wrong.errors()[0]["loc"][0])
-        says = f"{variables[field]}={said[field]!r}"
-        if field == "bracket_timeout":
-            raise ConfigError(
-                f"{says} is no number of seconds; set it to one, or to 0 to wait for ever"
-            ) from wrong
-        raise ConfigError(f"{says} is neither yes nor no; set it to 1 or 0") from wrong
+    return Checks(
+        ledger=env.LEDGER.read(environ),
+        digest=env.DIGEST.read(environ),
+        bracket_timeout=env.BRACKET_TIMEOUT.read(environ),
+    )

@@ -14,6 +14,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from flashquant.config import env
+
 logger = logging.getLogger(__name__)
 
 _LOADER = "load_general_plugins"
@@ -32,7 +34,7 @@ def ask_again(hook: Callable[[], None], is_patched: Callable[[], bool]) -> None:
     @functools.wraps(load)
     def load_and_ask() -> Any:
         loaded = load()
-        if os.environ.get("FLASHRL_CONFIG"):
+        if env.CONFIG.read(os.environ):
             setattr(plugins, _LOADER, load)
             before = is_patched()
             hook()

@@ -12,10 +12,9 @@ import logging
 from collections.abc import Mapping
 from typing import Final
 
+from flashquant.config import env
 from flashquant.errors import ConfigError
 
-_LEVEL: Final = "FLASHRL_LOGGING_LEVEL"
-_FILE: Final = "FLASHRL_LOGGING_FILE"
 _FORMAT: Final = "%(levelname)s %(asctime)s flashquant %(processName)s[%(process)d]: %(message)s"
 
 
@@ -27,19 +26,16 @@ def set_up_logging(environ: Mapping[str, str]) -> None:
 
     """
     logger = logging.getLogger("flashquant")
-    level = environ.get(_LEVEL, "").upper() or "INFO"
-    if level not in logging.getLevelNamesMapping():
-        known = ", ".join(logging.getLevelNamesMapping())
-        raise ConfigError(f"{_LEVEL}={level!r} is no level; set it to one of {known}")
+    level, file = env.LOGGING_LEVEL.read(environ), env.LOGGING_FILE.read(environ)
     if logger.handlers:
         return
     handlers: list[logging.Handler] = [logging.StreamHandler()]
-    if file := environ.get(_FILE):
+    if file:
         try:
             handlers.append(logging.FileHandler(file))
         except OSError as closed:
             raise ConfigError(
-                f"{_FILE}={file!r} cannot be written ({closed}); name another"
+                f"{env.LOGGING_FILE.name}={file!r} cannot be written ({closed}); name another"
             ) from closed
     logger.setLevel(level)
     for handler in handlers:

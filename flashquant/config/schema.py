@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Final, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from flashquant.config import env
 from flashquant.config.keep import Kept, read_kept
 from flashquant.config.locate import locate, named_in
 from flashquant.config.schemes import NAMES
@@ -36,8 +37,6 @@ from flashquant.errors import ConfigError, LocateError
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
-
-CONFIG_VARIABLE: Final = "FLASHRL_CONFIG"
 
 _MAX_BYTES: Final = 1 << 20
 _MAX_PROBLEMS: Final = 8
@@ -185,13 +184,13 @@ def config_from_env(environ: Mapping[str, str]) -> FlashConfig | None:
         ConfigError: it is set, and says something impossible.
 
     """
-    reference = environ.get(CONFIG_VARIABLE)
+    reference = env.CONFIG.read(environ)
     if not reference:
         return None
     try:
         return load_config(reference)
     except ConfigError as error:
-        raise ConfigError(f"{CONFIG_VARIABLE}: {error}") from None
+        raise ConfigError(f"{env.CONFIG.name}: {error}") from None
 
 
 def load_config(reference: str) -> FlashConfig:

@@ -18,13 +18,11 @@ from flashquant.config.schemes import ONLINE
 from flashquant.errors import UnsupportedEngine
 from flashquant.patches.decided import ADDITIONAL_CONFIG_KEY, PROFILE_KEY
 from flashquant.patches.layers import (
-    Direct,
-    DirectLayer,
-    LateLayer,
     LayerBlueprint,
-    Learned,
+    LayerChoice,
     LiveLayer,
     ModelBlueprint,
+    Quantizer,
     is_deferred_attention_layer,
     is_processor,
 )
@@ -68,7 +66,7 @@ class LiveEngine:
             else None
         )
         _refuse_own_processing(model)
-        self.layers: tuple[LiveLayer | DirectLayer | LateLayer, ...] = ()
+        self.layers: tuple[LiveLayer, ...] = ()
         self.stored: dict[str, Tensor] = {}
         self.in_bf16: tuple[str, ...] = ()
         self.model = model
@@ -77,6 +75,11 @@ class LiveEngine:
         self.stored |= self._blueprint.targets
         self._load: Callable[[NamedTensors], object] = cast(Any, model).load_weights
         self._loaded: dict[str, str] = {}
+
+    @property
+    def blueprint(self) -> ModelBlueprint:
+        """The layers as they were when the model was created."""
+        return self._blueprint
 
     @property
     def targets(self) -> Mapping[str, Tensor]:
@@ -105,7 +108,7 @@ class LiveEngine:
 
     @contextmanager
     def apart(self) -> Iterator[Mapping[str, Tensor]]:
-        """The same on meta, each name of a tied parameter with one of its own; all, by name."""
+        """Like `laid_out`, on meta, with a parameter for each name of a tied one; all, by name."""
         with _loaders_are_quiet(), self._blueprint.apart() as targets, torch.no_grad():
             yield targets
 
@@ -118,37 +121,30 @@ class LiveEngine:
 
     def note_processed(self) -> None:
         """The model serves: find out what processing made of each layer."""
-        learned: Learned = {}
         self._blueprint.tie()
         self.stored = dict(self._blueprint.targets)
-        # vLLM's online schemes are ours to the bit. By tensor, one has to see all of it; the
-        # scale of a shard that another worker has the rest of, vLLM has to find.
-        late = self.scheme == "fp8_vllm" and not self.shares_scales
-        ours = WHOLE.get(self.scheme) if late or self.scheme == "fp8_channel" else None
-        direct = Direct(ours, self._context, self.device, by_row=not late)
-        stale = self._blueprint.stale()
-        lent = {target for _, target, _ in stale}
-        layers: list[LiveLayer | DirectLayer | LateLayer] = []
-        for group in self._blueprint.groups():
-            alone = len(group) == 1 and lent.isdisjoint(group[0].targets.values())
-            homes = direct.homes(group[0]) if alone else None
-            stacked = homes is not None and _makes_codes_of_experts(group[0], homes)
-            if stacked and self.shares_scales:
-                homes = None  # the maxima of whole rows are with vLLM's own processing
-            if homes is not None and ours is not None and (late or stacked):
-                layers.append(LateLayer(group[0], homes, ours))
-                continue
-            if homes is not None:
-                layers.append(DirectLayer(group[0], homes))
-                self.stored |= {target: home.to("meta") for target, home in homes.items()}
-                continue
-            layer = LiveLayer(group, self._loaded, self._context, self.device, learned, stale)
-            layer.compared = frozenset(self.tied.values())
-            layer.rehearse()
-            layers.append(layer)
-        self.layers = tuple(layers)
+        choice = LayerChoice(
+            self._context,
+            self.device,
+            self._loaded,
+            self._online_quantizer(),
+            shares_scales=self.shares_scales,
+            aliases=self._blueprint.stale_aliases(),
+            compared=frozenset(self.tied.values()),
+        )
+        self.layers = tuple(choice.layer(group) for group in self._blueprint.groups())
+        for layer in self.layers:
+            self.stored |= {target: home.to("meta") for target, home in layer.homes.items()}
         self._blueprint.release_originals()
         warm(tuple(self._quantizers()), self._vllm_config.model_config.dtype, self.device)
+
+    def _online_quantizer(self) -> Quantizer | None:
+        """What makes the same codes of a layer's floats as vLLM, where flashquant can."""
+        # The scale of a tensor that other workers hold a shard of, vLLM has to find.
+        per_tensor = self.scheme == "fp8_vllm" and not self.shares_scales
+        if per_tensor or self.scheme == "fp8_channel":
+            return Quantizer(WHOLE[self.scheme], per_tensor=per_tensor)
+        return None
 
     def _quantizers(self) -> Iterator[Callable[[Tensor], object]]:
         """What pushes are quantized with, where it is not vLLM that does it."""
@@ -181,14 +177,6 @@ def _loaders_are_quiet() -> Iterator[None]:
         yield
     finally:
         _LOADERS_LOG.setLevel(level)
-
-
-def _makes_codes_of_experts(blueprint: LayerBlueprint, homes: Mapping[str, Tensor]) -> bool:
-    """Whether stacked floats `[E, N, K]` are stored as codes, which are made of all of them."""
-    return any(
-        meta is not None and meta.dim() == 3 and homes[blueprint.targets[name]].dtype != meta.dtype
-        for name, meta in blueprint.parameters.items()
-    )
 
 
 def _refuse_late_parameters(blueprint: LayerBlueprint) -> None:

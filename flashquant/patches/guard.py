@@ -1,4 +1,4 @@
-"""Which engines flashquant was tested on. The range stands in one place: the `vllm` extra."""
+"""Which engines flashquant was tested on. The range is written in one place: the `vllm` extra."""
 
 from __future__ import annotations
 

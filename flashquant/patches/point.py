@@ -1,7 +1,7 @@
 """A seam in the engine, as a value: where it is, what shape it has, what goes around it.
 
 Applying a point returns its undo, and the undo refuses to lie: it takes out what
-it put in, or says who stands in the way. This room needs neither torch nor vLLM
+it put in, or says what is in the way. This room needs neither torch nor vLLM
 until a point is applied.
 """
 
@@ -37,8 +37,8 @@ class PatchPoint:
         wrapper: called as `wrapper(original, *args, **kwargs)`; a new method is
             called as it is.
         within: the versions of vLLM that have the seam, or that lack the method. In
-            any other one a seam must be missing: what nobody has looked at is not
-            passed over.
+            any other one a seam must be missing: what has not been looked at is
+            not passed over.
 
     """
 

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -55,9 +56,25 @@ def stored_names(path: Path) -> tuple[str, ...]:
         return tuple(_weight_map(path))
     names: list[str] = []
     for file in _files(path):
-        with _readable(file) as tensors:
+        with _opened(file) as tensors:
             names += tensors.keys()
     return tuple(names)
+
+
+def named_forms(path: str | os.PathLike[str]) -> Iterator[tuple[str, Tensor]]:
+    """The names, shapes and dtypes of `named_tensors(path)`, as meta tensors; reads only headers.
+
+    Raises:
+        ReloadError: as `named_tensors`.
+
+    """
+    for file in _files(Path(path)):
+        with _opened(file) as tensors:
+            for name in tensors.keys():  # noqa: SIM118  (safe_open is no mapping)
+                held = tensors.get_slice(name)
+                shape = held.get_shape()
+                one = held[:0] if shape else tensors.get_tensor(name)  # no rows: only its dtype
+                yield name, torch.empty(shape, dtype=one.dtype, device="meta")
 
 
 class Stored(Iterator[tuple[str, Tensor]]):
@@ -77,20 +94,9 @@ class Stored(Iterator[tuple[str, Tensor]]):
 
     def _read(self, path: Path) -> Iterator[tuple[str, Tensor]]:
         for self.file in _files(path):
-            with _readable(self.file) as tensors:
+            with _opened(self.file) as tensors:
                 for name in tensors.keys():  # noqa: SIM118  (safe_open is no mapping)
                     yield name, tensors.get_tensor(name)
-
-
-@contextmanager
-def _readable(file: Path) -> Iterator[Any]:
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            yield tensors
-    except (SafetensorError, OSError) as broken:
-        raise ReloadError(
-            f"{file} is no safetensors file that can be read ({broken}); write it again"
-        ) from broken
 
 
 def naming_the_file(failure: ReloadError, weights: object) -> ReloadError:
@@ -137,6 +143,18 @@ class Offered:
         for name, tensor in self._weights:
             self.names.add(name)
             yield name, tensor
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    """A safetensors file, with what is wrong with it said in a ReloadError."""
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            yield tensors
+    except (SafetensorError, OSError) as broken:
+        raise ReloadError(
+            f"{file} is no safetensors file that can be read ({broken}); write it again"
+        ) from broken
 
 
 def _files(path: Path) -> list[Path]:

@@ -15,6 +15,8 @@ import tempfile
 from pathlib import Path
 from typing import Final
 
+from flashquant.config import env
+
 _HERE: Final = Path(__file__).parent
 ROWS: Final = tuple(_HERE / name for name in ("rows.c", "lanes.h", "mantissas.h"))
 # Nothing here lets a compiler change a bit: no contraction, no reassociation, no flush to zero.
@@ -48,7 +50,9 @@ def built(sources: tuple[Path, ...] = ROWS) -> Path:
         BuildError: no compiler, or it fails.
 
     """
-    compiler = os.environ.get("CC") or next(filter(shutil.which, ("cc", "gcc", "clang")), None)
+    compiler = env.COMPILER.read(os.environ) or next(
+        filter(shutil.which, ("cc", "gcc", "clang")), None
+    )
     if compiler is None:
         raise BuildError("there is no C compiler on the PATH; install gcc")
     folder = _folder()
@@ -94,8 +98,8 @@ def _cpu() -> str:
 
 def _folder() -> Path:
     """A folder that no other user can write into."""
-    own = os.environ.get("FLASHQUANT_CACHE")
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    own = env.CACHE.read(os.environ)
+    base = env.CACHE_HOME.read(os.environ) or Path.home() / ".cache"
     folder = Path(own) if own else Path(base) / "flashquant"
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -21,6 +21,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from flashquant.config import env
 from flashquant.schemes import absmax, defaults, fp8, int8, smoothed
 from flashquant.schemes.build import BuildError, built
 from flashquant.schemes.smoothed import Frozen
@@ -174,8 +175,8 @@ class Kernels:
 
 
 def wanted() -> bool:
-    """Whether FLASHQUANT_NATIVE leaves the work to kernels: unless it says 0."""
-    return os.environ.get("FLASHQUANT_NATIVE", "1") not in ("0", "false", "no")
+    """Whether FLASHQUANT_NATIVE leaves the work to kernels, as it does unless it says no."""
+    return env.NATIVE.read(os.environ)
 
 
 @functools.cache

@@ -192,11 +192,13 @@ class Status:
             workers, by `rank 1: name`.
         foreign: live parameters that were modified outside flashquant since their layer was last
             updated; one complete update puts them right.
-        direct: layers that nothing is made of: values are copied into live storage.
-        staged: layers gathered beside the live storage, processed there by the engine's
-            own code, then carried into it.
-        fallback: layers of which a tensor is placed by the engine's own loader at every
-            push, because it does more than copy.
+        direct: layers that are written without the engine's own processing: row by row where the
+            kernels read them, each parameter quantized into that place when all of it has
+            come, or copied there.
+        staged: layers gathered beside the live memory in checkpoint format, processed there on a
+            twin by the engine's own code, then carried over.
+        fallback: layers, of either kind, of which a tensor is placed by the engine's own loader
+            at every push, because it does more than copy.
         drafts: speculative drafts beside the model, and how many updates each has committed: they
             take pushes of their own.
         dropped: layer -> parameters that were not complete when the sync ended that brought a

@@ -97,11 +97,11 @@ class Reporter:
             foreign: live parameters that were modified outside flashquant.
 
         """
-        by_road: dict[str, list[str]] = {"direct": [], "staged": [], "fallback": []}
+        placed: dict[str, list[str]] = {"direct": [], "staged": [], "fallback": []}
         replayed = self._planner.replayed
         for layer in self._engine.layers:
-            road = layer.road if replayed.isdisjoint(layer.targets) else "fallback"
-            by_road[road].append(layer.name)
+            placement = layer.placement if replayed.isdisjoint(layer.targets) else "fallback"
+            placed[placement].append(layer.name)
         health, whole = self._transactions.serving, digest(digests) if digests else None
         return Status(
             scheme=self._engine.scheme,
@@ -116,9 +116,9 @@ class Reporter:
             ranks=(whole,),
             parameters=digests,
             foreign=foreign,
-            direct=tuple(by_road["direct"]),
-            staged=tuple(by_road["staged"]),
-            fallback=tuple(by_road["fallback"]),
+            direct=tuple(placed["direct"]),
+            staged=tuple(placed["staged"]),
+            fallback=tuple(placed["fallback"]),
             in_bf16=self._engine.in_bf16,
         )
 

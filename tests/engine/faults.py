@@ -7,12 +7,12 @@ by a signal     Ctrl-C, between any two lines
 
 from __future__ import annotations
 
-import pkgutil
 import signal
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -22,6 +22,20 @@ import torch
 from torch import Tensor
 
 import flashquant
+from flashquant.patches.layers import (
+    Carry,
+    InPlaceLayer,
+    LayerBlueprint,
+    LiveLayer,
+    PerTensorLayer,
+    ProcessedLayer,
+    base,
+    kernel_state,
+    packed_digests,
+)
+from flashquant.update import Stage, UndoLog, in_place, pipeline, proofs
+from flashquant.update.in_place import InPlaceWrite
+from flashquant.update.reserve import Copies
 
 SEED = 20261123
 INJECTED: Counter[str] = Counter()  # by engine; printed in pytest's summary
@@ -86,46 +100,73 @@ STREAMS: dict[str, Callable[[Pairs, int], Stream]] = {
     "missing": _missing,
 }
 
-# Where an update allocates, computes or writes: a function, and whether it fails
-# before it has done its work, or after.
+
+@dataclass(frozen=True)
+class Point:
+    """A function that an update calls, where it is looked up, and where it is made to fail.
+
+    Attributes:
+        owner: the module or class in which callers find it.
+        function: itself, so that a new name, or another place, breaks the import of this file.
+        when: whether it fails before it has done its work, or after.
+
+    """
+
+    owner: Any
+    function: Callable[..., Any]
+    when: str
+
+    def __post_init__(self) -> None:
+        if getattr(self.owner, self.name) is not self.function:
+            raise ValueError(f"callers of {self.name} do not find {self.function} in {self.owner}")
+
+    @property
+    def name(self) -> str:
+        return self.function.__name__
+
+    def __str__(self) -> str:
+        return f"{self.owner.__name__}.{self.name}, {self.when}"
+
+
+# Where an update allocates, computes or writes.
 CALLS = (
-    ("flashquant.update.pipeline.as_stored", "before"),
-    ("flashquant.update.reserve.Copies.of", "before"),
-    ("flashquant.update.undo.UndoLog.remember", "after"),
-    ("flashquant.update.undo.UndoLog.remember_how", "after"),
-    ("flashquant.update.staging.Stage.memory", "before"),
-    ("flashquant.patches.layers.base.write", "after"),
-    ("flashquant.patches.layers.processed.digests", "after"),
-    ("flashquant.patches.layers.processed.LiveLayer.commit", "before"),
-    ("flashquant.patches.layers.processed.LiveLayer.commit", "after"),
-    ("flashquant.patches.layers.blueprint.LayerBlueprint.build", "after"),
-    ("flashquant.patches.layers.base.StagedLayer.window", "after"),
-    ("flashquant.patches.layers.in_place.DirectLayer.move_in", "after"),
-    ("flashquant.patches.layers.in_place.DirectLayer._bring_home", "after"),
-    ("flashquant.update.in_place.check_peak", "before"),
-    ("flashquant.update.in_place.InPlaceWrite.take", "after"),
-    ("flashquant.patches.layers.in_place.DirectLayer.commit", "before"),
-    ("flashquant.patches.layers.in_place.DirectLayer.commit", "after"),
-    ("flashquant.patches.layers.per_tensor.LateLayer.commit", "before"),
-    ("flashquant.patches.layers.per_tensor.LateLayer.commit", "after"),
-    ("flashquant.patches.layers.kernel_state.Carry.add", "before"),
-    ("flashquant.patches.layers.kernel_state.Carry.apply", "after"),
-    ("flashquant.patches.layers.kernel_state._overwrite", "after"),
-    ("flashquant.patches.layers.kernel_state._pointers", "before"),
-    ("flashquant.update.pipeline.check_unmoved", "before"),
+    Point(pipeline, pipeline.as_stored, "before"),
+    Point(Copies, Copies.of, "before"),
+    Point(UndoLog, UndoLog.remember, "after"),
+    Point(UndoLog, UndoLog.remember_how, "after"),
+    Point(Stage, Stage.memory, "before"),
+    Point(base, base.write, "after"),
+    Point(packed_digests, packed_digests.digests, "after"),
+    Point(ProcessedLayer, ProcessedLayer.commit, "before"),
+    Point(ProcessedLayer, ProcessedLayer.commit, "after"),
+    Point(LayerBlueprint, LayerBlueprint.build, "after"),
+    Point(LiveLayer, LiveLayer.window, "after"),
+    Point(InPlaceLayer, InPlaceLayer.move_in, "after"),
+    Point(InPlaceLayer, InPlaceLayer._copy_home, "after"),
+    Point(in_place, in_place.check_peak, "before"),
+    Point(InPlaceWrite, InPlaceWrite.take, "after"),
+    Point(InPlaceLayer, InPlaceLayer.commit, "before"),
+    Point(InPlaceLayer, InPlaceLayer.commit, "after"),
+    Point(PerTensorLayer, PerTensorLayer.commit, "before"),
+    Point(PerTensorLayer, PerTensorLayer.commit, "after"),
+    Point(Carry, Carry.add, "before"),
+    Point(Carry, Carry.apply, "after"),
+    Point(kernel_state, kernel_state._overwrite, "after"),
+    Point(kernel_state, kernel_state._pointers, "before"),
+    Point(proofs, proofs.check_unmoved, "before"),
 )
 
 
 @contextmanager
-def counted(path: str) -> Iterator[Callable[[], int]]:
+def counted(point: Point) -> Iterator[Callable[[], int]]:
     """Count the calls of a function while the block runs."""
     calls = [0]
-    with _wrapped(path, lambda: calls.__setitem__(0, calls[0] + 1), "before"):
+    with _wrapped(point, lambda: calls.__setitem__(0, calls[0] + 1)):
         yield lambda: calls[0]
 
 
 @contextmanager
-def failing(path: str, at: int, when: str) -> Iterator[None]:
+def failing(point: Point, at: int) -> Iterator[None]:
     """Let one call of a function raise: the one with this number, and no other."""
     left = [at]
 
@@ -134,23 +175,21 @@ def failing(path: str, at: int, when: str) -> Iterator[None]:
         if left[0] == -1:
             raise _ERRORS[at % len(_ERRORS)]("injected")
 
-    with _wrapped(path, strike, when):
+    with _wrapped(point, strike):
         yield
 
 
 @contextmanager
-def _wrapped(path: str, strike: Callable[[], None], when: str) -> Iterator[None]:
-    original = pkgutil.resolve_name(path)
-
+def _wrapped(point: Point, strike: Callable[[], None]) -> Iterator[None]:
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        if when == "before":
+        if point.when == "before":
             strike()
-        result = original(*args, **kwargs)
-        if when == "after":
+        result = point.function(*args, **kwargs)
+        if point.when == "after":
             strike()
         return result
 
-    with mock.patch(path, wrapper):
+    with mock.patch.object(point.owner, point.name, wrapper):
         yield
 
 

@@ -151,13 +151,13 @@ def test_wrong_weights_at_every_tensor(target: Target) -> None:
 
 def test_a_failure_in_every_function(target: Target) -> None:
     """Out of memory, Ctrl-C or a broken kernel, in one call after the other."""
-    for path, when in faults.CALLS:
-        with faults.counted(path) as calls:
+    for point in faults.CALLS:
+        with faults.counted(point) as calls:
             target.reload()
         for number in spread(calls()):
             target.inject(
-                f"{path}, call {number}, {when}",
-                lambda call=(path, number, when): reload_failing(target, *call),
+                f"{point}, call {number}",
+                lambda call=(point, number): reload_failing(target, *call),
             )
 
     assert target.violations == []
@@ -178,8 +178,8 @@ def test_ctrl_c_between_any_two_lines(target: Target) -> None:
     assert target.violations == []
 
 
-def reload_failing(target: Target, path: str, number: int, when: str) -> None:
-    with faults.failing(path, number, when):
+def reload_failing(target: Target, point: faults.Point, number: int) -> None:
+    with faults.failing(point, number):
         target.reload()
 
 

@@ -239,13 +239,13 @@ def test_faults_leave_all_of_the_old_experts_or_all_of_the_new(
             for index in (1, len(target.pushed["a"]) // 2):
                 weights = stream(target.pushed[target.other], index)
                 target.inject(f"{kind} at {index}", lambda w=weights: target.reload(w))
-        for path, when in faults.CALLS:
-            with faults.counted(path) as calls:
+        for point in faults.CALLS:
+            with faults.counted(point) as calls:
                 target.reload()
             for call in {0, calls() // 2} if calls() else ():
                 target.inject(
-                    f"{path}, call {call}, {when}",
-                    lambda at=(path, call, when): reload_failing(target, *at),
+                    f"{point}, call {call}",
+                    lambda at=(point, call): reload_failing(target, *at),
                 )
 
     assert target.violations == []

@@ -25,7 +25,7 @@ from flashquant.errors import (
     TornWeights,
     UnknownWeight,
 )
-from flashquant.patches.layers import DirectLayer, is_handle, kernel_state
+from flashquant.patches.layers import InPlaceLayer, is_handle, kernel_state
 from flashquant.patches.seams import loading
 from flashquant.update import footprints
 from tests.engine.serving import Serving, needs, serve
@@ -167,7 +167,7 @@ def test_a_lenient_update_takes_whole_layers_but_never_half_of_what_cannot_be_ke
     weights = policies.tensors("b")
     norm = {"model.norm.weight": weights["model.norm.weight"]}
     by_rows = any(
-        isinstance(layer, DirectLayer) and layer.name == "model.layers.0.self_attn.qkv_proj"
+        isinstance(layer, InPlaceLayer) and layer.name == "model.layers.0.self_attn.qkv_proj"
         for layer in live.session._engine.layers
     )
 

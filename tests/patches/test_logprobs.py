@@ -53,5 +53,7 @@ def test_overrides_by_a_function_are_refused():
 
 @pytest.mark.parametrize("name", ["FLASHQUANT_SAMPLED_LOGPROBS", "FLASHRL_LMHEAD_FP32"])
 def test_what_is_neither_yes_nor_no_is_refused(name: str):
-    with pytest.raises(ConfigError, match=f"{name}='true' is neither yes nor no; set it to 1 or 0"):
-        configured({name: "true"})
+    with pytest.raises(
+        ConfigError, match=f"{name}='maybe' is neither yes nor no; set it to 1 or 0"
+    ):
+        configured({name: "maybe"})

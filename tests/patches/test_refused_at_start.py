@@ -19,7 +19,7 @@ from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM, Qwen2MLP
 
 from flashquant.errors import ConfigError, UnsupportedEngine
 from flashquant.patches import engine
-from flashquant.patches.layers import processed as layers
+from flashquant.patches.layers import probe
 from tools.layouts import models
 from tools.layouts.cases import AMPERE, HOPPER, Case
 from tools.layouts.layout import load
@@ -92,9 +92,9 @@ def test_nothing_is_learned_of_twins_once_the_engine_serves(
     live = load(case, folder, "a", "fp8_vllm")
 
     def learn(*_: Any) -> None:
-        raise AssertionError("a twin was made of zeros")
+        raise AssertionError("a twin was looked at")
 
-    monkeypatch.setattr(layers, "handed_on", learn)
+    monkeypatch.setattr(probe, "memory_layouts", learn)
     with pretending(AMPERE):
         live.load_weights(Policies(folder, "qwen3-moe").tensors("b").items())
 

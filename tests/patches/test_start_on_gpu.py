@@ -72,7 +72,7 @@ def test_experts_are_quantized_right_into_the_memory_that_kernels_read(
         live.load_weights((name, each) for name, each in pushed.items() if ".experts." in name)
 
     layers = session_of(live)._engine.layers
-    assert {layer.road for layer in layers if layer.name.endswith("experts")} == {"direct"}
+    assert {layer.placement for layer in layers if layer.name.endswith("experts")} == {"direct"}
     (home,) = [
         each
         for name, each in models.tensors(live).items()

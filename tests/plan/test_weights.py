@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from flashquant.errors import ReloadError, UnknownWeight
-from flashquant.plan import few_at_a_time, named_tensors, naming_the_file
+from flashquant.plan import few_at_a_time, named_forms, named_tensors, naming_the_file
 
 WEIGHTS = {"a.weight": torch.arange(6.0).view(2, 3), "b.bias": torch.ones(2).bfloat16()}
 
@@ -187,3 +187,22 @@ def test_a_large_tensor_comes_alone_and_is_not_copied():
 
     assert [[name for name, _ in few] for few in together] == [["a"], ["large"], ["b"]]
     assert together[1][0][1] is large
+
+
+def test_forms_are_those_of_the_tensors(tmp_path):
+    held = {
+        "a": torch.zeros(3, 4, dtype=torch.bfloat16),
+        "b": torch.zeros(2, dtype=torch.int8),
+        "c": torch.tensor(1.0),
+        "d": torch.zeros(0, 5),
+    }
+    save_file(held, tmp_path / "model.safetensors")
+
+    forms = dict(named_forms(tmp_path))
+
+    assert {name: (t.shape, t.dtype) for name, t in forms.items()} == {
+        name: (t.shape, t.dtype) for name, t in held.items()
+    }
+    assert all(form.is_meta for form in forms.values())
+    with pytest.raises(ReloadError, match="holds some"):
+        list(named_forms(tmp_path / "nothing"))

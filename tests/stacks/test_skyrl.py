@@ -30,4 +30,5 @@ def test_what_its_worker_wrapper_loads_equals_a_fresh_start(
     assert answer["after the missing chunk"] == b
     # SkyRL's own flag: its wrapper takes the refused update for one that still goes on.
     assert "already active" in answer["next start"][1]
-    assert answer["pushed a"] == a
+    assert answer["pushed a"] == answer["after refusal"] == a
+    assert "NaN" in answer["refused"][1]

@@ -47,3 +47,5 @@ def test_a_step_of_grpo_rolls_out_the_policy_it_has_just_made(
     assert second == answer["fresh on step 1"]["digest"] != first
     assert answer["after two steps"] == answer["fresh on step 1"]
     assert answer["synced"] == answer["fresh on step 2"] != answer["after two steps"]
+    assert answer["refused"][0] == "MisfitTensor"
+    assert answer["after refusal"] == answer["synced again"] == answer["synced"]

@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 class FakeLayer:
     """One layer whose live tensors are its checkpoint tensors, gathered in stages."""
 
-    road, device, homes = "staged", CPU, MappingProxyType({})
+    placement, device, homes = "staged", CPU, MappingProxyType({})
 
     def __init__(self, name: str, live: dict[str, Tensor]) -> None:
         self.name, self.live = name, live

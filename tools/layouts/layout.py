@@ -13,7 +13,7 @@ from vllm.config.quantization import QuantizationConfigArgs
 
 from flashquant.config.schemes import ONLINE
 from flashquant.patches.diagnostics.examination.layouts import kernel_of, stored
-from flashquant.patches.layers import Storage
+from flashquant.patches.layers import MemoryLayout
 from flashquant.update import footprints
 from flashquant.update.integrity import Footprint
 from tools.layouts import models
@@ -50,7 +50,7 @@ class Layout:
     """
 
     kernels: frozenset[str]
-    stored: Mapping[str, Storage]
+    stored: Mapping[str, MemoryLayout]
     compared: int
     different: tuple[str, ...]
     moved: tuple[str, ...]
@@ -107,9 +107,9 @@ def _policies(case: Case, folder: Path) -> Policies:
     return (Odd if case.kind in _ODD else Policies)(folder, case.kind)
 
 
-def _stored(case: Case, live: nn.Module) -> dict[str, Storage]:
+def _stored(case: Case, live: nn.Module) -> dict[str, MemoryLayout]:
     """How the parameters of the case's layers are stored; told apart only if they differ."""
-    found: dict[str, Storage] = {}
+    found: dict[str, MemoryLayout] = {}
     with pretending(case.machine):
         layers = list(stored(live))
     for layer, kernel, parameters in layers:

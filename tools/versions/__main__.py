@@ -1,4 +1,4 @@
-"""Run the engine tests on every version, and write the table in README.md.
+"""Run the engine tests on every version, and write the table in docs/versions.md.
 
     python -m tools.versions [--all]
     python -m tools.versions --only 0.30.0 [-k EXPRESSION] [TEST ...]
@@ -65,7 +65,7 @@ LONG_CASES = (
 )
 
 FOLDER = ROOT / ".versions"
-README = ROOT / "README.md"
+PAGE = ROOT / "docs/versions.md"
 
 console = Console()
 
@@ -151,8 +151,8 @@ def _say(row: Row, seconds: float) -> None:
 
 def _write_table(choice: Choice) -> None:
     rows = [_kept(FOLDER / version, choice) or _look_at(version)[1] for version in RUN + LOOKED_AT]
-    table.put_into(README, table.markdown(rows))
-    console.print("the table in README.md is written")
+    table.put_into(PAGE, table.markdown(rows))
+    console.print("the table in docs/versions.md is written")
 
 
 def _kept(folder: Path, choice: Choice) -> Row | None:

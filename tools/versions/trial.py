@@ -105,7 +105,7 @@ def _python(path: Sequence[Path], *arguments: str) -> subprocess.CompletedProces
 _MARK = "--- findings ---"
 _DOCTOR = f"""
 import sys
-from flashquant.cli import main
+from flashquant.cli.main import main
 from vllm import version  # whatever vLLM has to say, it says now
 sys.stdout.write({_MARK!r})
 main(["doctor", "--json"])

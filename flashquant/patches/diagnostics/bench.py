@@ -119,7 +119,7 @@ def start(path: Path, config: str | None, **options: Any) -> LLM:
         "max_model_len": 128,
         "dtype": "bfloat16",
     }
-    with _flashrl_config(config):
+    with flashrl_config(config):
         return LLM(str(path), **(defaults | room_for_others() | options))
 
 
@@ -133,7 +133,7 @@ def room_for_others() -> dict[str, float]:
 
 
 @contextmanager
-def _flashrl_config(config: str | None) -> Iterator[None]:
+def flashrl_config(config: str | None) -> Iterator[None]:
     """The environment variable as this engine shall find it."""
     kept = os.environ.pop("FLASHRL_CONFIG", None)
     if config is not None:

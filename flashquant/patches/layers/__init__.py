@@ -1,49 +1,70 @@
 """Live layers: what vLLM's kernels read, and how checkpoint tensors become it.
 
-blueprint      the layers as they were when the model was created
-kernel_state   every tensor and handle that the kernels of a layer read
-memory_layout  which memory of a checkpoint-format layer is the memory that kernels read, found
-               by watching (pass_through, provenance)
-base           what every layer is: parameters that wait until all of them can go live
-in_place       written row by row where the kernels read (direct says which layers can be)
-per_tensor     quantized when all of it is there: its codes share a scale, or are of experts
-processed      everything else: vLLM's own processing, on a twin
-shard_maxima   scales over the shards of other ranks
-cpu            what vLLM's CPU kernels lack
+As the model was created, and as it serves:
+
+blueprint, model_blueprint   the layers before their first weight; the way to load onto them
+aliases                      tensors of one layer that are windows of another's parameter
+kernel_state                 every tensor and handle that the kernels of a layer read
+attention                    the layers that vLLM processes after all others
+
+What vLLM's processing makes of a kind of module, found by watching it once:
+
+probe                        the look, and what is refused by it
+memory_layout, provenance    what became of each parameter's memory
+homes                        live memory into which rows can be written
+pass_through                 parameters that go live by themselves
+
+Live layers:
+
+choice                       which kind a group of modules becomes
+base                         the template: parameters wait until all of them can go live
+in_place                     written row by row where the kernels read
+per_tensor                   each parameter quantized whole: one scale a tensor, or experts
+processed                    everything else: vLLM's own processing (`twins`), or copied
+readiness                    which parameters wait for each other
+live_parameters              which live tensors still are parameters in checkpoint format
+packed_digests               fingerprints of what cannot be read any more
+
+Two seams that only layers need:
+
+tensor_parallel_maxima       scales over the shards of other workers
+cpu                          what vLLM's CPU kernels lack
 """
 
 from __future__ import annotations
 
-from flashquant.patches.layers import cpu, shard_maxima
+from flashquant.patches.layers import cpu, tensor_parallel_maxima
 from flashquant.patches.layers.attention import is_deferred_attention_layer
-from flashquant.patches.layers.blueprint import LayerBlueprint, ModelBlueprint
+from flashquant.patches.layers.base import LiveLayer
+from flashquant.patches.layers.blueprint import LayerBlueprint
+from flashquant.patches.layers.choice import LayerChoice, Quantizer
 from flashquant.patches.layers.cpu import allow_amx, packed_once
-from flashquant.patches.layers.direct import Direct
-from flashquant.patches.layers.in_place import DirectLayer
+from flashquant.patches.layers.in_place import InPlaceLayer
 from flashquant.patches.layers.kernel_state import Carry, is_handle, is_processor, leaves
-from flashquant.patches.layers.memory_layout import Quantize, Storage, storages
-from flashquant.patches.layers.per_tensor import LateLayer
-from flashquant.patches.layers.processed import Learned, LiveLayer
+from flashquant.patches.layers.memory_layout import MemoryLayout, memory_layouts
+from flashquant.patches.layers.model_blueprint import ModelBlueprint
+from flashquant.patches.layers.per_tensor import PerTensorLayer
+from flashquant.patches.layers.processed import ProcessedLayer
 
 __all__ = [
     "POINTS",
     "Carry",
-    "Direct",
-    "DirectLayer",
-    "LateLayer",
+    "InPlaceLayer",
     "LayerBlueprint",
-    "Learned",
+    "LayerChoice",
     "LiveLayer",
+    "MemoryLayout",
     "ModelBlueprint",
-    "Quantize",
-    "Storage",
+    "PerTensorLayer",
+    "ProcessedLayer",
+    "Quantizer",
     "allow_amx",
     "is_deferred_attention_layer",
     "is_handle",
     "is_processor",
     "leaves",
+    "memory_layouts",
     "packed_once",
-    "storages",
 ]
 
-POINTS = (*shard_maxima.POINTS, *cpu.POINTS)
+POINTS = (*tensor_parallel_maxima.POINTS, *cpu.POINTS)

@@ -16,18 +16,19 @@ from flashquant.patches.layers import kernel_state
 from flashquant.plan import View, storage_of
 
 
-class Borrowed(NamedTuple):
-    """One such tensor, and which window of which parameter it is."""
+class Alias(NamedTuple):
+    """A tensor of one layer, and which window of another layer's parameter it is."""
 
     tensor: Tensor
     target: str
     view: View
 
 
-def borrowed(model: nn.Module, names: Mapping[int, str]) -> Iterator[Borrowed]:
-    """Every one of them, in a model that has just been created.
+def aliases(model: nn.Module, names: Mapping[int, str]) -> Iterator[Alias]:
+    """All aliases in a model that has just been created.
 
     Args:
+        model: before its first weight.
         names: of its parameters in the engine, by id.
 
     """
@@ -41,4 +42,4 @@ def borrowed(model: nn.Module, names: Mapping[int, str]) -> Iterator[Borrowed]:
             if isinstance(leaf, Tensor) and id(leaf) not in names:
                 target = homes.get(storage_of(leaf))
                 if target is not None:
-                    yield Borrowed(leaf, target, View.of(leaf))
+                    yield Alias(leaf, target, View.of(leaf))

@@ -1,7 +1,19 @@
-"""What every live layer is: parameters that wait in stages until all of them can go live."""
+"""What every live layer is: parameters that wait in stages until all of them can go live.
+
+One template, of which each kind of layer fills in the last two columns:
+
+                     a stage holds              commit
+    InPlaceLayer     what the kernels read      copies what does not lie in live memory already
+    PerTensorLayer   what the trainer sent      quantizes each parameter into live memory
+    ProcessedLayer   what the trainer sent      carries over what vLLM makes of it on a twin
+
+The first two are written without vLLM's processing: `flashquant.Status` lists them as `direct`,
+and says there what `direct`, `staged` and `fallback` mean.
+"""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 
@@ -10,29 +22,25 @@ from torch import Tensor
 
 from flashquant.patches.layers import kernel_state
 from flashquant.patches.layers.blueprint import LayerBlueprint
+from flashquant.patches.layers.kernel_state import Carry
+from flashquant.patches.layers.readiness import half_arrived
 from flashquant.plan import Fill, Write
 from flashquant.update import Reach, Stage, UndoLog, write
 
 
-def belong_together(one: str, other: str) -> bool:
-    """Whether one parameter says how the other is to be read, as scales and zero points do.
-
-    vLLM names them after it: `weight`, `weight_scale`, `weight_scale_inv`, `weight_zero_point`.
-    Whatever a kernel makes of them, one without the other is another weight.
-    """
-    return one.startswith(f"{other}_") or other.startswith(f"{one}_")
-
-
-class StagedLayer:
-    """The half of `engine.Layer` that is the same whatever a layer makes of what arrives.
+class LiveLayer(ABC):
+    """One layer of a serving model; implements `flashquant.update.Layer`.
 
     Args:
         blueprints: the modules of the layer; the first one names it.
         forms: shape, strides and dtype of what waits, by parameter.
         device: where it waits.
+        live: live memory, laid out as rows arrive, by parameter; none for a layer whose
+            parameters processing has changed.
 
     """
 
+    placement = "direct"
     homes: Mapping[str, Tensor] = MappingProxyType({})
 
     def __init__(
@@ -40,6 +48,7 @@ class StagedLayer:
         blueprints: tuple[LayerBlueprint, ...],
         forms: Mapping[str, Tensor],
         device: torch.device,
+        live: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> None:
         self.name = blueprints[0].name
         self.blueprints = blueprints
@@ -47,6 +56,8 @@ class StagedLayer:
         self._stages = {
             target: Stage(form.shape, form.stride(), form.dtype) for target, form in forms.items()
         }
+        self._live = dict(live)
+        self._prepared: Carry | None = None
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -55,7 +66,7 @@ class StagedLayer:
     @property
     def missing(self) -> tuple[str, ...]:
         """What must still arrive of parameters that have begun to."""
-        return tuple(t for t, stage in self._stages.items() if stage.started and not stage.complete)
+        return half_arrived(self._stages)
 
     @property
     def ready(self) -> bool:
@@ -72,15 +83,16 @@ class StagedLayer:
 
     def _held_live(self, target: str) -> Tensor | str:
         """What is live of a parameter, or prepared, in checkpoint format; or its fingerprint."""
-        return self.homes[target]
+        live = self._live[target]
+        return live if self._prepared is None else self._prepared.to_be(live)
 
     def move_in(self, target: str, undo: UndoLog) -> bool:
-        """Never, unless a layer knows better: what arrives in part waits."""
+        """False: what arrives in part waits, unless the layer is written row by row."""
         return False
 
     def window(self, step: Write | Fill, undo: UndoLog, reach: Reach) -> Tensor:
         """The memory that one step fills."""
-        self._settle_in(step, undo, reach)
+        self._adopt_live(step, undo, reach)
         return step.target_view.into(self._stages[step.target].memory(self.device))
 
     def receive(
@@ -92,19 +104,63 @@ class StagedLayer:
         maxima: Tensor | None,
     ) -> None:
         """Take one window of one tensor."""
-        self._settle_in(step, undo, reach)
+        self._adopt_live(step, undo, reach)
         write(step, incoming, self._stages[step.target], self.device, maxima)
 
-    def _settle_in(self, step: Write | Fill, undo: UndoLog, reach: Reach) -> None:
-        """Before a step: see to it that its stage lies in live memory, where it may."""
+    def _adopt_live(self, step: Write | Fill, undo: UndoLog, reach: Reach) -> None:
+        """Before a step: let its stage lie in live memory, where it may."""
+        return  # what arrives waits beside it
+
+    def prepare(self, undo: UndoLog) -> None:
+        """Make what is staged beside the live layer, which stays as it is until `commit`.
+
+        What cannot be made beside it waits in its stages, and is made by `commit`.
+        """
+        fresh = self._made_beside()
+        if fresh is None:
+            return
+        fresh.remember(undo, soon=False)
+        self._prepared = fresh
+        for stage in self._stages.values():
+            stage.clear()
+
+    def commit(self, undo: UndoLog) -> int:
+        """Make what is staged, or was prepared, live, in place; free the stages.
+
+        Returns:
+            Bytes written into live tensors.
+
+        """
+        if self._prepared is None:
+            written = self._make_live(undo)
+        else:
+            written = self._swap_in(self._prepared, undo)
+        self.drop()
+        return written
+
+    @abstractmethod
+    def _made_beside(self) -> Carry | None:
+        """What `commit` would write of what is staged; None where it must be made in place."""
+
+    @abstractmethod
+    def _make_live(self, undo: UndoLog) -> int:
+        """Write what is staged into live memory; the bytes written."""
+
+    def _swap_in(self, prepared: Carry, undo: UndoLog) -> int:
+        """Write what was prepared into live memory; the bytes written."""
+        written = prepared.apply()
+        undo.hold(prepared)
+        return written
 
     def drop(self) -> None:
-        """Forget whatever has arrived; the live layer stays as it is."""
+        """Forget whatever has arrived or was prepared; the live layer stays as it is."""
+        self._prepared = None
         for stage in self._stages.values():
             stage.clear()
 
     def keep_rest(self) -> None:
-        """Nothing, unless a layer knows better: what is live need not be what was sent."""
+        """Complete what has arrived in part with what is live, where rows are live as sent."""
+        return  # here they are not
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every live tensor of the layer, by full name."""

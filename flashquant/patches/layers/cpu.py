@@ -1,14 +1,14 @@
-"""What the CPU engine needs before it can serve our schemes at all.
+"""What the CPU engine needs before it can serve flashquant's schemes at all.
 
 1. Permission to use the AMX tiles: the kernel grants it per process, on request;
    an attention without it dies with SIGILL.
 2. `scaled_fp8_quant`: vLLM declares the op for the CPU and leaves it empty,
-   so per-tensor fp8 can neither load nor run. The definition is ours.
+   so per-tensor fp8 can neither load nor run. Here it is flashquant's definition.
 3. The CPU fp8 matmuls read a float32 bias, and are handed a bf16 one.
 4. A oneDNN handler keeps a raw pointer to its scales: it has to be that of the live ones, also
-   where it is made before they hold the values that it is for.
+   where it is made before they hold the values that it is for (`handlers_point_at`).
 5. Of a weight that two modules share, each packs a copy: twice the memory, and twice the time,
-   for a matmul of the embeddings that nobody asks for. They are handed one.
+   for a matmul of the embeddings that is never called. They are handed one (`packed_once`).
 6. The fp8 matmul for blocks computes 32 rows at a time. Where some are left over, it ends the
    process at the first batch of four tokens or less; such a layer is refused while it loads.
 7. The int8 matmul for AMX takes rows only, and so does the bf16 one before vLLM 0.29. Models that
@@ -16,19 +16,22 @@
    sequences, as rows from here on.
 
 Nothing here touches another platform.
+
+For 4 and 5, vLLM's processing lies between who knows (the callers of the two functions) and who is
+to act (the wrapped functions that make handlers), so what is known travels in context variables.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from flashquant.errors import UnsupportedEngine
+from flashquant.patches.channels import Ambient
 from flashquant.patches.point import PatchPoint
 from flashquant.schemes import fp8_channel, fp8_static, fp8_tensor
 
@@ -72,28 +75,19 @@ def _scaled_fp8_quant(
     return (codes if output is None else output.copy_(codes)), scale
 
 
-class Homes(dict[int, Tensor]):
-    """Live scales, by the address of those that a handler is being made with.
+class LiveScales(dict[int, Tensor]):
+    """Live scales, by the address of the new values that a handler is being made with.
 
     Attributes:
-        refused: a handler asked that reads its scales when it is made.
+        refused: a handler was made that reads its scales at once.
 
     """
 
     refused = False
 
 
-_homes: ContextVar[Homes | None] = ContextVar("flashquant_homes", default=None)
-
-
-@contextmanager
-def handlers_read(homes: Homes) -> Iterator[None]:
-    """Handlers that are made inside point at live scales, whatever these hold now."""
-    before = _homes.set(homes)
-    try:
-        yield
-    finally:
-        _homes.reset(before)
+_scales = Ambient[LiveScales]("flashquant_scales")
+handlers_point_at = _scales.given  # live scales, whatever these hold while handlers are made
 
 
 def _create_onednn_scaled_mm(
@@ -105,11 +99,14 @@ def _create_onednn_scaled_mm(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    homes = _homes.get()
-    if homes is not None:
-        homes.refused |= not dynamic_quant
-        weight_scales = homes.get(weight_scales.data_ptr(), weight_scales)
+    scales = _scales.get()
+    if scales is not None:
+        scales.refused |= not dynamic_quant
+        weight_scales = scales.get(weight_scales.data_ptr(), weight_scales)
     return original(weight, weight_scales, output_type, dynamic_quant, *args, **kwargs)
+
+
+_packed = Ambient[dict[int, Any]]("flashquant_packed")  # handlers by the address of their weight
 
 
 @contextmanager
@@ -121,14 +118,8 @@ def packed_once(shared: Iterable[Tensor]) -> Iterator[None]:
 
     """
     kept = list(shared)  # alive until the end: nothing else may come to lie at their addresses
-    before = _packed.set({weight.data_ptr(): None for weight in kept})
-    try:
+    with _packed.given({weight.data_ptr(): None for weight in kept}):
         yield
-    finally:
-        _packed.reset(before)
-
-
-_packed: ContextVar[dict[int, Any] | None] = ContextVar("flashquant_packed", default=None)
 
 
 def _create_onednn_mm(original: Any, weight: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -12,51 +12,38 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from flashquant.patches.layers.base import StagedLayer, belong_together
+from flashquant.patches.layers.base import LiveLayer
 from flashquant.patches.layers.blueprint import LayerBlueprint
 from flashquant.patches.layers.kernel_state import Carry
+from flashquant.patches.layers.readiness import lacking_with_partners, partners
 from flashquant.plan import Fill, Write
 from flashquant.update import Reach, Stage, UndoLog
 
 
-class DirectLayer(StagedLayer):
-    """A module all of whose parameters lie in live memory as they arrive.
+class InPlaceLayer(LiveLayer):
+    """A module all of whose parameters are live as their rows arrive.
 
     Args:
         blueprint: the module.
-        homes: its live memory, laid out as rows arrive, by target; codes and the scales that
-            are made with them are two targets.
+        homes: its live memory, laid out as rows arrive, by parameter; codes and the scales that
+            are made with them are two parameters.
 
     """
 
-    road = "direct"
-
     def __init__(self, blueprint: LayerBlueprint, homes: Mapping[str, Tensor]) -> None:
-        super().__init__((blueprint,), homes, next(iter(homes.values())).device)
-        self.homes = dict(homes)
-        # Its scales or its codes, which mean nothing without each other.
-        self._partners = {
-            target: tuple(
-                stage for other, stage in self._stages.items() if belong_together(target, other)
-            )
-            for target in self._stages
-        }
+        super().__init__((blueprint,), homes, next(iter(homes.values())).device, homes)
+        self.homes = self._live
+        self._partners = partners(self._stages)
         self._logs: dict[str, UndoLog] = {}  # which keeps what a home held that is being filled
-        self._prepared: Carry | None = None
 
     @property
     def missing(self) -> tuple[str, ...]:
         """What must still arrive of parameters that have begun to; codes wait for their scales."""
-        return tuple(
-            target
-            for target, stage in self._stages.items()
-            if not stage.complete
-            and (stage.started or any(one.started for one in self._partners[target]))
-        )
+        return lacking_with_partners(self._stages, self._partners)
 
-    def _settle_in(self, step: Write | Fill, undo: UndoLog, reach: Reach) -> None:
+    def _adopt_live(self, step: Write | Fill, undo: UndoLog, reach: Reach) -> None:
         stage = self._stages[step.target]
-        if reach is Reach.PARTS or (reach is Reach.WHOLE and self._is_alone(step, stage)):
+        if reach is Reach.PARTS or (reach is Reach.WHOLE and self._is_whole(step, stage)):
             self.move_in(step.target, undo)
 
     def move_in(self, target: str, undo: UndoLog) -> bool:
@@ -65,14 +52,14 @@ class DirectLayer(StagedLayer):
         stage, home = self._stages[target], self.homes[target]
         if stage.started and not stage.lies_in(home):
             return False  # its loader began it, on staged memory: both must not have a part
-        # All of it: it is to arrive as a whole, or nothing stands.
+        # All of it: it is to arrive as a whole, or is put back as a whole.
         undo.remember(home)
         stage.adopt(home)
         self._logs[target] = undo
         return True
 
-    def _is_alone(self, step: Write | Fill, stage: Stage) -> bool:
-        """Whether a step brings all of a parameter that needs no other."""
+    def _is_whole(self, step: Write | Fill, stage: Stage) -> bool:
+        """Whether a step brings all of a parameter that has no partners."""
         return not self._partners[step.target] and step.target_view.numel == stage.numel
 
     def keep_rest(self) -> None:
@@ -92,32 +79,22 @@ class DirectLayer(StagedLayer):
             torch.equal(partner.mask.all(-1), rows) for partner in partners
         )
 
-    def _held_live(self, target: str) -> Tensor:
-        home = self.homes[target]
-        return home if self._prepared is None else self._prepared.to_be(home)
-
     def drop(self) -> None:
-        self._prepared = None
         self._logs.clear()
         super().drop()
 
-    def prepare(self, undo: UndoLog) -> None:
-        self._prepared = self._carry()
-        self._prepared.remember(undo, soon=False)
-        for stage in self._stages.values():
-            stage.clear()
+    def _made_beside(self) -> Carry:
+        carry = Carry()
+        for target, stage in self._stages.items():
+            if stage.started:
+                carry.copy(self.homes[target], stage.memory(self.device))
+        return carry
 
-    def commit(self, undo: UndoLog) -> int:
-        if self._prepared is not None:
-            written = self._prepared.apply()
-            undo.hold(self._prepared)
-        else:
-            written = sum(self._bring_home(target, undo) for target in self._stages)
-        self.drop()
-        return written
+    def _make_live(self, undo: UndoLog) -> int:
+        return sum(self._copy_home(target, undo) for target in self._stages)
 
-    def _bring_home(self, target: str, undo: UndoLog) -> int:
-        """What has arrived of a parameter goes live, if it is not; its bytes."""
+    def _copy_home(self, target: str, undo: UndoLog) -> int:
+        """Copy what has arrived of a parameter to live memory, unless it lies there; its bytes."""
         stage, home = self._stages[target], self.homes[target]
         if not stage.started:
             return 0
@@ -125,11 +102,3 @@ class DirectLayer(StagedLayer):
             undo.remember(home)
             home.copy_(stage.memory(self.device))
         return home.nbytes
-
-    def _carry(self) -> Carry:
-        """What has arrived and is not in its place yet."""
-        carry = Carry()
-        for target, stage in self._stages.items():
-            if stage.started:
-                carry.copy(self.homes[target], stage.memory(self.device))
-        return carry

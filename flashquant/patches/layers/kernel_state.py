@@ -1,7 +1,7 @@
 """What the kernels of one layer read: every tensor and handle it holds, by path.
 
 vLLM keeps processed weights in parameters, buffers and plain attributes, but
-also in the closures that stand behind CPU linears and in the oneDNN handlers
+also in the closures behind CPU linears and in the oneDNN handlers
 that own memory no tensor shows. One walk finds them all, and serves three
 purposes: carrying fresh values into the live layer, the ledger of addresses,
 and the digest.
@@ -136,7 +136,7 @@ class Carry:
 
     @classmethod
     def of(cls, parts: Iterable[Carry]) -> Carry:
-        """Several as one."""
+        """One carry of several, in which each tensor is copied once."""
         whole = cls()
         for part in parts:
             for live, fresh in part.copies:

@@ -1,14 +1,17 @@
 """Which memory of a checkpoint-format layer is the memory that its kernels read.
 
-Told by watching one processing of a twin, not from the names of kernels:
+Found by watching one processing of a twin, not from the names of kernels:
 
     rows    processing hands on the very memory, perhaps as a view (`weight.t()`): rows
             may be written where the kernels read them
-    codes   processing quantizes it, and leaves just the codes and scales that a quantizer
-            of ours makes of its rows: those may be written where the kernels read them
+    codes   processing quantizes it, and leaves just the codes and scales that flashquant's
+            quantizer makes of its rows: those may be written where the kernels read them
     packed  other bytes are made of it: a stage, and the kernel's own packing of a twin
     hidden  something made of it is kept where flashquant does not look (`kernel_state`
-            finds no way to it), so that it would go stale: the layer has to be refused
+            finds no way to it), so that it would go stale: `probe` refuses the layer
+
+Whatever the kind, a parameter may be passed through: its `copies` are it, and nothing more is
+made of it.
 
 Limits
 1. What is launched past torch's dispatcher (a Triton kernel on raw pointers) is not seen.
@@ -17,19 +20,21 @@ Limits
    elsewhere and came back as a tensor.
 2. A parameter that no leaf shows any more, but something out of sight, is not told from one
    that is gone.
+3. Processing of attentions is not watched: what they make of their children's weights is compared
+   with what is live, leaf by leaf (`twins`), and nothing else that they keep is looked for.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from flashquant.patches.layers import kernel_state
-from flashquant.patches.layers.provenance import Origins
+from flashquant.patches.layers.provenance import Provenance
 from flashquant.plan import storage_of
 from flashquant.update import digests
 
@@ -38,25 +43,28 @@ Quantize = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
-class Storage:
-    """How one parameter of a layer is stored.
+class MemoryLayout:
+    """What became of one parameter's memory.
 
     Attributes:
         leaves: what the kernels read of it, as paths in `kernel_state`: the views of its
             memory (`rows`), first the codes and then the scales (`codes`), or whatever was
             made of it.
         reason: why it is not `rows`.
+        copies: the leaves that are the parameter, in whatever dtype, where processing only
+            passes it through; none where anything else was done to it.
 
     """
 
     kind: Kind
     leaves: tuple[str, ...] = ()
     reason: str = ""
+    copies: tuple[str, ...] = ()
 
 
-def storages(
+def memory_layouts(
     twin: nn.Module, own: Mapping[str, Tensor], quantize: Quantize | None = None
-) -> dict[str, Storage]:
+) -> dict[str, MemoryLayout]:
     """Process `twin`, and say of each of its parameters what became of its memory.
 
     Args:
@@ -70,7 +78,7 @@ def storages(
     """
     held = {storage_of(leaf) for _, leaf in _tensor_leaves(twin)}
     before = digests(own.items())
-    watcher = Origins(own)
+    watcher = Provenance(own)
     with watcher:
         method: Any = twin.quant_method
         method.process_weights_after_loading(twin)
@@ -78,53 +86,53 @@ def storages(
     after = digests(own.items())
     changed = {name for name in own if after[name] != before[name]}
     found = {
-        name: _storage(name, tensor, made, changed=name in changed) for name, tensor in own.items()
+        name: _layout(name, tensor, made, changed=name in changed) for name, tensor in own.items()
     }
     if quantize is not None:
         found |= _quantized(own, made, found, quantize)
     kernel_state.take_apart(twin)
-    return found
+    return {name: replace(layout, copies=made.copies(name)) for name, layout in found.items()}
 
 
-def _storage(name: str, own: Tensor, made: _Made, *, changed: bool) -> Storage:
+def _layout(name: str, own: Tensor, made: _Made, *, changed: bool) -> MemoryLayout:
     if name in made.hidden:
-        return Storage("hidden", made.of(name), made.hidden[name])
+        return MemoryLayout("hidden", made.of(name), made.hidden[name])
     views = [path for path, leaf in made.leaves if storage_of(leaf) == storage_of(own)]
     others = [path for path in made.of(name) if path not in views]
     if name in made.watcher.written:
         reason = f"{made.watcher.written[name]} writes into it"
     elif changed:
         reason = "its bytes change during processing"
-    elif name in made.watcher.told:
-        reason = f"{made.watcher.told[name]} takes it out of torch's sight"
+    elif name in made.watcher.read_out:
+        reason = f"{made.watcher.read_out[name]} takes it out of torch's sight"
     elif others:
         reason = f"{', '.join(others)} is made of it"
     elif made.handles:
-        # Whoever made it may have read anything: such operations pass torch's dispatcher unseen.
+        # What made it may have read anything: such operations pass torch's dispatcher unseen.
         reason = f"{', '.join(made.handles)} keeps memory of its own"
     elif not views:
         reason = "nothing that the kernels read is made of it"
     elif not all(_covers(leaf, own) for path, leaf in made.leaves if path in views):
         reason = f"{', '.join(views)} shows other bytes of it, or as another dtype"
     else:
-        return Storage("rows", tuple(views))
-    return Storage("packed", made.of(name), reason)
+        return MemoryLayout("rows", tuple(views))
+    return MemoryLayout("packed", made.of(name), reason)
 
 
 def _quantized(
-    own: Mapping[str, Tensor], made: _Made, found: Mapping[str, Storage], quantize: Quantize
-) -> dict[str, Storage]:
-    """Those that are packed just as `quantize` would, and of which nothing else is made."""
+    own: Mapping[str, Tensor], made: _Made, found: Mapping[str, MemoryLayout], quantize: Quantize
+) -> dict[str, MemoryLayout]:
+    """The parameters that are packed as `quantize` would, and of which nothing else is made."""
     leaves, codes = dict(made.leaves), {}
     for name, tensor in own.items():
-        mine = found[name].leaves
-        alone = len(mine) == 2 and all(made.made_of(path) == {name} for path in mine)
+        read = found[name].leaves
+        alone = len(read) == 2 and all(made.made_of(path) == {name} for path in read)
         if found[name].kind != "packed" or not _is_weight(tensor) or not alone:
             continue
         expected = _per_expert(quantize, tensor.detach())
-        for order in (mine, mine[::-1]):
+        for order in (read, read[::-1]):
             if all(_holds(leaves[path], e) for path, e in zip(order, expected, strict=True)):
-                codes[name] = Storage("codes", order, found[name].reason)
+                codes[name] = MemoryLayout("codes", order, found[name].reason)
     return codes
 
 
@@ -143,24 +151,31 @@ def _per_expert(quantize: Quantize, weight: Tensor) -> tuple[Tensor, Tensor]:
 class _Made:
     """What a processed twin holds, and of which parameters it was made."""
 
-    def __init__(self, twin: nn.Module, watcher: Origins, held: set[int]) -> None:
+    def __init__(self, twin: nn.Module, watcher: Provenance, held: set[int]) -> None:
         self.watcher = watcher
         self.leaves = _tensor_leaves(twin)
         everything = kernel_state.leaves(twin).items()
         self.handles = [path for path, leaf in everything if not isinstance(leaf, Tensor)]
-        self._from = {path: self._origins(leaf, held) for path, leaf in self.leaves}
+        self._from = {path: self._provenance(leaf, held) for path, leaf in self.leaves}
         in_sight = {storage_of(leaf) for _, leaf in self.leaves}
         self.hidden = watcher.kept_outside(in_sight)
 
     def of(self, name: str) -> tuple[str, ...]:
         """The leaves that are, or were made of, a parameter."""
-        return tuple(path for path, origins in self._from.items() if name in origins)
+        return tuple(path for path, made_of in self._from.items() if name in made_of)
 
     def made_of(self, path: str) -> frozenset[str]:
         """The parameters of which a leaf was made."""
         return self._from[path]
 
-    def _origins(self, leaf: Tensor, held: set[int]) -> frozenset[str]:
+    def copies(self, name: str) -> tuple[str, ...]:
+        """The leaves that are a parameter, in whatever dtype, if it is only passed through."""
+        if name in self.watcher.used:
+            return ()
+        copy_of = self.watcher.copy_of
+        return tuple(path for path, leaf in self.leaves if copy_of.get(storage_of(leaf)) == name)
+
+    def _provenance(self, leaf: Tensor, held: set[int]) -> frozenset[str]:
         storage = storage_of(leaf)
         unknown = not self.watcher.saw(storage) and storage not in held
         if unknown or storage in self.watcher.blank:

@@ -1,7 +1,7 @@
-"""What is computed from the parameters of a layer while it is processed, by storage.
+"""What becomes of the parameters of a layer while vLLM processes it, found by watching.
 
 Storages are told apart by address. A weak reference keeps an address from being used again,
-and tells whether anybody still holds what was there; the memory itself is not kept.
+and tells whether anything still holds what was there; the memory itself is not kept.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from flashquant.plan import View, storage_of, tensors_in, written_by
 
-# Memory that nobody has written yet, or somebody past torch.
+# Memory that nothing has written yet, or something past torch.
 _FROM_ELSEWHERE = frozenset(
     {
         torch.ops.aten.empty.memory_format,
@@ -31,13 +31,25 @@ _FROM_ELSEWHERE = frozenset(
 )
 
 
-class Origins(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it untyped
+# What may be done to a parameter without making anything new of it.
+_COPIES = frozenset(
+    {
+        torch.ops.aten.detach.default,
+        torch.ops.aten.alias.default,
+        torch.ops.aten._to_copy.default,
+    }
+)
+
+
+class Provenance(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it untyped
     """Follows what is computed from parameters, storage by storage.
 
     Attributes:
         of: storage -> the parameters that what is in it was made of.
+        copy_of: storage -> the parameter that it holds, as it was or in another dtype.
+        used: parameters to which, or to a copy of which, anything else than copying was done.
         written: parameter -> the operation that wrote into it.
-        told: parameter -> the operation that gave something else than a tensor of it.
+        read_out: parameter -> the operation that gave something else than a tensor of it.
         blank: storages that were allocated, and written by nothing that could be seen.
 
     """
@@ -46,14 +58,17 @@ class Origins(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leav
         super().__init__()  # type: ignore[no-untyped-call]
         self.everything = frozenset(own)
         self.of: dict[int, frozenset[str]] = {}
+        self.copy_of: dict[int, str] = {}
+        self.used: set[str] = set()
         self.written: dict[str, str] = {}
-        self.told: dict[str, str] = {}
+        self.read_out: dict[str, str] = {}
         self.blank: set[int] = set()
         self._by: dict[int, str] = {}
         self._seen: dict[int, StorageWeakRef] = {}
         for name, tensor in own.items():
             storage = self._note(tensor)
             self.of[storage] = self.of.get(storage, frozenset()) | {name}
+            self.copy_of[storage] = name
         self._own = set(self.of)
 
     def __torch_dispatch__(
@@ -64,7 +79,7 @@ class Origins(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leav
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        read = self._origins_of((args, kwargs))
+        read = self._made_of((args, kwargs))
         result = func(*args, **kwargs)
         results = [value for value in tree_leaves(result) if value is not None]
         unchanged = _only_views(func) or _copies_onto_itself(func, args)
@@ -75,7 +90,8 @@ class Origins(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leav
         for tensor in tensors_in(results):
             self._follow(func, tensor, came_from)
         if not (results or written) or not all(isinstance(value, Tensor) for value in results):
-            self.told |= dict.fromkeys(read, str(func))
+            self.read_out |= dict.fromkeys(read, str(func))
+        self._follow_copies(func, (args, kwargs), results)
         return result
 
     def saw(self, storage: int) -> bool:
@@ -85,7 +101,7 @@ class Origins(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leav
     def kept_outside(self, in_sight: set[int]) -> dict[str, str]:
         """Parameters of which something is kept alive that is none of the storages in sight."""
         if self._outside(in_sight):
-            gc.collect()  # a traceback or a cycle may hold what nobody means to keep
+            gc.collect()  # a traceback or a cycle may hold what is not meant to be kept
         return {
             name: f"what {self._by[storage]} made of it is kept where flashquant does not look"
             for storage in self._outside(in_sight)
@@ -98,6 +114,16 @@ class Origins(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leav
             for storage in self.of
             if storage not in self._own | in_sight and not self._seen[storage].expired()  # type: ignore[no-untyped-call]
         ]
+
+    def _follow_copies(self, func: Any, values: Any, results: list[Any]) -> None:
+        """Note what a copy of a parameter is used for, unless it is copied once more."""
+        found = (self.copy_of.get(storage_of(tensor)) for tensor in tensors_in(values))
+        copied = {name for name in found if name is not None}
+        if func not in _COPIES:
+            self.used |= copied
+        elif len(copied) == 1:
+            (name,) = copied
+            self.copy_of |= {self._note(tensor): name for tensor in tensors_in(results)}
 
     def _follow_write(self, func: Any, into: Tensor, read: frozenset[str]) -> None:
         storage = self._note(into)
@@ -132,7 +158,7 @@ class Origins(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leav
         read -= {storage_of(tensor) for tensor in written}
         return self.everything if read & self.blank else frozenset()
 
-    def _origins_of(self, values: Any) -> frozenset[str]:
+    def _made_of(self, values: Any) -> frozenset[str]:
         found = (self.of.get(storage_of(tensor)) for tensor in tensors_in(values))
         return frozenset().union(*(names for names in found if names))
 

@@ -1,6 +1,6 @@
 """One update in workers of other processes: all answers, or the one error that matters.
 
-The workers agree among themselves (`flashquant.update.agreement`) whether the update stands.
+The workers agree among themselves (`flashquant.update.agreement`) whether the update is committed.
 Here their answers become one report or one exception, and a worker that dies is
 noticed by watching its process: the engine then goes down as a whole, and says
 little about why.
@@ -221,7 +221,7 @@ class _Watch:
 
     @contextmanager
     def explaining(self) -> Iterator[None]:
-        """Say who died, where the engine fails because somebody did."""
+        """Say which worker died, where the engine fails because one did."""
         try:
             yield
         except Exception as failure:  # vLLM's clients raise a bare one for a call that was cut

@@ -2,7 +2,7 @@
 
 vLLM makes one configuration in the front end and gives it to every replica. Where the
 entries differ, the front end makes one for each of them, sends all along, and a replica
-picks its own as it starts. Replicas that somebody starts one by one (`--data-parallel-rank`,
+picks its own as it starts. Replicas that are started one by one (`--data-parallel-rank`,
 torchrun) need none of this: each has a front end of its own, and `engine_args` asks its rank.
 """
 
@@ -14,10 +14,8 @@ from typing import Any
 
 from flashquant.config.schema import config_from_env
 from flashquant.errors import ConfigError
+from flashquant.patches.channels import ENTRY, REPLICAS
 from flashquant.patches.point import PatchPoint
-from flashquant.patches.seams.engine_args import ENTRY
-
-_REPLICAS = "flashquant_replicas"
 
 
 def _create_engine_config(original: Any, args: Any, *rest: Any, **options: Any) -> Any:
@@ -36,9 +34,9 @@ def _create_engine_config(original: Any, args: Any, *rest: Any, **options: Any) 
     replicas = []
     for entry in flash.configs:
         variant = copy.deepcopy(untouched)
-        vars(variant)[ENTRY] = entry
+        ENTRY.put(variant, entry)
         replicas.append(original(variant, *rest, **options))
-    vars(shared)[_REPLICAS] = replicas
+    REPLICAS.put(shared, replicas)
     return shared
 
 
@@ -47,7 +45,7 @@ def _init_executor(original: Any, executor: Any, vllm_config: Any) -> None:
 
     The core itself holds this object already, so it is made into the replica's own.
     """
-    if replicas := vars(vllm_config).get(_REPLICAS):
+    if replicas := REPLICAS.get(vllm_config):
         place = vllm_config.parallel_config  # who and where it is among the others
         own = replicas[place.data_parallel_index % len(replicas)]
         vars(vllm_config).clear()

@@ -34,33 +34,10 @@ def reload_weights(
     strict: bool = True,
     prepare: bool = False,
 ) -> Any:
-    """Bring one complete set of bf16 weights into a serving engine, in place.
-
-    Requests in flight go on under the new weights: what an engine has cached of the
-    old ones, their keys and values included, is computed anew. vLLM's outputs tell
-    which tokens were sampled by which version (`CompletionOutput.weight_versions`).
-
-    Args:
-        target: a vLLM `LLM` or `AsyncLLM`, a worker, or the model inside one.
-        weights: `(name, tensor)` pairs, a dict, or a path to safetensors; full,
-            unsharded tensors under the names of the checkpoint, bf16, fp16 or fp32. Of a folder,
-            what its index lists, as vLLM's loader does. A tied head may come beside its
-            embeddings; it has to equal them.
-        atomic: keep an undo log in host memory (one byte a weight in 8 bit), so
-            that a failure leaves the complete old weights. Without it, a failure
-            leaves the engine torn: it refuses to generate until a complete reload.
-        strict: every parameter must arrive. Without it, what is not sent stays as it is: whole
-            layers, and the other shards of a fused layer (`report.kept`), where rows lie in live
-            memory with scales of their own. Where they do not (packed for a kernel, or one scale
-            for the whole layer), half a layer is refused by name.
-        prepare: make everything beside the live weights first, while the engine generates, and
-            pause it only to swap them in. Costs the memory of a second set of quantized
-            weights until then. Where the caller's own process is the engine's, nothing can be
-            generated meanwhile; the report tells the two times apart all the same.
+    """What `flashquant.reload_weights` documents, for any target.
 
     Returns:
-        A `ReloadReport`; for an `AsyncLLM`, an awaitable of one. Data-parallel
-        replicas commit each for itself.
+        A `ReloadReport`; for an `AsyncLLM`, an awaitable of one.
 
     Raises:
         ReloadError: and, with `atomic`, every live tensor is what it was.
@@ -82,7 +59,7 @@ def reload_weights(
 
 
 def status(target: Any) -> Any:
-    """How an engine, a worker or a model stands: version, pending shards, digest, roads.
+    """What `flashquant.status` documents, for any target.
 
     Returns:
         A `Status`; for an `AsyncLLM`, an awaitable of one.

@@ -4,7 +4,7 @@ prefix cache        keys and values of prompts     reset; running requests are c
 KV connector        the same, outside the engine   told to drop them; one that cannot: a warning
 encoder cache       embeddings of images, sounds   reset in scheduler and workers, together
 late interaction    embeddings of queries          reset with the encoder cache
-EC connector        embeddings outside the engine  nobody can drop them: a warning
+EC connector        embeddings outside the engine  cannot be dropped: a warning
 a draft             a model of its own             a warning; `status` tells its version
 a shared head       the target's, in a draft       the same memory: updated with it
 LoRA adapters       nothing: low-rank, beside the layers

@@ -17,11 +17,14 @@ import vllm
 from transformers import PretrainedConfig
 from vllm.config.quantization import resolve_quantization_config
 
+from flashquant.config import env
 from flashquant.config.checks import Checks, checks_from_env
-from flashquant.config.locate import Located, locate, locate_in_model, split_revision
+from flashquant.config.locate import Located, split_revision
+from flashquant.config.resolve import check_same_scheme, profile_of
 from flashquant.config.schema import FlashConfig, RolloutConfig, config_from_env
 from flashquant.config.schemes import COMPRESSED, SCHEMES, Scheme
 from flashquant.errors import ConfigError
+from flashquant.patches.channels import ENTRY
 from flashquant.patches.decided import (
     ADDITIONAL_CONFIG_KEY,
     KEPT_KEY,
@@ -37,15 +40,12 @@ from flashquant.update import some_of
 
 logger = logging.getLogger(__name__)
 
-# In a model that an entry names: the name that `profile make` gives, and FlashRL's.
-_OWN_PROFILES = ("profile.safetensors", "profile.pt")
-ENTRY = "flashquant_entry"  # of engine arguments: the entry they are for, whatever the rank
-
 
 def _create_model_config(original: Any, args: Any) -> Any:
     flash = config_from_env(os.environ)
     if flash is not None:
-        entry = vars(args).get(ENTRY) or flash.for_rank(rank_of(args, flash, os.environ))
+        env.check(os.environ)
+        entry = ENTRY.get(args) or flash.for_rank(rank_of(args, flash, os.environ))
         configure(args, entry, checks_from_env(os.environ))
         configure_logprobs(args, os.environ)
     return original(args)
@@ -60,10 +60,11 @@ def rank_of(args: Any, flash: FlashConfig, environ: Mapping[str, str]) -> int:
     if args.data_parallel_rank is not None:
         return int(args.data_parallel_rank)
     backend = args.distributed_executor_backend or flash.configs[0].distributed_executor_backend
-    if backend == "external_launcher" and "RANK" in environ:
+    rank = env.RANK.read(environ)
+    if backend == "external_launcher" and rank >= 0:
         ranks: int = args.tensor_parallel_size * args.pipeline_parallel_size
-        return int(environ["RANK"]) // ranks
-    return int(environ.get("VLLM_DP_RANK", 0))
+        return rank // ranks
+    return env.DP_RANK.read(environ)
 
 
 def configure(args: Any, config: RolloutConfig, checks: Checks) -> None:
@@ -86,6 +87,31 @@ def configure(args: Any, config: RolloutConfig, checks: Checks) -> None:
     _refuse_what_is_not_served(config)
     _refuse_moving_experts(args)
     _refuse_scales_of_shards(args, config)
+    _apply_defaults(args, config)
+    checkpoint, _ = PretrainedConfig.get_config_dict(args.model, revision=args.revision)
+    own = checkpoint.get("quantization_config")
+    profile = _profile_of(config)
+    _check_profile(profile, config, args.model, is_quantized=own is not None)
+    kept = keep_in_bf16(args, config, checkpoint)
+    if profile is not None:
+        _refuse_scaled(kept, profile)
+    _choose_quantization(args, config, own)
+    if config.params_to_ignore:
+        logger.warning(
+            "params_to_ignore has no effect, as in FlashRL, which never reads it: what a reload "
+            "writes is learned from vLLM's loader. To keep layers in bf16, write `keep`"
+        )
+    decided = _decided(config, checks, profile, starts_on_floats=own is None)
+    if kept:
+        decided[KEPT_KEY] = kept
+    args.additional_config = {**(args.additional_config or {}), ADDITIONAL_CONFIG_KEY: decided}
+    by = f", {len(kept)} modules kept in bf16" if kept else ""
+    by += "" if profile is None else f" by {profile.reference}, scales {config.scales}"
+    logger.info("flashquant serves %s in %s%s", args.model, config.scheme, by)
+
+
+def _apply_defaults(args: Any, config: RolloutConfig) -> None:
+    """Fill in what a file says of the model, of its load format and of the executor's backend."""
     if config.model is not None:
         args.model, revision = split_revision(config.model)
         args.revision = revision or args.revision
@@ -93,28 +119,46 @@ def configure(args: Any, config: RolloutConfig, checks: Checks) -> None:
         args.load_format = config.load_format
     if args.distributed_executor_backend is None:
         args.distributed_executor_backend = config.distributed_executor_backend
-    checkpoint, _ = PretrainedConfig.get_config_dict(args.model, revision=args.revision)
-    own = checkpoint.get("quantization_config")
-    asked = SCHEMES[config.scheme]
-    scheme = asked.held_as or asked.name
-    kept = keep_in_bf16(args, config, checkpoint)
-    profile = _profile_of(config)
-    if profile is None and config.scheme == "int8_prune":
-        raise ConfigError(
-            "int8_prune silences norms by what a profile says of them, and there is none. Name it "
-            "under `profile`, or use int8."
-        )
-    # Read here too: a file that cannot be is better known here than in a worker.
-    if profile is not None and not load_profile(profile.path).knows_weight_scales() and own is None:
+
+
+def _check_profile(
+    profile: Located | None, config: RolloutConfig, model: str, *, is_quantized: bool
+) -> None:
+    """Refuse a scheme without the profile it needs, and a profile without its checkpoint.
+
+    Raises:
+        ConfigError: there is none where one is needed, or it needs a W8A8 checkpoint.
+        ProfileError: it cannot be read, which is better known here than in a worker.
+
+    """
+    if profile is None:
+        if config.scheme == "int8_prune":
+            raise ConfigError(
+                "int8_prune silences norms by what a profile says of them, and there is none. Name "
+                "it under `profile`, or use int8."
+            )
+        return
+    if not load_profile(profile.path).knows_weight_scales() and not is_quantized:
         raise ConfigError(
             f"the profile {profile.reference} scales by what its W8A8 checkpoint holds, and "
-            f"{args.model} is not quantized. Name that checkpoint under `model`, or leave "
+            f"{model} is not quantized. Name that checkpoint under `model`, or leave "
             "`profile` out for plain per-channel int8."
         )
-    if profile is not None:
-        _refuse_scaled(kept, profile)
+
+
+def _choose_quantization(args: Any, config: RolloutConfig, own: Mapping[str, Any] | None) -> None:
+    """Let vLLM quantize as the scheme asks, or check that the checkpoint is quantized so already.
+
+    Args:
+        args: vLLM's `EngineArgs`, changed in place.
+        config: which scheme is asked for.
+        own: the `quantization_config` of the checkpoint, if it has one.
+
+    """
+    asked = SCHEMES[config.scheme]
+    scheme = _held_as(asked)
     if own is not None:
-        _check_same_scheme(own, scheme, args.model)
+        check_same_scheme(own, scheme, args.model)
     elif scheme in COMPRESSED:
         _serve_as_compressed(args, scheme)
     elif asked.online is not None:
@@ -125,30 +169,31 @@ def configure(args: Any, config: RolloutConfig, checks: Checks) -> None:
         args.quantization_config = resolve_quantization_config(
             args.quantization, args.quantization_config
         )
-    if config.params_to_ignore:
-        logger.warning(
-            "params_to_ignore has no effect, as in FlashRL, which never reads it: what a reload "
-            "writes is learned from vLLM's loader. To keep layers in bf16, write `keep`"
-        )
+
+
+def _decided(
+    config: RolloutConfig, checks: Checks, profile: Located | None, *, starts_on_floats: bool
+) -> dict[str, Any]:
+    """What travels to the workers, in vLLM's `additional_config`."""
     decided: dict[str, Any] = {
-        "scheme": scheme,
-        STARTS_ON_FLOATS: own is None,
+        "scheme": _held_as(SCHEMES[config.scheme]),
+        STARTS_ON_FLOATS: starts_on_floats,
         "checks": checks.model_dump(),
     }
-    if kept:
-        decided[KEPT_KEY] = kept
-    by = f", {len(kept)} modules kept in bf16" if kept else ""
     if profile is not None:
         decided[PROFILE_KEY] = {
             "reference": profile.reference,
             "scales": config.scales,
-            "starts_on_floats": own is None,
+            "starts_on_floats": starts_on_floats,
             "warn_above": config.clipped_warning,
             "prunes": config.scheme == "int8_prune",
         }
-        by += f" by {profile.reference}, scales {config.scales}"
-    args.additional_config = {**(args.additional_config or {}), ADDITIONAL_CONFIG_KEY: decided}
-    logger.info("flashquant serves %s in %s%s", args.model, config.scheme, by)
+    return decided
+
+
+def _held_as(scheme: Scheme) -> str:
+    """The scheme as which the engine's memory is written."""
+    return scheme.held_as or scheme.name
 
 
 def _refuse_what_is_not_served(config: RolloutConfig) -> None:
@@ -187,24 +232,13 @@ def _refuse_moving_experts(args: Any) -> None:
 
 
 def _profile_of(config: RolloutConfig) -> Located | None:
-    """The profile that an entry names, or that lies in the model it names.
-
-    Raises:
-        LocateError: it names one that cannot be had.
-
-    """
-    if not SCHEMES[config.scheme].takes_profile:
-        if config.profile is not None and not SCHEMES[config.scheme].lists_layers:
-            logger.warning(
-                "%s needs no profile; %s is not read, as in FlashRL", config.fn, config.profile
-            )
-        return None
-    if config.profile is not None:
-        return locate(config.profile)
-    if config.model is None:
-        return None
-    found = (locate_in_model(config.model, name) for name in _OWN_PROFILES)
-    return next((profile for profile in found if profile is not None), None)
+    """The profile of an entry; one that its scheme has no use for is named in the log."""
+    asked = SCHEMES[config.scheme]
+    if config.profile is not None and not (asked.takes_profile or asked.lists_layers):
+        logger.warning(
+            "%s needs no profile; %s is not read, as in FlashRL", config.fn, config.profile
+        )
+    return profile_of(config)
 
 
 def _refuse_scaled(kept: Iterable[str], profile: Located) -> None:
@@ -252,7 +286,7 @@ def _serve_as_compressed(args: Any, scheme: str) -> None:
         )
     overrides = dict(args.hf_overrides or {})
     theirs = overrides.get("quantization_config") or {}
-    _check_same_scheme({**twin, **theirs}, scheme, "the model of hf_overrides")
+    check_same_scheme({**twin, **theirs}, scheme, "the model of hf_overrides")
     asked = [*(theirs.get("ignore") or ()), *_ignored_by_arguments(args, scheme)]
     if ignored := [pattern for pattern in asked if pattern not in twin["ignore"]]:
         logger.info("layers that match %s are not quantized", some_of(ignored))
@@ -286,21 +320,6 @@ def _as_regex(pattern: str) -> str:
     """vLLM's online schemes know wildcards, compressed-tensors does not."""
     wild = not pattern.startswith("re:") and any(sign in pattern for sign in "*?[")
     return f"re:{fnmatch.translate(pattern)}" if wild else pattern
-
-
-def _check_same_scheme(own: Mapping[str, Any], scheme: str, model: str) -> None:
-    """A checkpoint that is quantized already is served as it is, if that is what was asked for."""
-    groups = own.get("config_groups") or {}
-    weights = [group.get("weights") or {} for group in groups.values()]
-    stored = {(w.get("type"), w.get("num_bits"), w.get("strategy")) for w in weights}
-    if own.get("quant_method") == "compressed-tensors" and stored == {SCHEMES[scheme].checkpoint}:
-        return
-    raise ConfigError(
-        f"{model} is quantized already ({own.get('quant_method')}, {sorted(map(str, stored))}), "
-        f"and FLASHRL_CONFIG asks for {scheme}. Serve the bf16 checkpoint in {scheme}, or ask for "
-        "what this one holds: int8 for W8A8, fp8_channel (or fp8_tensor, whose pushes have one "
-        "scale a tensor) for fp8 with channel scales."
-    )
 
 
 POINTS = (

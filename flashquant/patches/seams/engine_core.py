@@ -29,6 +29,7 @@ from vllm.v1.engine.core import DPEngineCoreProc, EngineCoreProc
 from vllm.v1.request import RequestStatus
 
 from flashquant.errors import TornWeights
+from flashquant.patches.channels import NOTED
 from flashquant.patches.decided import asks_for_session, bracket_timeout
 from flashquant.patches.guard import vllm_is
 from flashquant.patches.point import PatchPoint
@@ -147,7 +148,7 @@ def _wake_up(original: Any, core: Any, tags: list[str] | None = None) -> Any:
 
 
 def _noted(core: Any) -> _Noted:
-    noted: _Noted = vars(core).setdefault("_flashquant", _Noted())
+    noted: _Noted = NOTED.get(core) or NOTED.put(core, _Noted())
     return noted
 
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from flashquant.errors import ReloadError
+from flashquant.patches.channels import FORGOT
 from flashquant.patches.decided import asks_for_session, kept_by, scheme_of
 from flashquant.patches.engine import LiveEngine
 from flashquant.patches.layers import packed_once
@@ -89,6 +90,19 @@ def find_session(model: nn.Module) -> Session | None:
     return attached.session if attached is not None and attached.session.live else None
 
 
+def engine_of(model: nn.Module) -> LiveEngine:
+    """What is known of a model that vLLM has created for flashquant, whether it serves yet or not.
+
+    Raises:
+        ReloadError: flashquant was not there when it was created.
+
+    """
+    attached = _attached(model)
+    if attached is None:
+        raise ReloadError(f"{type(model).__name__} was not created under FLASHRL_CONFIG")
+    return attached.engine
+
+
 def session_of(model: nn.Module) -> Session:
     """The session of a serving model.
 
@@ -145,16 +159,12 @@ def standing_of(worker: Any) -> Standing:
 
 def note_forgotten(runner: Any) -> None:
     """A worker's half of the encoder cache is empty; the scheduler's has to be emptied, too."""
-    vars(runner)[_FORGOT] = True
+    FORGOT.put(runner, True)
 
 
 def take_forgotten(worker: Any) -> bool:
     """Whether it was emptied since this was last asked."""
-    forgot: bool = vars(worker.model_runner).pop(_FORGOT, False)
-    return forgot
-
-
-_FORGOT = "_flashquant_forgot"
+    return FORGOT.take(worker.model_runner) is not None
 
 
 def check_servable(model: nn.Module) -> None:

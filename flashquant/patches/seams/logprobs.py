@@ -13,47 +13,39 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any
 
+from flashquant.config import env
 from flashquant.errors import ConfigError
 
 logger = logging.getLogger(__name__)
-
-_SAMPLED: Final = "FLASHQUANT_SAMPLED_LOGPROBS"
-_HEAD: Final = "FLASHRL_LMHEAD_FP32"
 
 
 def configure_logprobs(args: Any, environ: Mapping[str, str]) -> None:
     """Ask vLLM for the log-probs of what was sampled, and for a float32 head if wanted.
 
-    A mode of logits is somebody's explicit wish and stays; so does a `head_dtype`.
+    A mode of logits was asked for explicitly and stays; so does a `head_dtype`.
 
     Args:
         args: vLLM's `EngineArgs`, changed in place.
         environ: of the process that creates the engine.
 
     Raises:
-        ConfigError: a variable is neither 1 nor 0, or hf_overrides is a function.
+        ConfigError: a variable is neither yes nor no, or hf_overrides is a function.
 
     """
-    if _says_yes(_SAMPLED, environ, default=True) and args.logprobs_mode == "raw_logprobs":
+    if env.SAMPLED_LOGPROBS.read(environ) and args.logprobs_mode == "raw_logprobs":
         args.logprobs_mode = "processed_logprobs"
         logger.info(
             "log-probs are those of the distribution that was sampled from "
             "(logprobs_mode='processed_logprobs'); %s=0 leaves vLLM's own, of the model alone",
-            _SAMPLED,
+            env.SAMPLED_LOGPROBS.name,
         )
-    if _says_yes(_HEAD, environ, default=False):
+    if env.LMHEAD_FP32.read(environ):
         if callable(args.hf_overrides):
             raise ConfigError(
-                f"{_HEAD}=1 adds head_dtype to hf_overrides, which was given as a function. Pass "
-                "hf_overrides as a dict, or let the function set head_dtype='float32'."
+                f"{env.LMHEAD_FP32.name}=1 adds head_dtype to hf_overrides, which was given as a "
+                "function. Pass hf_overrides as a dict, or let the function set "
+                "head_dtype='float32'."
             )
         args.hf_overrides = {"head_dtype": "float32", **(args.hf_overrides or {})}
-
-
-def _says_yes(name: str, environ: Mapping[str, str], *, default: bool) -> bool:
-    said = environ.get(name, "")
-    if said not in ("", "0", "1"):
-        raise ConfigError(f"{name}={said!r} is neither yes nor no; set it to 1 or 0")
-    return default if not said else said == "1"

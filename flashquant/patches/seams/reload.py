@@ -6,7 +6,7 @@ initialize / finalize_layerwise_reload          by hand, as SkyRL and prime-rl d
 
 Everything in them is vLLM's (finding the files, naming the tensors, moving them)
 except the two calls that would take the live layers apart; between those they call
-`model.load_weights`, which is ours.
+`model.load_weights`, which is flashquant's.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def _execute_model(
     dummy_run: bool = False,
     **kwargs: Any,
 ) -> Any:
-    """Refuse to compute tokens that somebody reads from a mixture of two policies.
+    """Refuse to compute tokens for a client from a mixture of two policies.
 
     A step without tokens runs no model: it tells the worker which requests have ended. A dummy
     batch keeps a rank in step with the others, which wait for it in their collectives, whatever
@@ -134,8 +134,11 @@ def _execute_model(
 
 
 def _reset_encoder_cache(original: Any, runner: Any) -> None:
-    """By itself, as vLLM's own reload does it, it leaves the scheduler to believe in what is
-    gone, which ends the engine; so the engine core is told."""
+    """Empty the worker's half of the encoder cache, and let the engine core know.
+
+    By itself, as vLLM's own reload does it, that leaves the scheduler to believe in what is gone,
+    which ends the engine.
+    """
     original(runner)
     note_forgotten(runner)
 

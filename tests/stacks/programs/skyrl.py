@@ -114,7 +114,11 @@ def main(starts_on: str, pushed: str) -> dict[str, Any]:
     result["next start"] = raised_by(lambda: push(llm, a))
     llm.collective_rpc("forget_the_update")
     push(llm, a)
-    return {**result, "pushed a": said(llm)}
+    result["pushed a"] = said(llm)
+    norm = "model.norm.weight"
+    result["refused"] = raised_by(lambda: push(llm, {**b, norm: b[norm] * torch.nan}))
+    result["after refusal"] = said(llm)
+    return result
 
 
 if __name__ == "__main__":

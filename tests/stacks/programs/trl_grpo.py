@@ -12,8 +12,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from examples import trl_grpo
-from tests.stacks.programs.rollouts import print_result, said
+from tests.stacks.programs.rollouts import print_result, raised_by, said
 
 
 def main(model: str, dtype: str, output: str) -> dict[str, Any]:
@@ -35,12 +37,28 @@ def main(model: str, dtype: str, output: str) -> dict[str, Any]:
     result["after two steps"] = said(rollout.llm)
     rollout.sync_weights()
     result["synced"] = said(rollout.llm)
+    result["refused"] = _refused(trainer)
+    result["after refusal"] = said(rollout.llm)
+    rollout.sync_weights()
+    result["synced again"] = said(rollout.llm)
     result["gradients"] = [log["grad_norm"] for log in trainer.state.log_history if "loss" in log]
     for step in (1, 2):
         fresh = _started_like(trainer, Path(output) / f"checkpoint-{step}")
         result[f"fresh on step {step}"] = said(fresh)
         _KEPT.append(fresh)  # vLLM takes the others down with the first that is collected
     return result
+
+
+def _refused(trainer: Any) -> list[str]:
+    """What TRL's own sync does with a policy that holds NaN; the policy is put right again."""
+    weight = trainer.model.model.norm.weight
+    before = weight.detach().clone()
+    with torch.no_grad():
+        weight[0] = torch.nan
+    raised = raised_by(trainer.vllm_generation.sync_weights)
+    with torch.no_grad():
+        weight.copy_(before)
+    return raised
 
 
 _KEPT: list[Any] = []

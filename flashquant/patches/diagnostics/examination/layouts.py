@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from flashquant.config.schemes import ONLINE
-from flashquant.patches.layers import LayerBlueprint, Storage, is_processor, storages
+from flashquant.patches.layers import LayerBlueprint, MemoryLayout, is_processor, memory_layouts
 from flashquant.patches.seams.loading import session_of
 from flashquant.schemes import DEFINITIONS
 
@@ -31,7 +31,7 @@ def kernel_of(holder: object) -> str:
     return ""
 
 
-def stored(live: nn.Module) -> Iterator[tuple[str, str, dict[str, Storage]]]:
+def stored(live: nn.Module) -> Iterator[tuple[str, str, dict[str, MemoryLayout]]]:
     """Each layer that has a kernel: its name, the kernel's, and how its parameters are stored.
 
     One processing of a twin each, on random values.
@@ -45,14 +45,14 @@ def stored(live: nn.Module) -> Iterator[tuple[str, str, dict[str, Storage]]]:
                 with engine._context():
                     twin = blueprint.build(values)
                     quantize = DEFINITIONS.get(engine.scheme) if engine.scheme in ONLINE else None
-                    yield blueprint.name, kernel, storages(twin, values, quantize)
+                    yield blueprint.name, kernel, memory_layouts(twin, values, quantize)
 
 
 def describe(live: nn.Module) -> str:
-    """The kernels of a model and their storages, in a line."""
+    """The kernels of a model and their memory layouts, in a line."""
     found: dict[str, None] = {}
     for _, kernel, parameters in stored(live):
-        kinds = ", ".join(f"{name} {storage.kind}" for name, storage in parameters.items())
+        kinds = ", ".join(f"{name} {layout.kind}" for name, layout in parameters.items())
         found[f"{kernel} ({kinds})"] = None
     return "; ".join(found) or "no kernel of a quantized layer"
 

@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from flashquant.patches.layers import DirectLayer, LayerBlueprint
+from flashquant.patches.layers import InPlaceLayer, LayerBlueprint
 from flashquant.plan import View, Write
 from flashquant.update import Reach, UndoLog
 
 ROWS, COLUMNS, SHARDS = 2, 4, 3
 
 
-def layer(**own: Tensor) -> DirectLayer:
+def layer(**own: Tensor) -> InPlaceLayer:
     """One that holds these parameters."""
     module = nn.Module()
     for name, tensor in own.items():
@@ -25,11 +25,11 @@ def layer(**own: Tensor) -> DirectLayer:
         parameters={name: tensor.to("meta") for name, tensor in own.items()},
         targets={name: f"layer.{name}" for name in own},
     )
-    return DirectLayer(blueprint, {f"layer.{name}": tensor for name, tensor in own.items()})
+    return InPlaceLayer(blueprint, {f"layer.{name}": tensor for name, tensor in own.items()})
 
 
 @pytest.fixture
-def fused() -> DirectLayer:
+def fused() -> InPlaceLayer:
     """Codes and scales of three shards."""
     return layer(
         weight=torch.zeros(SHARDS * ROWS, COLUMNS, dtype=torch.int8),
@@ -47,7 +47,7 @@ def codes(value: int) -> Tensor:
     return torch.full((ROWS, COLUMNS), value, dtype=torch.int8)
 
 
-def receive(layer: DirectLayer, index: int, undo: UndoLog, reach: Reach, columns: int = COLUMNS):
+def receive(layer: InPlaceLayer, index: int, undo: UndoLog, reach: Reach, columns: int = COLUMNS):
     target = "layer.weight" if columns > 1 else "layer.weight_scale"
     step = shard(index, target, columns)
     layer.receive(step, torch.full((ROWS, columns), index + 1), undo, reach, None)

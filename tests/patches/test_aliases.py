@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from flashquant.patches.layers.aliases import borrowed
+from flashquant.patches.layers.aliases import aliases
 
 
 class Mixer(nn.Module):
@@ -23,13 +23,13 @@ def test_a_view_is_found_with_its_window() -> None:
     model = Mixer()
     names = {id(parameter): name for name, parameter in model.named_parameters()}
 
-    ((tensor, target, view),) = borrowed(model, names)
+    ((tensor, target, view),) = aliases(model, names)
 
     assert tensor is model.view
     assert target == "conv.weight"
     assert torch.equal(view.into(torch.arange(12.0)), torch.arange(12.0).view(4, 3)[1:])
 
 
-def test_parameters_of_the_cache_lend_nothing() -> None:
+def test_parameters_of_the_cache_have_no_aliases() -> None:
     """Only parameters with a name are pushed."""
-    assert list(borrowed(Mixer(), {})) == []
+    assert list(aliases(Mixer(), {})) == []

