@@ -26,7 +26,7 @@ from rich.table import Table
 
 from flashquant.cli.bench import QUIET
 from flashquant.config import env
-from flashquant.config.schemes import SCHEMES, W8A8, Scheme
+from flashquant.config.schemes import COMPRESSED, SCHEMES, Scheme
 from flashquant.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -198,7 +198,7 @@ def _check_profile(
         own = checkpoint is None or checkpoint.quantization is not None
         if not load_profile(profile.path).knows_weight_scales() and not own:
             raise ConfigError(
-                f"the profile {profile.reference} scales by what its W8A8 checkpoint holds, and "
+                f"the profile {profile.reference} scales by what its COMPRESSED checkpoint holds, and "
                 "this one is not quantized. Name that checkpoint under `model`, or leave `profile` "
                 "out for plain per-channel int8."
             )
@@ -216,8 +216,9 @@ def _by(scheme: Scheme, own: Mapping[str, Any] | None) -> str:
         return f"nothing: the checkpoint holds codes already ({own.get('quant_method')})"
     if scheme.online is not None:
         return f"vLLM, while it loads (quantization={scheme.online!r})"
-    left = ", ".join(W8A8["ignore"])
-    return f"flashquant, while vLLM loads (as {W8A8['quant_method']} W8A8; not {left})"
+    held = COMPRESSED[scheme.held_as or scheme.name]
+    left = ", ".join(held["ignore"])
+    return f"flashquant, while vLLM loads (as {held['quant_method']} {held['format']}; not {left})"
 
 
 def _layers(checkpoint: Checkpoint | None, scheme: str) -> dict[str, tuple[str, ...]]:

@@ -122,5 +122,5 @@ def check_same_scheme(own: Mapping[str, Any], scheme: str, model: str) -> None:
     raise ConfigError(
         f"{model} is quantized already ({own.get('quant_method')}, {sorted(map(str, stored))}), "
         f"and FLASHRL_CONFIG asks for {scheme}. Serve the bf16 checkpoint in {scheme}, or ask for "
-        "what this one holds: int8 for W8A8, fp8_channel for fp8 with channel scales."
+        "what this one holds: int8 for W8A8, fp8_channel or fp8_tensor for fp8 with channel scales."
     )

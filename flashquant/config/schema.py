@@ -30,6 +30,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from flashquant.config import env
+from flashquant.config.keep import Kept, read_kept
 from flashquant.config.locate import locate, named_in
 from flashquant.config.schemes import NAMES
 from flashquant.errors import ConfigError, LocateError
@@ -58,7 +59,11 @@ class RolloutConfig(BaseModel):
     Only `fn` decides the arithmetic. `load_format`, `quantization` and
     `distributed_executor_backend` are defaults that an explicit engine argument
     overrides. `module_attribute_to_preserve` and `params_to_ignore` are accepted
-    so that FlashRL's files stay valid; the write plan makes both unnecessary.
+    so that FlashRL's files stay valid; the write plan makes the first unnecessary, and FlashRL
+    itself never reads the second.
+
+    `keep` lists the modules that stay in bf16, at the first load and at every push
+    (`flashquant.config.keep`).
 
     `scales` says what a reload through a profile does with the weight scales of the
     checkpoint: `refreshed` makes each anew from its channel, and keeps only the smoothing
@@ -73,6 +78,7 @@ class RolloutConfig(BaseModel):
     profile: str | None = None
     scales: Literal["frozen", "refreshed"] = "refreshed"
     clipped_warning: float = Field(default=0.001, ge=0, le=1)
+    keep: tuple[Kept, ...] = ()
     load_format: str | None = None
     quantization: str | None = None
     distributed_executor_backend: str | None = None
@@ -91,6 +97,11 @@ class RolloutConfig(BaseModel):
             raise ValueError(f"{fn!r} names no configuration; {_nearest(fn, NAMES)}")
         return fn
 
+    @field_validator("keep", mode="before")
+    @classmethod
+    def _names_or_blocks_are_kept(cls, keep: object) -> object:
+        return tuple(map(read_kept, keep)) if isinstance(keep, list | tuple) else keep
+
     @field_validator(
         "model", "profile", "load_format", "quantization", "distributed_executor_backend"
     )
@@ -108,6 +119,15 @@ class RolloutConfig(BaseModel):
             raise ValueError(
                 f"quantization is {self.quantization!r}, but fn {self.fn!r} stores {stored}; "
                 "leave quantization out, or change fn"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _only_what_quantizes_keeps(self) -> RolloutConfig:
+        if self.keep and NAMES[self.fn].codes is None:
+            raise ValueError(
+                f"keep names layers that stay in bf16, and with fn {self.fn!r} all of them do; "
+                "leave keep out"
             )
         return self
 

@@ -25,6 +25,7 @@ class Scheme:
         online: what vLLM calls its own quantization to it while loading, if it has one.
         checkpoint: type, num_bits and strategy of its weights in a compressed-tensors checkpoint,
             if vLLM serves such a one.
+        lists_layers: whether FlashRL's profile of it is a list of the weights that are quantized.
         takes_profile: whether a profile of calibration may scale it.
         held_as: the scheme that live layers hold, where it differs only in how it gets there.
         vllm: the versions that serve it, as PEP 440 writes them; None where none does yet.
@@ -39,6 +40,7 @@ class Scheme:
     online: str | None = None
     checkpoint: tuple[str, int, str] | None = None
     takes_profile: bool = False
+    lists_layers: bool = False
     held_as: str = ""
     vllm: str | None = ""
     instead: str = ""
@@ -62,9 +64,11 @@ SCHEMES: Final[Mapping[str, Scheme]] = MappingProxyType(
                 "fp8_tensor",
                 codes=_E4M3,
                 scales="tensor",
-                vllm=None,
-                instead="not built yet; fp8_vllm stores one scale a layer, fp8_channel one an "
-                "output channel",
+                checkpoint=("float", 8, "channel"),
+                lists_layers=True,
+                vllm=">=0.24",
+                instead="vLLM's kernels for channels of fp8 have been looked at since 0.24; "
+                "fp8_vllm stores one scale a layer",
             ),
             Scheme(
                 "fp8_channel",
@@ -72,6 +76,7 @@ SCHEMES: Final[Mapping[str, Scheme]] = MappingProxyType(
                 scales="channel",
                 online="fp8_per_channel",
                 checkpoint=("float", 8, "channel"),
+                lists_layers=True,
                 vllm=">=0.24",
                 instead="vLLM quantizes by channel while it loads since 0.24; fp8_vllm stores one "
                 "scale a layer",
@@ -108,28 +113,27 @@ ONLINE: Final[Mapping[str, str]] = MappingProxyType(
 )
 """vLLM's names of its own online quantization, by scheme."""
 
-W8A8: Final[Mapping[str, Any]] = {
-    "quant_method": "compressed-tensors",
-    "format": "int-quantized",
-    "ignore": ["lm_head"],
-    "config_groups": {
-        "group_0": {
-            "targets": ["Linear"],
-            "weights": {
-                "num_bits": 8,
-                "type": "int",
-                "strategy": "channel",
-                "symmetric": True,
-                "dynamic": False,
-            },
-            "input_activations": {
-                "num_bits": 8,
-                "type": "int",
-                "strategy": "token",
-                "symmetric": True,
-                "dynamic": True,
-            },
-        }
-    },
-}
-"""The quantization config of a W8A8 checkpoint: a scale a channel, and one a token."""
+
+def _by_channel(kind: Literal["int", "float"]) -> Mapping[str, Any]:
+    """A quantization config of compressed-tensors: a scale a channel, and one a token."""
+    numbers: dict[str, Any] = {"num_bits": 8, "type": kind, "symmetric": True}
+    group = {
+        "targets": ["Linear"],
+        "weights": {**numbers, "strategy": "channel", "dynamic": False},
+        "input_activations": {**numbers, "strategy": "token", "dynamic": True},
+    }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": f"{kind}-quantized",
+        "ignore": ["lm_head"],
+        "config_groups": {"group_0": group},
+    }
+
+
+W8A8: Final[Mapping[str, Any]] = _by_channel("int")
+"""The quantization config of a W8A8 checkpoint."""
+
+COMPRESSED: Final[Mapping[str, Mapping[str, Any]]] = MappingProxyType(
+    {"int8": W8A8, "fp8_tensor": _by_channel("float")}
+)
+"""What a bf16 checkpoint is served as in schemes of which vLLM has no online quantization."""

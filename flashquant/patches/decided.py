@@ -11,6 +11,7 @@ from flashquant.config.checks import Checks
 ADDITIONAL_CONFIG_KEY: Final = "flashquant"
 PROFILE_KEY: Final = "profile"  # in it, where pushes are quantized by one
 STARTS_ON_FLOATS: Final = "starts_on_floats"  # in it: the load makes the codes
+KEPT_KEY: Final = "kept"  # in it: the modules of the checkpoint that stay in bf16
 
 
 def asks_for_session(vllm_config: VllmConfig) -> bool:
@@ -30,3 +31,10 @@ def scheme_of(vllm_config: VllmConfig) -> str:
     if not asks_for_session(vllm_config):
         return "bf16"
     return str(vllm_config.additional_config[ADDITIONAL_CONFIG_KEY]["scheme"])
+
+
+def kept_by(vllm_config: VllmConfig) -> frozenset[str]:
+    """The modules of the checkpoint that flashquant was asked to leave in bf16."""
+    if not asks_for_session(vllm_config):
+        return frozenset()
+    return frozenset(vllm_config.additional_config[ADDITIONAL_CONFIG_KEY].get(KEPT_KEY, ()))

@@ -68,6 +68,7 @@ class LiveEngine:
         _refuse_own_processing(model)
         self.layers: tuple[LiveLayer, ...] = ()
         self.stored: dict[str, Tensor] = {}
+        self.in_bf16: tuple[str, ...] = ()
         self.model = model
         self._vllm_config = vllm_config
         self._blueprint = ModelBlueprint(model)

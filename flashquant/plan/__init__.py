@@ -21,6 +21,7 @@ from flashquant.plan.weights import (
     named_forms,
     named_tensors,
     naming_the_file,
+    stored_names,
 )
 from flashquant.plan.wrappers import Names
 from flashquant.plan.writes import Fill, Replay, Step, TensorPlan, View, Write, WritePlan
@@ -44,6 +45,7 @@ __all__ = [
     "named_tensors",
     "naming_the_file",
     "storage_of",
+    "stored_names",
     "tensors_in",
     "written_by",
 ]

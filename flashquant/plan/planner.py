@@ -158,6 +158,17 @@ class Planner:
                 self.plan.add(trace(self._loader.load, new, self._loader.targets))
 
     @property
+    def landed(self) -> Mapping[str, tuple[str, ...]]:
+        """The parameters in which each tensor of the checkpoint has landed, by its name."""
+        return {name: self._entry(name).targets for name in self._checkpoint}
+
+    def _entry(self, name: str) -> TensorPlan:
+        """The plan of a tensor that the checkpoint held."""
+        return (
+            self.plan[name] if name in self.plan else self.of(name, _meta(*self._checkpoint[name]))
+        )
+
+    @property
     def wanted(self) -> Mapping[str, None]:
         """The parameters that a complete update fills: those that the checkpoint filled.
 
@@ -170,13 +181,7 @@ class Planner:
         return self._wanted
 
     def _filled(self) -> dict[str, None]:
-        return dict.fromkeys(
-            target
-            for name, form in self._checkpoint.items()
-            for target in (
-                self.plan[name] if name in self.plan else self.of(name, _meta(*form))
-            ).targets
-        )
+        return dict.fromkeys(target for targets in self.landed.values() for target in targets)
 
     def _codes_of(self, name: str) -> TensorPlan | None:
         """The plan of the weight whose scales these are, if they are made here and only here."""

@@ -19,6 +19,7 @@ from torch import Tensor
 from flashquant.errors import ReloadError
 
 NamedTensors = Iterable[tuple[str, Tensor]]
+_INDEX = ".safetensors.index.json"
 _FEW = 64
 _LARGE = 4 << 20  # bytes; so 256 MiB wait at most
 Weights = NamedTensors | Mapping[str, Tensor] | str | os.PathLike[str]
@@ -39,6 +40,25 @@ def named_tensors(weights: Weights) -> Iterator[tuple[str, Tensor]]:
     if isinstance(weights, str | os.PathLike):
         return Stored(Path(weights))
     return iter(weights.items() if isinstance(weights, Mapping) else weights)
+
+
+def stored_names(path: Path) -> tuple[str, ...]:
+    """The names of all tensors at such a path, of which none is read.
+
+    Args:
+        path: as of `named_tensors`, or an index of safetensors by itself.
+
+    Raises:
+        ReloadError: as `named_tensors`.
+
+    """
+    if path.name.endswith(_INDEX):
+        return tuple(_weight_map(path))
+    names: list[str] = []
+    for file in _files(path):
+        with _opened(file) as tensors:
+            names += tensors.keys()
+    return tuple(names)
 
 
 def named_forms(path: str | os.PathLike[str]) -> Iterator[tuple[str, Tensor]]:
@@ -147,10 +167,10 @@ def _files(path: Path) -> list[Path]:
             "Save the weights with safetensors; pickled files are never loaded."
         )
     kind = "consolidated" if consolidated else "model"
-    index = path / f"{kind}.safetensors.index.json"
+    index = path / f"{kind}{_INDEX}"
     if not index.is_file():
         return files
-    listed = _listed(index)
+    listed = set(_weight_map(index).values())
     if missing := sorted(listed - {file.name for file in files}):
         raise ReloadError(
             f"{index} lists files that are not there: {', '.join(missing[:3])}. Write the "
@@ -159,10 +179,11 @@ def _files(path: Path) -> list[Path]:
     return [file for file in files if file.name in listed]
 
 
-def _listed(index: Path) -> set[str]:
-    """The names of the files that an index speaks of."""
+def _weight_map(index: Path) -> dict[str, str]:
+    """The name of every tensor that an index speaks of, and of the file that it lies in."""
     try:
-        return set(json.loads(index.read_text())["weight_map"].values())
+        listed = json.loads(index.read_text())["weight_map"].items()
+        return {str(name): str(file) for name, file in listed}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as broken:
         raise ReloadError(
             f"{index} is no index of safetensors ({type(broken).__name__}: {broken}); write it "

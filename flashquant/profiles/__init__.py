@@ -20,7 +20,7 @@ from flashquant.errors import ProfileError
 from flashquant.profiles.bases import with_base
 from flashquant.profiles.calibration import Calibration, Clipping
 from flashquant.profiles.fit import check_profile_fits
-from flashquant.profiles.flashrl import read_flashrl
+from flashquant.profiles.flashrl import read_flashrl, read_names
 from flashquant.profiles.header import Base
 from flashquant.profiles.profile import Entry, Profile, fingerprint
 from flashquant.profiles.stored import read_stored, save_profile
@@ -36,6 +36,7 @@ __all__ = [
     "Profile",
     "check_profile_fits",
     "fingerprint",
+    "load_names",
     "load_profile",
     "save_profile",
     "with_base",
@@ -56,5 +57,20 @@ def load_profile(reference: str | Path) -> Profile:
     is_ours = path.suffix == ".safetensors"
     try:
         return read_stored(path, pinned) if is_ours else read_flashrl(path, pinned)
+    except (OSError, zipfile.BadZipFile) as broken:
+        raise ProfileError(f"{pinned} cannot be read ({broken}). Copy it anew.") from broken
+
+
+def load_names(reference: str | Path) -> tuple[str, ...]:
+    """Read FlashRL's profile of an fp8 scheme: the names of the weights that are quantized.
+
+    Raises:
+        LocateError: there is no such file.
+        ProfileError: it is no list of names.
+
+    """
+    path, pinned = locate(str(reference))
+    try:
+        return read_names(path, pinned)
     except (OSError, zipfile.BadZipFile) as broken:
         raise ProfileError(f"{pinned} cannot be read ({broken}). Copy it anew.") from broken

@@ -42,6 +42,24 @@ def read_flashrl(path: Path, source: str) -> Profile:
     return Profile({str(name): _entry(source, name, held[name]) for name in held}, source)
 
 
+def read_names(path: Path, source: str) -> tuple[str, ...]:
+    """Read a profile of an fp8 scheme: a list of the weights that are quantized.
+
+    Raises:
+        ProfileError: it is none, or asks for code.
+
+    """
+    held = _unpickled(path, source)
+    if not isinstance(held, list | tuple) or not all(isinstance(name, str) for name in held):
+        raise ProfileError(
+            f"{source} holds a {type(held).__name__}, but the profile of an fp8 scheme is a list "
+            "of the names of weights. Is it one for int8?"
+        )
+    if not held:
+        raise ProfileError(f"{source} lists no weight, so nothing would be quantized; use bf16")
+    return tuple(held)
+
+
 def _unpickled(path: Path, source: str) -> object:
     if zipfile.is_zipfile(path):
         _check_stored_plainly(path, source)

@@ -7,6 +7,7 @@ them does the work is decided in `quick`, and nowhere else.
     int8_channel   codes [N, K] int8   scales [N, 1] float32   one scale an output channel
     fp8_channel    codes [N, K] e4m3   scales [N, 1] float32   one scale an output channel
     fp8_tensor     codes [N, K] e4m3   scales [1]    float32   one scale a tensor
+    fp8_tensor_rows   the same codes   scales [N, 1] float32   that one scale, in every row
 
 What tensors hold is told apart by their fingerprints (fingerprints/).
 """
@@ -24,6 +25,7 @@ from flashquant.schemes.quick import (
     fp8_channel,
     fp8_static,
     fp8_tensor,
+    fp8_tensor_rows,
     int8_channel,
     int8_frozen,
     int8_refreshed,
@@ -63,6 +65,7 @@ __all__ = [
     "fp8_channel",
     "fp8_static",
     "fp8_tensor",
+    "fp8_tensor_rows",
     "holds_codes",
     "int8_channel",
     "int8_frozen",

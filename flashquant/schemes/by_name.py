@@ -7,14 +7,30 @@ from types import MappingProxyType
 from typing import Final
 
 from flashquant.schemes import whole
-from flashquant.schemes.quick import Quantize, fp8_channel, fp8_tensor, int8_channel
+from flashquant.schemes.quick import (
+    Quantize,
+    fp8_channel,
+    fp8_tensor,
+    fp8_tensor_rows,
+    int8_channel,
+)
 
 DEFINITIONS: Final[Mapping[str, Quantize]] = MappingProxyType(
-    {"int8": int8_channel, "fp8_channel": fp8_channel, "fp8_vllm": fp8_tensor}
+    {
+        "int8": int8_channel,
+        "fp8_channel": fp8_channel,
+        "fp8_tensor": fp8_tensor_rows,
+        "fp8_vllm": fp8_tensor,
+    }
 )
 """Rows `[N, K]` -> codes and scales; where it is not vLLM that quantizes every push."""
 
 WHOLE: Final[Mapping[str, Quantize]] = MappingProxyType(
-    {"fp8_channel": whole.fp8_channel, "fp8_vllm": whole.fp8_tensor}
+    {
+        "int8": whole.int8_channel,
+        "fp8_channel": whole.fp8_channel,
+        "fp8_tensor": whole.fp8_tensor_rows,
+        "fp8_vllm": whole.fp8_tensor,
+    }
 )
-"""The same of vLLM's online schemes, for a matrix or all experts of a layer, `[E, N, K]`."""
+"""The same for a matrix, or all experts of a layer, `[E, N, K]`, each by itself."""

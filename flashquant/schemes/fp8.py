@@ -58,6 +58,30 @@ def fp8_tensor(weight: Tensor, codes: Tensor | None = None) -> tuple[Tensor, Ten
     return fp8_static(weight, scale, codes), scale
 
 
+def fp8_tensor_rows(weight: Tensor, codes: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """`fp8_tensor`, with its scale filled into one a row: for kernels that read a scale a channel.
+
+    What FlashRL's `fp8_tensor` sends (flash_quantization.py): vLLM's dynamic per-tensor kernel on a
+    tensor of the checkpoint, before it is fused or cut up, and its scale in every row.
+
+    Args:
+        weight: `[N, K]`, bf16, fp16 or fp32.
+        codes: `[N, K]`, where they are to be written; new memory if not given.
+
+    Returns:
+        codes `[N, K]` float8_e4m3fn and scales `[N, 1]` float32, all alike.
+
+    """
+    made, scale = fp8_tensor(weight, codes)
+    return made, filled(scale, weight)
+
+
+def filled(scales: Tensor, weight: Tensor) -> Tensor:
+    """The scale of each matrix `[N, K]` of a weight, `[1]` or `[E]`, in each of its rows."""
+    per_matrix = scales.view(*weight.shape[:-2], 1, 1)
+    return per_matrix.expand(*weight.shape[:-1], 1).contiguous()
+
+
 def fp8_tensors(weight: Tensor, count: int, codes: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Quantize matrices that lie one below the other, each as `fp8_tensor` does.
 

@@ -84,6 +84,12 @@ def fp8_tensor(weight: Tensor, codes: Tensor | None = None) -> tuple[Tensor, Ten
     return made
 
 
+def fp8_tensor_rows(weight: Tensor, codes: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """`fp8.fp8_tensor_rows`."""
+    made, scale = fp8_tensor(weight, codes)
+    return made, fp8.filled(scale, weight)
+
+
 def fp8_tensors(weight: Tensor, count: int, codes: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """`fp8.fp8_tensors`."""
     if _is_on_gpu(weight):
@@ -160,7 +166,7 @@ def storing(
     """What stores contiguous rows right where they belong, as they are or as codes and scales.
 
     Args:
-        quantize: `int8_channel` or `fp8_channel`; None where they are stored as they are.
+        quantize: to one scale a row; None where they are stored as they are.
         dtype: of the rows that will come.
         home: `[N, K]`, codes, or `dtype`.
         scales: `[N, 1]`, float32 and contiguous, beside codes.
@@ -171,9 +177,8 @@ def storing(
 
     """
     kernels = native.kernels() if home.device.type == "cpu" and dtype in native.TYPES else None
-    if kernels is not None:
-        name = _IN_C[quantize]
-        return kernels.storing(name, dtype, home, scales)
+    if kernels is not None and quantize in _IN_C:
+        return kernels.storing(_IN_C[quantize], dtype, home, scales)
 
     def store(weight: Tensor) -> float | Tensor:
         if quantize is None or scales is None:

@@ -1,14 +1,18 @@
-"""Which scheme a stored parameter asks for, told from its dtype and its scale."""
+"""Which scheme a stored parameter asks for, told from its dtype, its scale and its engine."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from flashquant.errors import UnsupportedEngine
-from flashquant.schemes.quick import Quantize, fp8_channel, int8_channel
+from flashquant.schemes.by_name import DEFINITIONS, WHOLE
+from flashquant.schemes.quick import Quantize
 
-_CODES = {torch.int8: int8_channel, torch.float8_e4m3fn: fp8_channel}
+# By what codes are; the first, unless the engine serves another one of them.
+_CODES = {torch.int8: ("int8",), torch.float8_e4m3fn: ("fp8_channel", "fp8_tensor")}
 
 
 def holds_codes(dtype: torch.dtype) -> bool:
@@ -16,14 +20,19 @@ def holds_codes(dtype: torch.dtype) -> bool:
     return dtype in _CODES
 
 
-def quantizer(codes: Tensor, scales: Tensor | None, name: str) -> Quantize:
-    """The function that turns float rows into what a pair of parameters stores.
+def quantizer(
+    codes: Tensor, scales: Tensor | None, name: str, scheme: str = "", *, stacked: bool = False
+) -> Quantize:
+    """The function that turns floats into what a pair of parameters stores.
 
     Args:
         codes: the parameter that holds the codes, `[N, K]`, or of all experts `[E, N, K]`, on
             any device.
         scales: the one that holds its scales, or None.
         name: of the parameter, for the error.
+        scheme: that the engine serves.
+        stacked: whether what comes may be the matrices of all experts, `[E, N, K]`, contiguous;
+            else it is one, `[N, K]`.
 
     Raises:
         UnsupportedEngine: the pair is none of our schemes.
@@ -36,4 +45,6 @@ def quantizer(codes: Tensor, scales: Tensor | None, name: str) -> Quantize:
             "flashquant quantizes into one scale an output channel, [..., N, 1]. Serve a "
             "checkpoint with channel scales, or a bf16 one with FLASHRL_CONFIG=fp8_vllm."
         )
-    return _CODES[codes.dtype]
+    served = _CODES[codes.dtype]
+    functions: Mapping[str, Quantize] = WHOLE if stacked else DEFINITIONS
+    return functions[scheme if scheme in served else served[0]]

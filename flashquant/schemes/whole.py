@@ -8,7 +8,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from flashquant.schemes import quick
+from flashquant.schemes import fp8, quick
+
+
+def int8_channel(weight: Tensor, codes: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """`int8.int8_channel`, of each; as `fp8_channel`."""
+    made, scales = quick.int8_channel(_tall(weight), None if codes is None else _tall(codes))
+    return made.view(weight.shape), scales.view(*weight.shape[:-1], 1)
 
 
 def fp8_channel(weight: Tensor, codes: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -30,6 +36,12 @@ def fp8_tensor(weight: Tensor, codes: Tensor | None = None) -> tuple[Tensor, Ten
     into = None if codes is None else _tall(codes)
     made, scales = quick.fp8_tensors(_tall(weight), len(weight), into)
     return made.view(weight.shape), scales
+
+
+def fp8_tensor_rows(weight: Tensor, codes: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """`fp8.fp8_tensor_rows`, of each: scales `[N, 1]` or `[E, N, 1]`. Arguments as above."""
+    made, scales = fp8_tensor(weight, codes)
+    return made, fp8.filled(scales, weight)
 
 
 def _tall(weight: Tensor) -> Tensor:

@@ -159,7 +159,8 @@ class Bindings:
             check_plain(name, sent)
             plan = self._planner.of(name, sent)  # type: ignore[arg-type]  # it is a tensor
             engine = self._engine
-            recipe = Recipe(name, plan, engine.stored, self._calibration, engine.targets)
+            stored, loaded = engine.stored, engine.targets
+            recipe = Recipe(name, plan, stored, self._calibration, loaded, engine.scheme)
             tie = None if plan.steps else self._planner.tie_of(name, sent)  # type: ignore[arg-type]
             binding = self.known[name] = Binding(name, plan, recipe, tie)
             if recipe.makes_codes and plan.steps:

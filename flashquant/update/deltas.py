@@ -77,7 +77,9 @@ class Deltas:
         session = self._session
         session.transactions.take_back_what_was_cut_off()
         idle = session.transactions.current is None
-        settled = idle and not (session.serving.asleep or session.serving.torn)
+        settled = idle and not (
+            session.transactions.serving.asleep or session.transactions.serving.torn
+        )
         found = self._checkpoint.manifest(session.version, settled=settled)
         if settled and found.digest is None and self._is_known:
             return found.model_copy(update={"digest": self._policy.digest})

@@ -108,6 +108,11 @@ class Engine(Loader, Protocol):
     @property
     def layers(self) -> Sequence[Layer]: ...
     @property
+    def in_bf16(self) -> tuple[str, ...]:
+        """The modules of the checkpoint that stay in bf16 because it was asked for."""
+        ...
+
+    @property
     def shares_scales(self) -> bool:
         """Whether scales span the shards of other workers: maxima of whole tensors are wanted."""
         ...

@@ -58,7 +58,8 @@ class FirstLoad:
         self._planner.learn(name, tensor)
         if calibration is not None:
             calibration.note(name, tensor)
-        recipe = Recipe(name, self._planner.plan[name], self._engine.targets, quantizes)
+        engine, plan = self._engine, self._planner.plan[name]
+        recipe = Recipe(name, plan, engine.targets, quantizes, scheme=engine.scheme)
         for stored, values in as_stored(recipe, tensor):
             if quantizes is not None:
                 quantizes.note_stored(stored, values)

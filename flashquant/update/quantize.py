@@ -43,11 +43,13 @@ class Recipe:
         parameters: Mapping[str, Tensor],
         calibration: Calibration | None = None,
         loaded: Mapping[str, Tensor] = MappingProxyType({}),
+        scheme: str = "",
     ) -> None:
         """Args:
         entry: its plan.
         parameters: every parameter as it is stored, on meta.
         loaded: the same as the engine's loader fills them.
+        scheme: that the engine serves.
 
         """
         self.name, self.scale_name = name, f"{name}_scale"
@@ -58,7 +60,7 @@ class Recipe:
         form = loaded.get(self._codes) if self._codes else None
         self.loads = form.dtype if form is not None and is_float(form) else None
         self._entry = entry
-        self._parameters = parameters
+        self._parameters, self._scheme = parameters, scheme
 
     @property
     def makes_codes(self) -> bool:
@@ -97,10 +99,15 @@ class Recipe:
                 "this model in bf16."
             )
         scales = self._parameters.get(f"{self._codes}_scale")
-        quantize = quantizer(self._parameters[self._codes], scales, self._codes)
-        if self._entry.turns_rows:
-            return functools.partial(_turned, quantize)
-        return quantize if len(self._entry.shape) == 2 else functools.partial(_stacked, quantize)
+        turned = self._entry.turns_rows
+        quantize = quantizer(
+            self._parameters[self._codes],
+            scales,
+            self._codes,
+            self._scheme,
+            stacked=turned or len(self._entry.shape) > 2,
+        )
+        return functools.partial(_turned, quantize) if turned else quantize
 
 
 def as_stored(
@@ -141,15 +148,9 @@ def as_stored(
     return ((name, codes), (recipe.scale_name, scales))
 
 
-def _stacked(quantize: Quantize, weight: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Of experts that come stacked, `[E, N, K]`; or of the one matrix `[N, K]`."""
-    codes, scales = quantize(weight.reshape(-1, weight.shape[-1]), None)
-    return codes.reshape(weight.shape), scales.reshape(*weight.shape[:-1], 1)
-
-
 def _turned(quantize: Quantize, weight: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor]:
     """Of what comes transposed, `[K, N]` or `[E, K, N]`; the scales are `[..., N, 1]`."""
-    codes, scales = _stacked(quantize, weight.mT.contiguous(), None)
+    codes, scales = quantize(weight.mT.contiguous(), None)
     return codes.mT, scales
 
 

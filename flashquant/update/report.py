@@ -207,6 +207,8 @@ class Status:
         refused: tensors of pushes outside a bracket that failed, and have not come again: the
             engine serves what it had of them, beside the new weights of others.
         refusal: the last push, or end of an update, that was refused; None if none ever was.
+        in_bf16: the linear layers and experts, by their names in the checkpoint, that stay in bf16
+            because the configuration keeps them.
 
     """
 
@@ -226,6 +228,7 @@ class Status:
     dropped: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     refused: tuple[str, ...] = ()
     refusal: Refusal | None = None
+    in_bf16: tuple[str, ...] = ()
 
     @classmethod
     def of_workers(cls, statuses: Sequence[Status]) -> Status:
@@ -268,6 +271,8 @@ class Status:
             f"{len(self.staged)} staged",
             fallback,
         ]
+        if self.in_bf16:
+            parts.append(f"{len(self.in_bf16)} kept in bf16 ({some_of(self.in_bf16)})")
         if self.torn:
             parts.append("TORN, refuses to serve until a complete reload")
         if self.foreign:

@@ -119,6 +119,7 @@ class Reporter:
             direct=tuple(placed["direct"]),
             staged=tuple(placed["staged"]),
             fallback=tuple(placed["fallback"]),
+            in_bf16=self._engine.in_bf16,
         )
 
     def report(self, update: Update, now: float, *, pause: float) -> ReloadReport:

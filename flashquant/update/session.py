@@ -11,6 +11,7 @@ apart). Inside a bracket (`begin` to `finish`) nothing is committed until the en
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 
 import torch
 
@@ -38,7 +39,6 @@ from flashquant.update.pipeline import Pipeline
 from flashquant.update.proofs import Proofs
 from flashquant.update.report import ReloadReport, Status
 from flashquant.update.reporter import Reporter
-from flashquant.update.serving_state import ServingState
 from flashquant.update.state import Update
 from flashquant.update.ties import Ties
 from flashquant.update.transaction import Transactions
@@ -93,6 +93,11 @@ class Session:
         return self._planner.plan
 
     @property
+    def landed(self) -> Mapping[str, tuple[str, ...]]:
+        """The parameters in which each tensor of the checkpoint has landed, by its name."""
+        return self._planner.landed
+
+    @property
     def live(self) -> bool:
         """Whether the model has been loaded and processed, so that pushes are reloads."""
         return bool(self._bindings.homes)
@@ -101,11 +106,6 @@ class Session:
     def version(self) -> int:
         """How many updates are committed; 0 is the checkpoint the engine started on."""
         return self.transactions.version
-
-    @property
-    def serving(self) -> ServingState:
-        """Whether what is live may be served and written."""
-        return self.transactions.serving
 
     def first_load(self, weights: NamedTensors) -> object:
         """Load the checkpoint the engine starts on: the same stream, the engine's own writes.
@@ -207,7 +207,7 @@ class Session:
         """
         with self._reporter.refusing(), self.transactions.finish() as update, torch.no_grad():
             if keeps:
-                self._pipeline.keep_rest(update, self.serving.stale)
+                self._pipeline.keep_rest(update, self.transactions.serving.stale)
             self._pipeline.finish(update)
             self._ties.check_complete()
             wanted = self._planner.wanted if update.wanted is None else update.wanted
@@ -278,13 +278,13 @@ class Session:
         self._ties.reset()
         self.transactions.sweep()
         self.transactions.free()
-        self.serving.asleep = True
+        self.transactions.serving.asleep = True
         if not keeps_weights:
             self._code_statistics.forget()
             self.proofs.forget()
             if self._calibration is not None:
                 self._calibration.forget_device()
-            self.serving.tear(self._planner.wanted)
+            self.transactions.serving.tear(self._planner.wanted)
 
     def overwritten(self) -> None:
         """Everything was overwritten: the engine is torn until a complete update was pushed."""
@@ -292,15 +292,15 @@ class Session:
         self._completeness.drop()
         self._ties.reset()
         self.proofs.forget()
-        self.serving.tear(self._planner.wanted)
+        self.transactions.serving.tear(self._planner.wanted)
 
     def wake_up(self) -> None:
         """There is memory behind the weights again."""
-        self.serving.asleep = False
+        self.transactions.serving.asleep = False
 
     def status(self) -> Status:
         """How the model stands: version, pending shards, kinds of layers and fresh digests."""
-        parameters = {} if self.serving.asleep else self.proofs.digests()
+        parameters = {} if self.transactions.serving.asleep else self.proofs.digests()
         self.proofs.look()
         return self._reporter.status(parameters, self.proofs.foreign)
 

@@ -108,7 +108,6 @@ def test_a_model_on_the_hub_is_named_with_its_commit(tmp_path: Path) -> None:
         ([], "FLASHRL_CONFIG is not set"),
         (["int88"], "did you mean 'int8'?"),
         (["runs/nothing.yaml"], "there is no file"),
-        (["fp8_tensor"], "not built yet"),
         (["int8_prune"], "Name it under `profile`"),
         (["int8", "--ranks", "0"], "write 1 or more"),
         (["int8", "--model", "/nowhere"], "has no config.json"),

@@ -106,6 +106,6 @@ def test_without_an_undo_log_the_engine_is_torn_and_says_what_heals_it(
 
     session.transactions.take_back_what_was_left()
 
-    assert session.serving.torn
+    assert session.transactions.serving.torn
     session.reload(NEW)
     assert serves(engine, fresh(NEW))

@@ -289,10 +289,10 @@ def test_memory_that_is_discarded_by_tag_counts_as_level_2(live: Serving) -> Non
     worker = SimpleNamespace(get_model=lambda: live.model, get_draft_model=lambda: None)
 
     sleep._discard(lambda worker, tags: None, worker, ("kv_cache",))
-    assert not live.session.serving.torn
+    assert not live.session.transactions.serving.torn
     sleep._discard(lambda worker, tags: None, worker, ("weights",))
 
-    assert live.session.serving.torn
+    assert live.session.transactions.serving.torn
 
 
 @pytest.mark.parametrize(("variable", "seed"), [("FLASHQUANT_DIGEST", 1), ("FLASHQUANT_LEDGER", 2)])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.engine.processes import CORES, TORCHRUN, assert_lost, run_program
-from tests.engine.serving import needs
+from tests.engine.serving import FP8_CHANNEL, needs
 from tools.models.policies import Policies
 
 pytestmark = pytest.mark.engine
@@ -23,6 +23,7 @@ def policies(tmp_path_factory: pytest.TempPathFactory) -> Policies:
         "int8",
         "fp8_vllm",
         pytest.param("fp8_channel", marks=needs(">=0.28", "scales of whole rows over ranks")),
+        pytest.param("fp8_tensor", marks=FP8_CHANNEL),
     ],
 )
 def test_two_workers_commit_together_or_not_at_all(policies: Policies, scheme: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ from vllm.engine.arg_utils import EngineArgs
 
 from flashquant.config.checks import Checks
 from flashquant.config.schema import FlashConfig, RolloutConfig
-from flashquant.config.schemes import W8A8
+from flashquant.config.schemes import COMPRESSED, W8A8
 from flashquant.errors import ConfigError, ProfileError
 from flashquant.patches.seams import engine_args
+from flashquant.patches.seams import kept as kept_seam
 from flashquant.patches.seams.engine_args import configure, rank_of
+from flashquant.profiles import Entry, Profile, save_profile
 from tools.models import flashrl, tiny_models
 
 
@@ -111,10 +114,74 @@ def test_ranks_that_would_scale_their_own_shards_are_refused(
         configured(bf16, RolloutConfig(fn="fp8_channel"), tensor_parallel_size=2)
 
 
-@pytest.mark.parametrize("name", ["fp8_tensor"])
-def test_a_valid_name_that_is_not_built_says_what_to_use(bf16: Path, name: str) -> None:
-    with pytest.raises(ConfigError, match=r"not built yet; (fp8_vllm|int8)"):
-        configured(bf16, RolloutConfig(fn=name))
+def test_a_valid_name_that_a_version_does_not_serve_says_what_to_use(
+    bf16: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_args, "vllm_is", lambda versions: False)
+
+    with pytest.raises(ConfigError, match=r"fp8_tensor is a valid name, .* fp8_vllm stores one"):
+        configured(bf16, RolloutConfig(fn="fp8_tensor"))
+
+
+FLASHRLS = (
+    *("bf16", "fp8", "fp8_fast", "fp8_vllm", "fp8_vllm_fast", "fp8_channel", "fp8_tensor"),
+    *("int8", "int8_fast", "int8_wo_prune", "int8_prune"),
+)
+
+
+@pytest.mark.parametrize("name", FLASHRLS)
+def test_every_name_of_flashrl_is_served(bf16: Path, w8a8: Path, name: str) -> None:
+    """Those that `flashrl setup --fn` takes in 1.0.3; with a model where it wants one."""
+    model = str(w8a8) if name == "int8_prune" else None
+
+    args = configured(bf16, RolloutConfig(fn=name, model=model))
+
+    assert args.additional_config["flashquant"]["scheme"] == RolloutConfig(fn=name).scheme.replace(
+        "_prune", ""
+    )
+
+
+def test_fp8_by_tensor_serves_a_bf16_checkpoint_as_one_with_a_scale_a_channel(bf16: Path) -> None:
+    args = configured(bf16, RolloutConfig(fn="fp8_tensor"))
+
+    assert args.quantization == "compressed-tensors"
+    assert args.hf_overrides == {"quantization_config": COMPRESSED["fp8_tensor"]}
+
+
+LISTED = [f"model.layers.{i}.mlp.{n}_proj.weight" for i in (0, 1) for n in ("gate", "up", "down")]
+
+
+@pytest.mark.parametrize("name", ["fp8_tensor", "fp8_channel"])
+def test_a_list_of_flashrl_says_what_is_quantized(bf16: Path, tmp_path: Path, name: str) -> None:
+    torch.save(LISTED, tmp_path / "profile.pt")
+
+    args = configured(bf16, RolloutConfig(fn=name, profile=str(tmp_path / "profile.pt")))
+
+    kept = args.additional_config["flashquant"]["kept"]
+    assert "model.layers.0.self_attn.q_proj" in kept
+    assert not any(".mlp." in module for module in kept)
+    own = args.hf_overrides["quantization_config"] if name == "fp8_tensor" else None
+    assert "model.layers.1.self_attn.o_proj" in (
+        own["ignore"] if own else args.quantization_config.ignore
+    )
+
+
+@pytest.mark.parametrize(
+    ("held", "says", "error"),
+    [
+        (["model.layers.0.mlp.downproj.weight"], r"lists .*downproj.*mlp\.down_proj", ConfigError),
+        ({"a": 1}, "holds a dict, but the profile of an fp8 scheme is a list", ProfileError),
+        ([], "lists no weight", ProfileError),
+    ],
+    ids=["another model's", "for int8", "empty"],
+)
+def test_a_list_that_cannot_be_meant_is_refused(
+    bf16: Path, tmp_path: Path, held: object, says: str, error: type[Exception]
+) -> None:
+    torch.save(held, tmp_path / "profile.pt")
+
+    with pytest.raises(error, match=says):
+        configured(bf16, RolloutConfig(fn="fp8_tensor", profile=str(tmp_path / "profile.pt")))
 
 
 @pytest.fixture(scope="module")
@@ -239,3 +306,91 @@ def test_torchruns_rank_counts_where_the_file_asks_for_external_launcher(tmp_pat
     flash = FlashConfig(configs=(entry, entry), source="flashrl.yaml")
 
     assert rank_of(EngineArgs(str(tmp_path)), flash, {"RANK": "1"}) == 1
+
+
+KEEP_DOWN = ("*.down_proj",)
+
+
+@pytest.mark.parametrize("name", ["int8", "fp8", "fp8_channel", "fp8_block"])
+def test_what_is_kept_becomes_vllms_own_argument(bf16: Path, name: str) -> None:
+    args = configured(bf16, RolloutConfig(fn=name, keep=KEEP_DOWN))
+
+    own = args.hf_overrides["quantization_config"] if name == "int8" else None
+    ignored = own["ignore"] if own else args.quantization_config.ignore
+    assert {f"model.layers.{i}.mlp.down_proj" for i in (0, 1)} <= set(ignored)
+    assert args.additional_config["flashquant"]["kept"] == (
+        "model.layers.0.mlp.down_proj",
+        "model.layers.1.mlp.down_proj",
+    )
+
+
+def test_what_is_kept_adds_to_what_the_engine_was_given(bf16: Path) -> None:
+    theirs = {"ignore": ["lm_head"]}
+    args = configured(
+        bf16, RolloutConfig(fn="fp8_channel", keep=KEEP_DOWN), quantization_config=theirs
+    )
+
+    assert args.quantization_config.ignore[0] == "lm_head"
+    assert "model.layers.1.mlp.down_proj" in args.quantization_config.ignore
+    assert theirs == {"ignore": ["lm_head"]}
+
+
+def test_vllms_shorthand_is_not_changed_for_everybody(bf16: Path) -> None:
+    """It is one object for all engines of a process."""
+    configured(
+        bf16, RolloutConfig(fn="fp8_channel", keep=KEEP_DOWN), quantization="fp8_per_channel"
+    )
+
+    assert EngineArgs(str(bf16), quantization="fp8_per_channel").quantization_config.ignore == []
+
+
+@pytest.mark.parametrize("name", ["int8", "fp8_channel"])
+def test_a_word_that_matches_nothing_is_refused_before_anything_is_written(
+    bf16: Path, name: str
+) -> None:
+    args = EngineArgs(str(bf16))
+
+    with pytest.raises(ConfigError, match=r"'\*\.qkv_proj' matches no module .*self_attn\."):
+        configure(args, RolloutConfig(fn=name, keep=("*.qkv_proj",)), Checks())
+
+    assert args.additional_config == EngineArgs(str(bf16)).additional_config
+    assert args.quantization is None
+    assert args.quantization_config is None
+
+
+def test_what_a_checkpoint_holds_as_codes_cannot_be_kept(bf16: Path, tmp_path: Path) -> None:
+    stored = tiny_models.make_quantized(bf16, tmp_path / "w8a8")
+
+    with pytest.raises(ConfigError, match=r"layers\.0\.mlp\.down_proj is quantized already in"):
+        configured(stored, RolloutConfig(fn="int8", keep=KEEP_DOWN))
+    configured(stored, RolloutConfig(fn="int8", keep=("lm_head",)))
+
+
+def test_what_a_profile_scales_cannot_be_kept(bf16: Path, tmp_path: Path) -> None:
+    one = torch.ones(1)
+    entries = {"model.layers.0.mlp.down_proj.weight": Entry(torch.int8, one, one, one)}
+    save_profile(Profile(entries, "made"), tmp_path / "profile.safetensors")
+    entry = RolloutConfig(fn="int8", keep=KEEP_DOWN, profile=str(tmp_path / "profile.safetensors"))
+
+    with pytest.raises(ConfigError, match=r"down_proj stays in bf16, but the profile .* scales it"):
+        configured(bf16, entry)
+
+
+def test_without_safetensors_nothing_can_be_kept(bf16: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text((bf16 / "config.json").read_text())
+
+    with pytest.raises(ConfigError, match=r"keep names modules of the checkpoint, and .*folder"):
+        configured(tmp_path, RolloutConfig(fn="int8", keep=KEEP_DOWN))
+
+
+def test_a_tower_and_a_prefix_of_vllms_own_are_no_obstacle() -> None:
+    """What is kept whole is asked for by one expression, below any prefix; parts by their names."""
+    modules = ("layers.0.a.q", "layers.0.a.k", "layers.1.a.q", "layers.1.a.k", "layers.10.a.q")
+
+    names = kept_seam._patterns(frozenset({"layers.1.a.q", "layers.1.a.k"}), modules)
+
+    (expression,) = (name.removeprefix("re:") for name in names if name.startswith("re:"))
+    assert re.match(expression, "model.layers.1.a.qk")
+    assert re.match(expression, "layers.1")
+    assert not re.match(expression, "model.layers.10.a.q")
+    assert not re.match(expression, "model.layers.0.a.q")

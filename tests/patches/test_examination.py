@@ -262,6 +262,7 @@ def test_speeds_are_beside_the_copy_limit() -> None:
     assert [finding.name for finding in found] == [
         "int8 on cpu",
         "fp8_channel on cpu",
+        "fp8_tensor on cpu",
         "fp8_vllm on cpu",
     ]
     assert all("times the copy limit of" in finding.detail for finding in found)

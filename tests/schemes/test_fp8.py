@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from flashquant.errors import MisfitTensor
-from flashquant.schemes import check_finite, chunks
-from flashquant.schemes.fp8 import fp8_channel, fp8_static, fp8_tensor
+from flashquant.schemes import WHOLE, check_finite, chunks
+from flashquant.schemes.fp8 import fp8_channel, fp8_static, fp8_tensor, fp8_tensor_rows
 
 FLOATS = [torch.bfloat16, torch.float16, torch.float32]
 TOP = np.float32(448)
@@ -291,3 +291,27 @@ def test_of_all_codes_those_that_are_nan_are_refused():
                 check_finite("w", codes.t())
         else:
             check_finite("w", codes.t())
+
+
+def test_the_scale_of_a_tensor_stands_in_each_of_its_rows():
+    weight = gaussian(5, 24, torch.bfloat16)
+
+    codes, scales = fp8_tensor_rows(weight)
+
+    expected, scale = fp8_tensor(weight)
+    assert torch.equal(codes.view(torch.uint8), expected.view(torch.uint8))
+    assert scales.shape == (5, 1)
+    assert scales.is_contiguous()
+    assert (scales == scale).all()
+
+
+def test_each_expert_has_a_scale_of_its_own():
+    weight = gaussian(12, 8, torch.bfloat16).view(3, 4, 8) * torch.tensor([1, 2, 4])[:, None, None]
+
+    codes, scales = WHOLE["fp8_tensor"](weight.bfloat16())
+
+    assert scales.shape == (3, 4, 1)
+    for expert, (one, its) in enumerate(zip(codes, scales, strict=True)):
+        expected, scale = fp8_tensor_rows(weight.bfloat16()[expert])
+        assert torch.equal(one.view(torch.uint8), expected.view(torch.uint8))
+        assert torch.equal(its, scale)

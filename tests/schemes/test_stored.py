@@ -6,7 +6,13 @@ import pytest
 import torch
 
 from flashquant.errors import UnsupportedEngine
-from flashquant.schemes import fp8_channel, holds_codes, int8_channel, quantizer
+from flashquant.schemes import (
+    fp8_channel,
+    fp8_tensor_rows,
+    holds_codes,
+    int8_channel,
+    quantizer,
+)
 
 
 @pytest.mark.parametrize(
@@ -22,6 +28,18 @@ def test_codes_with_one_scale_a_row_are_channel_schemes(dtype, scheme):
     expected = scheme(weight)
     assert torch.equal(stored[0].view(torch.uint8), expected[0].view(torch.uint8))
     assert torch.equal(stored[1], expected[1])
+
+
+def test_an_engine_by_tensor_fills_its_scales_and_leaves_int8_alone():
+    weight = torch.linspace(-1, 1, 32).view(4, 8).bfloat16()
+    scales = torch.empty(4, 1, device="meta")
+
+    def made(dtype):
+        codes = torch.empty(4, 8, dtype=dtype, device="meta")
+        return quantizer(codes, scales, "w", "fp8_tensor")(weight)[1]
+
+    assert torch.equal(made(torch.float8_e4m3fn), fp8_tensor_rows(weight)[1])
+    assert torch.equal(made(torch.int8), int8_channel(weight)[1])
 
 
 @pytest.mark.parametrize(

@@ -81,6 +81,7 @@ class FakeEngine:
     """
 
     scheme, device, shares_scales, tied = "int8", CPU, False, MappingProxyType({})
+    in_bf16 = ()
 
     def __init__(self, dtype: torch.dtype = torch.bfloat16, norm=lambda loaded: loaded) -> None:
         qkv = {"qkv.weight": torch.zeros(6, 4, dtype=dtype)}

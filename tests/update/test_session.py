@@ -394,7 +394,7 @@ def test_an_iterator_that_fails_takes_the_whole_reload_back(session, engine, err
         session.reload(breaking("norm.weight", "q.weight", "k.weight", error=error))
 
     assert serves(engine, fresh(OLD))
-    assert not session.serving.torn
+    assert not session.transactions.serving.torn
 
 
 def test_after_a_failure_the_next_reload_goes_through(session, engine):
@@ -460,7 +460,7 @@ def test_a_roll_back_that_fails_leaves_the_model_torn(session, engine, monkeypat
     with pytest.raises(OSError, match="driver"):
         session.push(breaking("norm.weight", error=RuntimeError("nccl")))
 
-    assert session.serving.torn
+    assert session.transactions.serving.torn
 
 
 def test_a_layer_that_fails_to_commit_takes_back_the_layers_before_it(session, engine):
@@ -595,7 +595,7 @@ def test_a_live_tensor_that_moves_is_reported(session, engine):
         session.reload(NEW)
 
     assert session.version == 0
-    assert session.serving.torn
+    assert session.transactions.serving.torn
 
 
 @pytest.mark.parametrize("name", ["norm.weight", "q.weight"])
@@ -623,7 +623,7 @@ def test_without_the_ledger_nobody_looks_where_tensors_are(engine):
 
     session.reload(NEW, strict=False)
 
-    assert not session.serving.torn
+    assert not session.transactions.serving.torn
 
 
 def test_without_the_digest_a_report_has_none_and_a_status_has_one(engine):
@@ -879,7 +879,7 @@ def test_a_failure_before_anything_went_live_tears_nothing(session, engine):
     with pytest.raises(RuntimeError):
         session.reload(breaking("q.weight", error=RuntimeError("nccl")), atomic=False)
 
-    assert not session.serving.torn
+    assert not session.transactions.serving.torn
     assert serves(engine, fresh(OLD))
 
 
@@ -894,7 +894,7 @@ def test_a_complete_reload_heals_a_torn_model(session, engine, atomic):
 def test_a_part_of_the_weights_does_not_heal(session):
     torn(session).reload(dict(only("norm.weight")), strict=False)
 
-    assert session.serving.torn
+    assert session.transactions.serving.torn
 
 
 def test_nothing_does_not_heal_a_model_that_started_without_a_checkpoint():
@@ -903,7 +903,7 @@ def test_nothing_does_not_heal_a_model_that_started_without_a_checkpoint():
 
     torn(session).reload({}, strict=False)
 
-    assert session.serving.torn
+    assert session.transactions.serving.torn
 
 
 def test_a_failed_atomic_reload_of_a_torn_model_leaves_it_torn(session):
@@ -912,7 +912,7 @@ def test_a_failed_atomic_reload_of_a_torn_model_leaves_it_torn(session):
     with pytest.raises(RuntimeError):
         session.reload(breaking("norm.weight", error=RuntimeError("nccl")))
 
-    assert session.serving.torn
+    assert session.transactions.serving.torn
 
 
 # What is refused.
@@ -1020,7 +1020,7 @@ def test_a_tensor_that_does_not_fit_is_refused(session, engine, tensor, remedy, 
         session.reload({"q.weight": tensor}, atomic=atomic)
 
     assert serves(engine, fresh(OLD))
-    assert not session.serving.torn
+    assert not session.transactions.serving.torn
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8], ids=str)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from flashquant.config.schemes import ONLINE, W8A8
+from flashquant.config.schemes import COMPRESSED, ONLINE
 from flashquant.patches.layers import cpu
 from tools.compatibility.cell import ENGINE, WRONG, Cell
 from tools.compatibility.trial import kernels, policy
@@ -28,10 +28,10 @@ def blame(architecture: str, scheme: str, folder: Path) -> Cell:
         cpu.allow_amx()
         _APPLIED.extend(point.apply() for point in cpu.POINTS)
     options: dict[str, Any] = {"quantization": ONLINE.get(scheme)}
-    if scheme == "int8":
+    if scheme in COMPRESSED:
         options = {
             "quantization": "compressed-tensors",
-            "hf_overrides": {"quantization_config": dict(W8A8)},
+            "hf_overrides": {"quantization_config": dict(COMPRESSED[scheme])},
             "load_format": "dummy",
         }
     try:

@@ -18,7 +18,7 @@ TINY = ("qwen2", "llama", "qwen3", "tied")
 W8A8, FP8 = "int8_w8a8", "fp8_channel_stored"
 # Checkpoints that hold codes: the scheme they are served in, and what they store.
 STORED = {W8A8: ("int8", "int8"), FP8: ("fp8_channel", "fp8")}
-SCHEMES = ("bf16", "int8", W8A8, "fp8_vllm", "fp8_channel")
+SCHEMES = ("bf16", "int8", W8A8, "fp8_vllm", "fp8_channel", "fp8_tensor")
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from torch import Tensor
 from vllm import _custom_ops as ops
 
 from flashquant import patches
-from flashquant.config.schemes import SCHEMES
+from flashquant.config.schemes import COMPRESSED, SCHEMES
 from flashquant.errors import PatchError
 from flashquant.patches import guard
 from flashquant.patches.seams import engine_args
@@ -94,12 +94,15 @@ def _hardware() -> Iterator[Finding]:
 
 def _schemes() -> Iterator[Finding]:
     yield Finding("schemes", "bf16", "ok", "no quantization")
-    yield Finding("schemes", "int8", "ok", "compressed-tensors W8A8, a scale a channel")
     for scheme in SCHEMES.values():
         if not engine_args.is_served(scheme):
             yield Finding("schemes", scheme.name, "skipped", scheme.instead)
         elif scheme.online is not None:
             yield Finding("schemes", scheme.name, "ok", f"vLLM's online {scheme.online}")
+        elif scheme.name in COMPRESSED:
+            layout = COMPRESSED[scheme.name]["format"]
+            detail = f"compressed-tensors {layout}, a scale a {scheme.scales}"
+            yield Finding("schemes", scheme.name, "ok", detail)
 
 
 def _kernels() -> Iterator[Finding]:
@@ -191,10 +194,16 @@ def _same(one: Tensor, other: Tensor) -> bool:
     return one.dtype == other.dtype and torch.equal(one.view(torch.uint8), other.view(torch.uint8))
 
 
+def _vllms_by_tensor(weight: Tensor) -> tuple[Tensor, Tensor]:
+    codes, scale = ops.scaled_fp8_quant(weight)
+    return codes, scale.reshape(1, 1).expand(len(weight), 1)
+
+
 # Half a step of an integer; half of the widest step of e4m3, which is 32 at 448.
-_COARSEST = {"int8": 0.51, "fp8_channel": 16.01, "fp8_vllm": 16.01}
+_COARSEST = {"int8": 0.51, "fp8_channel": 16.01, "fp8_tensor": 16.01, "fp8_vllm": 16.01}
 _VLLMS: dict[str, Quantize] = {
     "int8": lambda weight: ops.scaled_int8_quant(weight)[:2],
     "fp8_channel": lambda weight: ops.scaled_fp8_quant(weight, use_per_token_if_dynamic=True),
+    "fp8_tensor": _vllms_by_tensor,
     "fp8_vllm": lambda weight: ops.scaled_fp8_quant(weight),
 }

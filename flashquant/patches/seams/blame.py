@@ -15,19 +15,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from flashquant.errors import FlashquantError, UnsupportedEngine
+from flashquant.errors import ConfigError, FlashquantError, UnsupportedEngine
 
 # What vLLM calls of a quantization while a model starts.
 _STEPS = frozenset({"get_quant_method", "create_weights", "process_weights_after_loading"})
 
 
 @contextmanager
-def naming_the_layer(scheme: str, model: nn.Module | None = None) -> Iterator[None]:
+def naming_the_layer(
+    scheme: str, model: nn.Module | None = None, *, keeps: bool = False
+) -> Iterator[None]:
     """Raise what fails inside a layer as an UnsupportedEngine that names it; the rest as it is.
 
     Args:
         scheme: that the model is to be served in.
         model: if it has been made.
+        keeps: whether modules stay in bf16 by the configuration; a part of a layer cannot.
 
     """
     try:
@@ -39,12 +42,17 @@ def naming_the_layer(scheme: str, model: nn.Module | None = None) -> Iterator[No
         if found is None or scheme == "bf16":
             raise
         name, layer = found
+        if keeps and isinstance(failure, ValueError) and (shards := _shards(failure, name)):
+            raise ConfigError(
+                f"keep leaves a part of {name} in bf16, and vLLM computes all of it as one layer "
+                f"({failure}). Keep {', '.join(shards)}, or none of them."
+            ) from failure
         raise UnsupportedEngine(
             f"{name or 'a layer'} ({type(layer).__name__}) cannot be served in {scheme} on this "
             f"machine: {type(failure).__name__}: {failure}. Leave it in bf16 by "
             f"quantization_config={{'ignore': ['{_pattern(name, model)}']}}, an argument of the "
-            "engine, or serve the model in another scheme: docs/compatibility.md says which run "
-            "where."
+            "engine, or by `keep` in a file of FLASHRL_CONFIG; or serve the model in another "
+            "scheme: docs/compatibility.md says which run where."
         ) from failure
 
 
@@ -68,6 +76,17 @@ def _worked_on(frame: FrameType) -> nn.Module | None:
         return None
     said = (frame.f_locals.get(name) for name in ("layer", "self"))  # an attention is itself one
     return next((one for one in said if isinstance(one, nn.Module)), None)
+
+
+def _shards(failure: ValueError, name: str) -> list[str]:
+    """What a layer is made of, if this is vLLM's refusal of a method for a fused one."""
+    traceback = failure.__traceback__
+    while traceback is not None:
+        frame, traceback = traceback.tb_frame, traceback.tb_next
+        if frame.f_code.co_name == "get_quant_method":
+            fused = getattr(frame.f_locals.get("self"), "packed_modules_mapping", {})
+            return list(fused.get(name.rpartition(".")[2], ()))
+    return []
 
 
 def _pattern(name: str, model: nn.Module | None) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import fnmatch
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import vllm
@@ -22,14 +22,21 @@ from flashquant.config.checks import Checks, checks_from_env
 from flashquant.config.locate import Located, split_revision
 from flashquant.config.resolve import check_same_scheme, profile_of
 from flashquant.config.schema import FlashConfig, RolloutConfig, config_from_env
-from flashquant.config.schemes import SCHEMES, W8A8, Scheme
+from flashquant.config.schemes import COMPRESSED, SCHEMES, Scheme
 from flashquant.errors import ConfigError
 from flashquant.patches.channels import ENTRY
-from flashquant.patches.decided import ADDITIONAL_CONFIG_KEY, PROFILE_KEY, STARTS_ON_FLOATS
+from flashquant.patches.decided import (
+    ADDITIONAL_CONFIG_KEY,
+    KEPT_KEY,
+    PROFILE_KEY,
+    STARTS_ON_FLOATS,
+)
 from flashquant.patches.guard import vllm_is
 from flashquant.patches.point import PatchPoint
+from flashquant.patches.seams.kept import keep_in_bf16
 from flashquant.patches.seams.logprobs import configure_logprobs
 from flashquant.profiles import load_profile
+from flashquant.update import some_of
 
 logger = logging.getLogger(__name__)
 
@@ -85,15 +92,21 @@ def configure(args: Any, config: RolloutConfig, checks: Checks) -> None:
     own = checkpoint.get("quantization_config")
     profile = _profile_of(config)
     _check_profile(profile, config, args.model, is_quantized=own is not None)
+    kept = keep_in_bf16(args, config, checkpoint)
+    if profile is not None:
+        _refuse_scaled(kept, profile)
     _choose_quantization(args, config, own)
     if config.params_to_ignore:
         logger.warning(
-            "params_to_ignore has no effect: what a reload writes is learned from vLLM's loader. "
-            "To keep layers in bf16, give the engine quantization_config={'ignore': [...]}"
+            "params_to_ignore has no effect, as in FlashRL, which never reads it: what a reload "
+            "writes is learned from vLLM's loader. To keep layers in bf16, write `keep`"
         )
     decided = _decided(config, checks, profile, starts_on_floats=own is None)
+    if kept:
+        decided[KEPT_KEY] = kept
     args.additional_config = {**(args.additional_config or {}), ADDITIONAL_CONFIG_KEY: decided}
-    by = "" if profile is None else f" by {profile.reference}, scales {config.scales}"
+    by = f", {len(kept)} modules kept in bf16" if kept else ""
+    by += "" if profile is None else f" by {profile.reference}, scales {config.scales}"
     logger.info("flashquant serves %s in %s%s", args.model, config.scheme, by)
 
 
@@ -146,8 +159,8 @@ def _choose_quantization(args: Any, config: RolloutConfig, own: Mapping[str, Any
     scheme = _held_as(asked)
     if own is not None:
         check_same_scheme(own, scheme, args.model)
-    elif scheme == "int8":
-        _serve_as_w8a8(args)
+    elif scheme in COMPRESSED:
+        _serve_as_compressed(args, scheme)
     elif asked.online is not None:
         _refuse_overrides(args, config.scheme)
         _set_quantization(args, asked.online, asked.name)
@@ -220,11 +233,22 @@ def _refuse_moving_experts(args: Any) -> None:
 
 def _profile_of(config: RolloutConfig) -> Located | None:
     """The profile of an entry; one that its scheme has no use for is named in the log."""
-    if config.profile is not None and not SCHEMES[config.scheme].takes_profile:
+    asked = SCHEMES[config.scheme]
+    if config.profile is not None and not (asked.takes_profile or asked.lists_layers):
         logger.warning(
             "%s needs no profile; %s is not read, as in FlashRL", config.fn, config.profile
         )
     return profile_of(config)
+
+
+def _refuse_scaled(kept: Iterable[str], profile: Located) -> None:
+    """A layer whose columns a profile scales would need scaled weights in bf16, too."""
+    entries = load_profile(profile.path).entries if kept else {}
+    if wrong := next((module for module in kept if f"{module}.weight" in entries), None):
+        raise ConfigError(
+            f"keep: {wrong} stays in bf16, but the profile {profile.reference} scales it together "
+            "with the norm in front of it. Leave it out of keep, or `profile` out of the entry."
+        )
 
 
 def _set_quantization(args: Any, quantization: str, scheme: str) -> None:
@@ -247,33 +271,35 @@ def _refuse_overrides(args: Any, scheme: str) -> None:
         )
 
 
-def _serve_as_w8a8(args: Any) -> None:
-    """Give a bf16 checkpoint the quantization config of its W8A8 twin.
+def _serve_as_compressed(args: Any, scheme: str) -> None:
+    """Give a bf16 checkpoint the quantization config of its compressed-tensors twin.
 
-    vLLM has no online int8 for dense layers. A bf16 checkpoint is therefore served
-    as if it were a compressed-tensors W8A8 one, and quantized on its way in.
+    vLLM has no online int8 for dense layers, and none by tensor with scales of channels. A bf16
+    checkpoint is therefore served as if it were one that holds codes, and quantized on its way in.
     """
+    twin = COMPRESSED[scheme]
     if callable(args.hf_overrides):
         raise ConfigError(
-            "int8 on a bf16 checkpoint adds a quantization_config to hf_overrides, which was given "
-            "as a function. Pass hf_overrides as a dict, or serve a W8A8 checkpoint."
+            f"{scheme} on a bf16 checkpoint adds a quantization_config to hf_overrides, which was "
+            "given as a function. Pass hf_overrides as a dict, or serve a checkpoint that is "
+            "quantized already."
         )
     overrides = dict(args.hf_overrides or {})
     theirs = overrides.get("quantization_config") or {}
-    check_same_scheme({**W8A8, **theirs}, "int8", "the model of hf_overrides")
-    asked = [*(theirs.get("ignore") or ()), *_ignored_by_arguments(args)]
-    if ignored := [pattern for pattern in asked if pattern not in W8A8["ignore"]]:
-        logger.info("layers that match %s are not quantized", ", ".join(ignored))
-    ours = {**W8A8, **theirs, "ignore": [*W8A8["ignore"], *ignored]}
+    check_same_scheme({**twin, **theirs}, scheme, "the model of hf_overrides")
+    asked = [*(theirs.get("ignore") or ()), *_ignored_by_arguments(args, scheme)]
+    if ignored := [pattern for pattern in asked if pattern not in twin["ignore"]]:
+        logger.info("layers that match %s are not quantized", some_of(ignored))
+    ours = {**twin, **theirs, "ignore": [*twin["ignore"], *ignored]}
     args.hf_overrides = {**overrides, "quantization_config": ours}
-    _set_quantization(args, "compressed-tensors", "int8")
+    _set_quantization(args, "compressed-tensors", scheme)
 
 
-def _ignored_by_arguments(args: Any) -> list[str]:
+def _ignored_by_arguments(args: Any, scheme: str) -> list[str]:
     """What vLLM's own argument leaves in bf16; it is taken over from there.
 
     Raises:
-        ConfigError: it asks for something else, of which int8 knows nothing.
+        ConfigError: it asks for something else, of which the scheme knows nothing.
 
     """
     theirs = vars(args).get("quantization_config")
@@ -282,9 +308,9 @@ def _ignored_by_arguments(args: Any) -> list[str]:
     settings = theirs if isinstance(theirs, Mapping) else vars(theirs)
     if odd := sorted(name for name, value in settings.items() if value and name != "ignore"):
         raise ConfigError(
-            f"FLASHRL_CONFIG asks for int8, and the engine was given a quantization_config with "
-            f"{', '.join(odd)}, which vLLM has for its online schemes only. Leave it out; `ignore` "
-            "names layers that stay in bf16."
+            f"FLASHRL_CONFIG asks for {scheme}, and the engine was given a quantization_config "
+            f"with {', '.join(odd)}, which vLLM has for its online schemes only. Leave it out; "
+            "`ignore` names layers that stay in bf16."
         )
     args.quantization_config = None
     return [_as_regex(pattern) for pattern in settings.get("ignore") or ()]

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from flashquant.errors import ReloadError
 from flashquant.patches.channels import FORGOT
-from flashquant.patches.decided import asks_for_session, scheme_of
+from flashquant.patches.decided import asks_for_session, kept_by, scheme_of
 from flashquant.patches.engine import LiveEngine
 from flashquant.patches.layers import packed_once
 from flashquant.patches.point import PatchPoint
 from flashquant.patches.seams.blame import naming_the_layer
+from flashquant.patches.seams.kept import check_kept, name_as_vllm
 from flashquant.patches.seams.peers import ballot_for
 from flashquant.update import Deltas, Session
 
@@ -33,6 +34,7 @@ class _Attached:
     def __init__(self, model: nn.Module, vllm_config: Any, own: Any) -> None:
         self.engine = LiveEngine(model, vllm_config, quantized=own.quantization is not None)
         self.is_draft = _is_draft(own, vllm_config)
+        self.kept = kept_by(vllm_config) if self.engine.scheme != "bf16" else frozenset()
         self.session = Session(
             self.engine,
             checks=self.engine.checks,
@@ -164,7 +166,7 @@ def standing_of(worker: Any) -> Standing:
         version=attached.note_version(),
         drafts=sum(session.version for session in sessions[1:]),
         holds_steps=attached.session.transactions.holds_steps,
-        torn=attached.session.serving.complaint,
+        torn=attached.session.transactions.serving.complaint,
         quiet=next((t.quiet for t in transactions if t.quiet is not None), None),
         forgot=take_forgotten(worker),
     )
@@ -189,7 +191,9 @@ def check_servable(model: nn.Module) -> None:
 def _initialize_model(original: Any, vllm_config: Any, **kwargs: Any) -> nn.Module:
     if not asks_for_session(vllm_config):
         return original(vllm_config, **kwargs)  # type: ignore[no-any-return]
-    with naming_the_layer(scheme_of(vllm_config)):
+    kept = kept_by(vllm_config)
+    name_as_vllm(vllm_config, kept)
+    with naming_the_layer(scheme_of(vllm_config), keeps=bool(kept)):
         model: nn.Module = original(vllm_config, **kwargs)
     own = kwargs.get("model_config") or vllm_config.model_config  # a draft has its own
     vars(model)["load_weights"] = _Attached(model, vllm_config, own)
@@ -214,6 +218,8 @@ def _process_weights_after_loading(
             original(model, model_config, target_device)
         attached.engine.note_processed()
     attached.session.open()
+    if attached.kept:
+        attached.engine.in_bf16 = check_kept(model, attached.kept, attached.session.landed)
     logger.info("flashquant looks after %s: %s", type(model).__name__, attached.session.status())
     if attached.is_draft:
         logger.warning(

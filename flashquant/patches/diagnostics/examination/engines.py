@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from vllm import LLM, SamplingParams
 
-from flashquant.config.schemes import ONLINE
+from flashquant.config.schemes import COMPRESSED, ONLINE
 from flashquant.patches import patch
 from flashquant.patches.diagnostics.bench import room_for_others
 from flashquant.patches.diagnostics.examination import policies
@@ -25,7 +25,7 @@ from flashquant.patches.remote import reload_weights
 from flashquant.patches.seams.loading import session_of
 from flashquant.update import ReloadReport, Session, footprints
 
-SCHEMES = ("bf16", "int8", *ONLINE)
+SCHEMES = ("bf16", *COMPRESSED, *ONLINE)
 Mode = Literal["eager", "graphs", "compiled"]
 # What is given to vLLM for each: nothing is captured or compiled; CUDA graphs of layers that are
 # not compiled, which start in seconds; both, as engines serve in production.
@@ -110,7 +110,8 @@ class _Engines:
         if self.compared_with == FRESH:
             self._fresh = self._serve_patched("b")
         else:
-            checkpoint = self._folder / ("b-int8" if self._scheme == "int8" else "b")
+            held = f"b-{self._scheme}" if self._scheme in COMPRESSED else "b"
+            checkpoint = self._folder / held
             self._fresh = self._serve(checkpoint, quantization=ONLINE.get(self._scheme))
         self._said = outputs(self._fresh)
         return "", "serves the scheme"

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from flashquant.config.schemes import W8A8
-from flashquant.schemes import int8_channel
+from flashquant.config.schemes import COMPRESSED
+from flashquant.schemes import DEFINITIONS, Quantize
 
 # Widths are multiples of 128, for blocks; the vocabulary is none of 64, so that it is padded.
 VOCABULARY = 1000
@@ -81,11 +81,10 @@ _CONFIGS: dict[str, dict[str, Any]] = {
 MODELS = tuple(_CONFIGS)
 DENSE = "llama"
 _ROUTER = "re:.*mlp.gate$"
-_STORED = {**W8A8, "ignore": [*W8A8["ignore"], _ROUTER]}
 
 
 def write(folder: Path, model: str = DENSE) -> None:
-    """Write `a` and `b`, and `b` once more as a W8A8 checkpoint: what vLLM alone serves in int8.
+    """Write `a` and `b`, and `b` again as each checkpoint of codes that vLLM alone serves.
 
     Args:
         folder: where they become folders.
@@ -97,10 +96,10 @@ def write(folder: Path, model: str = DENSE) -> None:
         dice = torch.Generator().manual_seed(seed)
         weights = {name: _random(name, shape, dice) for name, shape in _shapes(model)}
         _save(folder / policy, config, weights)
-        if policy == "b":
-            _save(
-                folder / "b-int8", {**config, "quantization_config": _STORED}, _quantized(weights)
-            )
+    for scheme, held in COMPRESSED.items():
+        stored = {**held, "ignore": [*held["ignore"], _ROUTER]}
+        codes = _quantized(weights, DEFINITIONS[scheme])
+        _save(folder / f"b-{scheme}", {**config, "quantization_config": stored}, codes)
 
 
 def has_routers_that_vllm_quantizes(folder: Path) -> bool:
@@ -176,13 +175,13 @@ def _random(name: str, shape: tuple[int, ...], dice: torch.Generator) -> Tensor:
     return (values + 1 if "norm" in name else values).bfloat16()
 
 
-def _quantized(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def _quantized(weights: dict[str, Tensor], quantize: Quantize) -> dict[str, Tensor]:
     """Every layer but the head and the routers in codes and scales, by the definition."""
     stored = {}
     for name, weight in weights.items():
         stored[name] = weight
         if "_proj" in name:
-            stored[name], stored[f"{name}_scale"] = int8_channel(weight)
+            stored[name], stored[f"{name}_scale"] = quantize(weight)
     return stored
 
 

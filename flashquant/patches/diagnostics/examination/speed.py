@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flashquant.patches.diagnostics.doctor import Finding
-from flashquant.schemes import fp8_channel, fp8_tensor, int8_channel
+from flashquant.schemes import fp8_channel, fp8_tensor, fp8_tensor_rows, int8_channel
 
 _ROWS = {"cpu": 2048, "cuda": 8192}
 _COLUMNS = 4096
@@ -46,6 +46,7 @@ def _quantizers(device: torch.device) -> Quantizers:
     found: Quantizers = {
         "int8": (int8_channel, torch.int8),
         "fp8_channel": (fp8_channel, _FP8),
+        "fp8_tensor": (fp8_tensor_rows, _FP8),
         "fp8_vllm": (fp8_tensor, _FP8),
     }
     if device.type == "cuda":
