@@ -198,7 +198,7 @@ def _check_profile(
         own = checkpoint is None or checkpoint.quantization is not None
         if not load_profile(profile.path).knows_weight_scales() and not own:
             raise ConfigError(
-                f"the profile {profile.reference} scales by what its COMPRESSED checkpoint holds, and "
+                f"the profile {profile.reference} scales by what its W8A8 checkpoint holds, and "
                 "this one is not quantized. Name that checkpoint under `model`, or leave `profile` "
                 "out for plain per-channel int8."
             )
