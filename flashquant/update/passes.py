@@ -6,7 +6,8 @@ that no call begins or ends begins with the push in which
 
     1  a name comes again that has come in this pass already, be it live or waiting
     2  a name comes again that was refused in this pass, after others have come since
-       (right after it was refused, it is sent once more: the same pass)
+       (right after it was refused, it is sent once more: the same pass; and what was refused
+       before a pass begins as the last one did, was of an attempt that was given up)
     3  the name comes that the last passes began with, though this one began with another, and
        has brought a stretch of what they held in a row: a trainer went away, and another begins
        as they did
@@ -119,7 +120,10 @@ class Passes:
         self._before, self._usual = None, {}
 
     def _begin_anew(self) -> None:
-        early, last = self._early.copy(), list(self._seen)
+        # What was refused where a pass would have begun is of the one that begins now, unless that
+        # begins as the last one did: then it was an attempt that its trainer has given up.
+        early = set() if self._push[0] == self._first else self._early.copy()
+        last = list(self._seen)
         if self._shown_by == 3:
             self._forget()  # what was left says nothing of how passes begin
             self._left = set(last)

@@ -79,6 +79,14 @@ def test_a_refused_push_is_as_if_it_had_not_been(passes):
     assert begins(passes, MODEL) == ["embed"]
 
 
+def test_an_attempt_that_was_refused_and_given_up_is_of_no_pass(passes):
+    """A trainer that tries one tensor by itself, and then pushes all of the policy."""
+    begins(passes, MODEL)
+    take(passes, "norm", refused=True)
+
+    assert begins(passes, MODEL) == ["embed"]
+
+
 def test_passes_that_always_begin_alike_tell_what_a_stranger_left(passes):
     """It left before it had sent anything that the next one begins with."""
     for _ in range(3):
