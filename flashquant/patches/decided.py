@@ -11,6 +11,7 @@ from flashquant.config.checks import Checks
 ADDITIONAL_CONFIG_KEY: Final = "flashquant"
 PROFILE_KEY: Final = "profile"  # in it, where pushes are quantized by one
 STARTS_ON_FLOATS: Final = "starts_on_floats"  # in it: the load makes the codes
+TOWERS_KEY: Final = "quantize_towers"  # in it, where they are: towers of multimodal models
 
 
 def asks_for_session(vllm_config: VllmConfig) -> bool:
@@ -30,3 +31,11 @@ def scheme_of(vllm_config: VllmConfig) -> str:
     if not asks_for_session(vllm_config):
         return "bf16"
     return str(vllm_config.additional_config[ADDITIONAL_CONFIG_KEY]["scheme"])
+
+
+def keeps_towers(vllm_config: VllmConfig) -> bool:
+    """Whether towers of a multimodal model stay in bf16, where its other layers are quantized."""
+    if not asks_for_session(vllm_config):
+        return False
+    decided = vllm_config.additional_config[ADDITIONAL_CONFIG_KEY]
+    return bool(decided[STARTS_ON_FLOATS]) and TOWERS_KEY not in decided

@@ -25,7 +25,12 @@ from flashquant.config.schema import FlashConfig, RolloutConfig, config_from_env
 from flashquant.config.schemes import SCHEMES, W8A8, Scheme
 from flashquant.errors import ConfigError
 from flashquant.patches.channels import ENTRY
-from flashquant.patches.decided import ADDITIONAL_CONFIG_KEY, PROFILE_KEY, STARTS_ON_FLOATS
+from flashquant.patches.decided import (
+    ADDITIONAL_CONFIG_KEY,
+    PROFILE_KEY,
+    STARTS_ON_FLOATS,
+    TOWERS_KEY,
+)
 from flashquant.patches.guard import vllm_is
 from flashquant.patches.point import PatchPoint
 from flashquant.patches.seams.logprobs import configure_logprobs
@@ -146,6 +151,11 @@ def _choose_quantization(args: Any, config: RolloutConfig, own: Mapping[str, Any
     scheme = _held_as(asked)
     if own is not None:
         check_same_scheme(own, scheme, args.model)
+        if config.quantize_towers:
+            raise ConfigError(
+                f"quantize_towers is for bf16 checkpoints, and {args.model} is quantized already: "
+                "it says itself which layers are. Leave quantize_towers out."
+            )
     elif scheme == "int8":
         _serve_as_w8a8(args)
     elif asked.online is not None:
@@ -167,6 +177,8 @@ def _decided(
         STARTS_ON_FLOATS: starts_on_floats,
         "checks": checks.model_dump(),
     }
+    if config.quantize_towers:
+        decided[TOWERS_KEY] = True
     if profile is not None:
         decided[PROFILE_KEY] = {
             "reference": profile.reference,

@@ -22,6 +22,7 @@ from flashquant.patches.layers import packed_once
 from flashquant.patches.point import PatchPoint
 from flashquant.patches.seams.blame import naming_the_layer
 from flashquant.patches.seams.peers import ballot_for
+from flashquant.patches.seams.towers import in_bf16
 from flashquant.update import Session
 
 logger = logging.getLogger(__name__)
@@ -174,8 +175,9 @@ def check_servable(model: nn.Module) -> None:
 def _initialize_model(original: Any, vllm_config: Any, **kwargs: Any) -> nn.Module:
     if not asks_for_session(vllm_config):
         return original(vllm_config, **kwargs)  # type: ignore[no-any-return]
-    with naming_the_layer(scheme_of(vllm_config)):
+    with naming_the_layer(scheme_of(vllm_config)), in_bf16(vllm_config) as towers:
         model: nn.Module = original(vllm_config, **kwargs)
+    towers.tell(model)
     own = kwargs.get("model_config") or vllm_config.model_config  # a draft has its own
     vars(model)["load_weights"] = _Attached(model, vllm_config, own)
     return model
