@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 from torch import nn
@@ -88,21 +88,25 @@ def _mark_tower_model(
     original: Any, model: Any, vllm_config: Any, modalities: Any, *, targets: Kinds | None = None
 ) -> Iterator[None]:
     towers = _OF_MODEL.get()
-    with original(model, vllm_config, modalities, targets=targets):
-        with nullcontext() if towers is None else _creating(towers, targets):
-            yield
+    with (
+        original(model, vllm_config, modalities, targets=targets),
+        _creating(towers, targets),
+    ):
+        yield
     if towers is not None:
         towers.names += model._tower_model_names
 
 
-def _creating(towers: Towers, targets: Kinds | None) -> AbstractContextManager[object]:
+@contextmanager
+def _creating(towers: Towers | None, targets: Kinds | None) -> Iterator[None]:
     """All that is created is of a tower; or, where classes are named, what is created by these."""
-    if targets is None:
-        return towers.inside()
-    stack = ExitStack()
-    for kind in targets if isinstance(targets, tuple) else (targets,):
-        stack.enter_context(_created_by(kind, towers))
-    return stack
+    with ExitStack() as stack:
+        if towers is not None and targets is None:
+            stack.enter_context(towers.inside())
+        elif towers is not None and targets is not None:
+            for kind in targets if isinstance(targets, tuple) else (targets,):
+                stack.enter_context(_created_by(kind, towers))
+        yield
 
 
 @contextmanager
