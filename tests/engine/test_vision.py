@@ -26,7 +26,7 @@ _KEPT: list[Any] = []  # vLLM's parallel state goes with the first engine that i
 
 @pytest.fixture(scope="module", params=sights.SIGHTS)
 def name(request: pytest.FixtureRequest) -> str:
-    if why := sights.missing(request.param):
+    if why := sights.missing():
         pytest.skip(why)
     return str(request.param)
 
@@ -45,7 +45,7 @@ def started(checkpoint: Path, name: str, config: str, *, caching: bool = False) 
     from vllm import LLM
 
     flashquant.patch()
-    with mock.patch.dict(os.environ, FLASHRL_CONFIG=config):
+    with mock.patch.dict(os.environ, FLASHRL_CONFIG=config), sights.understood():
         llm = LLM(str(checkpoint), **sights.options(name, enable_prefix_caching=caching))
     _KEPT.append(llm)
     return llm

@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tests.engine import sights
 from tests.engine.programs.engine import print_result
 from tools.models import tiny_models
@@ -18,14 +20,11 @@ from tools.models import tiny_models
 def main(name: str, a: str, b: str) -> dict[str, Any]:
     from vllm import LLM
 
-    if why := sights.missing(name):
-        raise RuntimeError(why)
-    return {
-        str(caching): converse(
-            LLM(a, **sights.options(name, enable_prefix_caching=caching)), name, Path(a), Path(b)
-        )
-        for caching in (False, True)
-    }
+    engines = {}
+    for caching in (False, True):
+        with sights.understood():
+            engines[caching] = LLM(a, **sights.options(name, enable_prefix_caching=caching))
+    return {str(caching): converse(llm, name, Path(a), Path(b)) for caching, llm in engines.items()}
 
 
 def converse(llm: Any, name: str, a: Path, b: Path) -> list[Any]:
@@ -47,10 +46,12 @@ def converse(llm: Any, name: str, a: Path, b: Path) -> list[Any]:
 def one_a_call(llm: Any, weights: dict[str, Any]) -> None:
     """As trainers do that call the worker for each tensor."""
     for name, tensor in weights.items():
-        llm.collective_rpc(_load, args=(name, tensor))
+        values = tensor.contiguous().view(torch.uint8).numpy().tobytes()  # vLLM sends no tensors
+        llm.collective_rpc(_load, args=(name, list(tensor.shape), values))
 
 
-def _load(worker: Any, name: str, tensor: Any) -> None:
+def _load(worker: Any, name: str, shape: list[int], values: bytes) -> None:
+    tensor = torch.frombuffer(bytearray(values), dtype=torch.bfloat16).view(shape)
     worker.get_model().load_weights([(name, tensor)])
 
 
