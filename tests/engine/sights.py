@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 from unittest import mock
 
@@ -38,9 +37,9 @@ _TEXT: dict[str, Any] = {
     "eos_token_id": None,
     "pad_token_id": None,
 }
-_QWEN_WORDS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
-_GEMMA_WORDS = ("<start_of_image>", "<end_of_image>", "<image_soft_token>")
-_QWEN_IDS = {
+_SPECIAL = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+_SHOWN = (_WORDS, _WORDS + 2, _WORDS + 1)  # an image in a prompt
+_IDS = {
     "vision_start_token_id": _WORDS,
     "vision_end_token_id": _WORDS + 1,
     "image_token_id": _WORDS + 2,
@@ -54,20 +53,12 @@ class Sight:
 
     Attributes:
         config: of a tiny model.
-        words: that its tokenizer has besides w0, w1, and so on; from `_WORDS`.
-        shown: the tokens of an image in a prompt.
         files: what `save_pretrained` of its processor would write, by name.
-        tower: the module that vLLM marks.
-        named: words that the tokenizer knows by a name.
 
     """
 
     config: Callable[[], transformers.PreTrainedConfig]
-    words: tuple[str, ...]
-    shown: tuple[int, ...]
     files: dict[str, dict[str, Any]]
-    tower: str
-    named: Mapping[str, str] = MappingProxyType({})
 
 
 def _qwen25() -> transformers.PreTrainedConfig:
@@ -86,7 +77,7 @@ def _qwen25() -> transformers.PreTrainedConfig:
         text_config={**_TEXT, "rope_parameters": rope, "tie_word_embeddings": False},
         vision_config=vision,
         tie_word_embeddings=False,
-        **_QWEN_IDS,
+        **_IDS,
     )
 
 
@@ -111,36 +102,11 @@ def _qwen3() -> transformers.PreTrainedConfig:
         text_config={**_TEXT, "rope_parameters": rope, "tie_word_embeddings": False},
         vision_config=vision,
         tie_word_embeddings=False,
-        **_QWEN_IDS,
+        **_IDS,
     )
 
 
-def _gemma3() -> transformers.PreTrainedConfig:
-    vision = {
-        "hidden_size": 64,
-        "intermediate_size": 108,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "image_size": 56,
-        "patch_size": 14,
-    }
-    text = {
-        **_TEXT,
-        "query_pre_attn_scalar": 64,
-        "sliding_window": 64,
-        "layer_types": ["sliding_attention", "full_attention"],
-    }
-    return transformers.Gemma3Config(
-        text_config=text,
-        vision_config=vision,
-        mm_tokens_per_image=4,
-        boi_token_index=_WORDS,
-        eoi_token_index=_WORDS + 1,
-        image_token_index=_WORDS + 2,
-    )
-
-
-def _qwen_files(processor: str, video: str, patch: int) -> dict[str, dict[str, Any]]:
+def _files(processor: str, video: str, patch: int) -> dict[str, dict[str, Any]]:
     sizes = {"patch_size": patch, "temporal_patch_size": 2, "merge_size": 2}
     area = {"shortest_edge": (2 * patch) ** 2 * 4, "longest_edge": (2 * patch) ** 2 * 16}
     looks = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": area}
@@ -158,51 +124,24 @@ def _qwen_files(processor: str, video: str, patch: int) -> dict[str, dict[str, A
 SIGHTS = {
     "qwen2.5-vl": Sight(
         _qwen25,
-        _QWEN_WORDS,
-        (_WORDS, _WORDS + 2, _WORDS + 1),
-        _qwen_files("Qwen2_5_VLProcessor", "Qwen2VLVideoProcessor", 14),
-        "visual",
+        _files("Qwen2_5_VLProcessor", "Qwen2VLVideoProcessor", 14),
     ),
     "qwen3-vl": Sight(
         _qwen3,
-        _QWEN_WORDS,
-        (_WORDS, _WORDS + 2, _WORDS + 1),
-        _qwen_files("Qwen3VLProcessor", "Qwen3VLVideoProcessor", 16),
-        "visual",
-    ),
-    "gemma3": Sight(
-        _gemma3,
-        _GEMMA_WORDS,
-        (_WORDS,),
-        {
-            "preprocessor_config.json": {
-                "image_processor_type": "Gemma3ImageProcessor",
-                "processor_class": "Gemma3Processor",
-                "size": {"height": 56, "width": 56},
-            },
-            "processor_config.json": {"processor_class": "Gemma3Processor", "image_seq_length": 4},
-        },
-        "vision_tower",
-        named={
-            "boi_token": "<start_of_image>",
-            "eoi_token": "<end_of_image>",
-            "image_token": "<image_soft_token>",
-        },
+        _files("Qwen3VLProcessor", "Qwen3VLVideoProcessor", 16),
     ),
 }
 
 
-def options(name: str, **more: Any) -> dict[str, Any]:
+def options(**more: Any) -> dict[str, Any]:
     """Of an engine."""
-    sees_videos = any("video" in file for file in SIGHTS[name].files)
-    limits = {"image": 1, "video": 0} if sees_videos else {"image": 1}
     return {
         "enforce_eager": True,
         "kv_cache_memory_bytes": 16 << 20,
         "max_model_len": 256,
         "max_num_batched_tokens": 512,
         "dtype": "bfloat16",
-        "limit_mm_per_prompt": limits,
+        "limit_mm_per_prompt": {"image": 1, "video": 0},
         **more,
     }
 
@@ -221,29 +160,28 @@ def understood() -> Iterator[None]:
         yield
 
 
-def make(name: str, path: Path, *, policy: int, tower: int) -> Path:
-    """Write a random bf16 checkpoint: one seed for the language model, one for its eyes."""
+def make(name: str, path: Path, seed: int) -> Path:
+    """Write a random bf16 checkpoint of an architecture."""
     sight = SIGHTS[name]
     config = sight.config()
     model = transformers.AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
     for leaf, parameter in model.named_parameters():
-        seen = "language_model" not in leaf and "lm_head" not in leaf
-        seed = zlib.crc32(f"{tower if seen else policy} {leaf}".encode())
-        values = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed)) * 0.06
+        dice = torch.Generator().manual_seed(zlib.crc32(f"{seed} {leaf}".encode()))
+        values = torch.randn(parameter.shape, generator=dice) * 0.06
         if "norm" in leaf and leaf.endswith("weight"):
             values += parameter.float().mean().round()
         with torch.no_grad():
             parameter.copy_(values)
     model.save_pretrained(path)
     words = {f"w{number}": number for number in range(_WORDS)}
-    words |= {word: _WORDS + number for number, word in enumerate(sight.words)}
+    words |= {word: _WORDS + number for number, word in enumerate(_SPECIAL)}
     tokenizer = Tokenizer(WordLevel(words, unk_token="w0"))
     tokenizer.pre_tokenizer = WhitespaceSplit()
     transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         unk_token="w0",
         pad_token="w1",
-        additional_special_tokens=list(sight.words),
+        additional_special_tokens=list(_SPECIAL),
         **({"extra_special_tokens": sight.named} if sight.named else {}),
     ).save_pretrained(path)
     for file, said in sight.files.items():
@@ -257,13 +195,13 @@ def live(path: Path) -> dict[str, Tensor]:
     return dict(model.state_dict())
 
 
-def prompt(name: str) -> dict[str, Any]:
+def prompt() -> dict[str, Any]:
     """A few words, an image of noise, and a few words more."""
     from PIL import Image
 
     noise = np.random.default_rng(0).integers(0, 255, (56, 56, 3), dtype=np.uint8)
     return {
-        "prompt_token_ids": [*range(5, 9), *SIGHTS[name].shown, *range(9, 29)],
+        "prompt_token_ids": [*range(5, 9), *_SHOWN, *range(9, 29)],
         "multi_modal_data": {"image": Image.fromarray(noise)},
     }
 

@@ -25,40 +25,36 @@ _KEPT: list[Any] = []  # vLLM's parallel state goes with the first engine that i
 
 
 @pytest.fixture(scope="module", params=sights.SIGHTS)
-def name(request: pytest.FixtureRequest) -> str:
+def policies(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    """B differs from A everywhere."""
     if why := sights.missing():
         pytest.skip(why)
-    return str(request.param)
-
-
-@pytest.fixture(scope="module")
-def policies(name: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """B differs from A everywhere."""
-    folder = tmp_path_factory.mktemp(name)
+    folder = tmp_path_factory.mktemp(request.param)
     return {
-        which: sights.make(name, folder / which, policy=seed, tower=seed)
-        for seed, which in enumerate("ab")
+        which: sights.make(request.param, folder / which, seed) for seed, which in enumerate("ab")
     }
 
 
-def started(checkpoint: Path, name: str, config: str, *, caching: bool = False) -> Any:
+def started(checkpoint: Path, config: str, *, caching: bool = False) -> Any:
     from vllm import LLM
 
     flashquant.patch()
     with mock.patch.dict(os.environ, FLASHRL_CONFIG=config), sights.understood():
-        llm = LLM(str(checkpoint), **sights.options(name, enable_prefix_caching=caching))
+        llm = LLM(str(checkpoint), **sights.options(enable_prefix_caching=caching))
     _KEPT.append(llm)
     return llm
 
 
 @cache
-def fresh(checkpoint: Path, name: str, scheme: str, caching: bool) -> Any:
+def fresh(checkpoint: Path, scheme: str, caching: bool) -> Any:
     """What an engine says that started there."""
-    return seen.stands(started(checkpoint, name, scheme, caching=caching), name)
+    return seen.stands(started(checkpoint, scheme, caching=caching))
 
 
-def expected(policies: dict[str, Path], name: str, scheme: str, caching: bool) -> list[Any]:
-    a, b = (fresh(policies[which], name, scheme, caching) for which in "ab")
+def expected(policies: dict[str, Path], scheme: str, caching: bool) -> list[Any]:
+    a, b = (fresh(policies[which], scheme, caching) for which in "ab")
     assert a[0] != b[0]
     assert a[2] != b[2]
     assert a[2] != a[1]  # the image matters
@@ -68,23 +64,22 @@ def expected(policies: dict[str, Path], name: str, scheme: str, caching: bool) -
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("caching", [False, True], ids=["no prefix cache", "prefix cache"])
 def test_an_engine_in_this_process_sees_as_a_fresh_one(
-    name: str, policies: dict[str, Path], scheme: str, caching: bool
+    policies: dict[str, Path], scheme: str, caching: bool
 ) -> None:
     """By path, by a trainer's names, a tensor a call; after words, and the same image again."""
-    llm = started(policies["a"], name, scheme, caching=caching)
+    llm = started(policies["a"], scheme, caching=caching)
 
-    told = seen.converse(llm, name, policies["a"], policies["b"])
+    told = seen.converse(llm, policies["a"], policies["b"])
 
-    assert told == expected(policies, name, scheme, caching)
+    assert told == expected(policies, scheme, caching)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_an_engine_in_another_process_sees_as_a_fresh_one(
-    name: str, policies: dict[str, Path], scheme: str
+    policies: dict[str, Path], scheme: str
 ) -> None:
     told = processes.run(
         "seen",
-        name,
         policies["a"],
         policies["b"],
         FLASHRL_CONFIG=scheme,
@@ -93,7 +88,7 @@ def test_an_engine_in_another_process_sees_as_a_fresh_one(
     )
 
     for caching in (False, True):
-        assert told[str(caching)] == expected(policies, name, scheme, caching)
+        assert told[str(caching)] == expected(policies, scheme, caching)
 
 
 def linears(llm: Any) -> dict[str, torch.dtype]:
@@ -105,31 +100,29 @@ def linears(llm: Any) -> dict[str, torch.dtype]:
 
 @pytest.mark.parametrize("scheme", SCHEMES[1:])
 def test_a_tower_stays_in_bf16_and_the_log_says_so(
-    name: str, policies: dict[str, Path], scheme: str, caplog: pytest.LogCaptureFixture
+    policies: dict[str, Path], scheme: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """All of it, and nothing else; for it is marked by vLLM, whatever it is called."""
     with caplog.at_level(logging.INFO, "flashquant"):
-        found = linears(started(policies["a"], name, scheme))
+        found = linears(started(policies["a"], scheme))
 
-    tower = sights.SIGHTS[name].tower
-    assert {dtype for k, dtype in found.items() if k.startswith(f"{tower}.")} == {torch.bfloat16}
+    assert {dtype for k, dtype in found.items() if k.startswith("visual.")} == {torch.bfloat16}
     rest = {dtype for k, dtype in found.items() if k.startswith("language_model.model.layers")}
     assert torch.bfloat16 not in rest
     (line,) = [r.message for r in caplog.records if r.name.endswith("towers")]
-    assert f"stay in bf16: {tower} (" in line
+    assert "stay in bf16: visual (" in line
     assert "quantize_towers: true" in line
 
 
 def test_a_tower_is_quantized_where_that_is_asked(
-    name: str, policies: dict[str, Path], tmp_path: Path
+    policies: dict[str, Path], tmp_path: Path
 ) -> None:
     """Then, too, a push equals a fresh start."""
     config = tmp_path / "towers.yaml"
     config.write_text("configs:\n  - {fn: int8, quantize_towers: true}\n")
-    llm = started(policies["a"], name, str(config))
-    tower = sights.SIGHTS[name].tower
-    assert torch.int8 in {d for k, d in linears(llm).items() if k.startswith(f"{tower}.")}
+    llm = started(policies["a"], str(config))
+    assert torch.int8 in {d for k, d in linears(llm).items() if k.startswith("visual.")}
 
-    told = seen.converse(llm, name, policies["a"], policies["b"])
+    told = seen.converse(llm, policies["a"], policies["b"])
 
-    assert told == expected(policies, name, str(config), caching=False)
+    assert told == expected(policies, str(config), caching=False)

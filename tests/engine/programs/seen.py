@@ -1,6 +1,6 @@
 """One engine is shown an image before and after each of several updates.
 
-Usage: python -m tests.engine.programs.seen ARCHITECTURE A B
+Usage: python -m tests.engine.programs.seen A B
 Prints one JSON object: what `converse` returns without prefix caching, and with it.
 """
 
@@ -17,21 +17,21 @@ from tests.engine.programs.engine import print_result
 from tools.models import tiny_models
 
 
-def main(name: str, a: str, b: str) -> dict[str, Any]:
+def main(a: str, b: str) -> dict[str, Any]:
     from vllm import LLM
 
     engines = {}
     for caching in (False, True):
         with sights.understood():
-            engines[caching] = LLM(a, **sights.options(name, enable_prefix_caching=caching))
-    return {str(caching): converse(llm, name, Path(a), Path(b)) for caching, llm in engines.items()}
+            engines[caching] = LLM(a, **sights.options(enable_prefix_caching=caching))
+    return {str(caching): converse(llm, Path(a), Path(b)) for caching, llm in engines.items()}
 
 
-def converse(llm: Any, name: str, a: Path, b: Path) -> list[Any]:
+def converse(llm: Any, a: Path, b: Path) -> list[Any]:
     """What an engine that started on A says and holds: of A, B, A, B, A."""
     import flashquant
 
-    told = [stands(llm, name)]
+    told = [stands(llm)]
     for push in (
         lambda: flashquant.reload_weights(llm, b),
         lambda: flashquant.reload_weights(llm, sights.live(a)),
@@ -39,7 +39,7 @@ def converse(llm: Any, name: str, a: Path, b: Path) -> list[Any]:
         lambda: one_a_call(llm, sights.live(a)),
     ):
         push()
-        told.append(stands(llm, name))
+        told.append(stands(llm))
     return told
 
 
@@ -55,11 +55,11 @@ def _load(worker: Any, name: str, shape: list[int], values: bytes) -> None:
     worker.get_model().load_weights([(name, tensor)])
 
 
-def stands(llm: Any, name: str) -> list[Any]:
+def stands(llm: Any) -> list[Any]:
     """Its digest; what it says after words, and twice after the same image."""
     import flashquant
 
-    asked = [sights.words(), sights.prompt(name), sights.prompt(name)]
+    asked = [sights.words(), sights.prompt(), sights.prompt()]
     return [flashquant.status(llm).digest, *(said(llm, prompt) for prompt in asked)]
 
 
