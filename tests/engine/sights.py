@@ -182,7 +182,6 @@ def make(name: str, path: Path, seed: int) -> Path:
         unk_token="w0",
         pad_token="w1",
         additional_special_tokens=list(_SPECIAL),
-        **({"extra_special_tokens": sight.named} if sight.named else {}),
     ).save_pretrained(path)
     for file, said in sight.files.items():
         (path / file).write_text(json.dumps(said))
