@@ -15,9 +15,10 @@ from typing import Any
 
 import pytest
 
-from tests.support import isa
+from tests.support import isa, vision
 
 isa.pretend()  # before torch is imported
+vision.make_ready()  # before transformers is
 os.environ.pop("FLASHRL_CONFIG", None)
 os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # would override kv_cache_memory_bytes
 os.environ.update(

@@ -155,7 +155,7 @@ def _resolved(config: RolloutConfig, index: int, ranks: range, chosen: argparse.
         scheme=scheme.name,
         codes=scheme.codes,
         scales=scheme.scales,
-        by=_by(scheme, own),
+        by=_by(config, own),
         checkpoint=checkpoint,
         profile=None if profile is None else profile.reference,
         settings=config.model_dump(exclude={"fn", "model", "profile"}, exclude_defaults=True)
@@ -209,15 +209,18 @@ def _check_profile(
         )
 
 
-def _by(scheme: Scheme, own: Mapping[str, Any] | None) -> str:
+def _by(config: RolloutConfig, own: Mapping[str, Any] | None) -> str:
+    scheme = SCHEMES[config.scheme]
     if scheme.codes is None:
         return "nothing: the checkpoint is served as it is"
     if own is not None:
         return f"nothing: the checkpoint holds codes already ({own.get('quant_method')})"
+    towers = () if config.quantize_towers else ("towers of a multimodal model",)
     if scheme.online is not None:
-        return f"vLLM, while it loads (quantization={scheme.online!r})"
+        left = "".join(f"; not {one}" for one in towers)
+        return f"vLLM, while it loads (quantization={scheme.online!r}{left})"
     held = COMPRESSED[scheme.held_as or scheme.name]
-    left = ", ".join(held["ignore"])
+    left = ", ".join((*held["ignore"], *towers))
     return f"flashquant, while vLLM loads (as {held['quant_method']} {held['format']}; not {left})"
 
 

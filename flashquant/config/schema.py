@@ -43,6 +43,7 @@ _MAX_PROBLEMS: Final = 8
 _SHOWN: Final = 60  # characters of a value that an error repeats
 _SHOULD_BE: Final[Mapping[str, str]] = MappingProxyType(
     {
+        "bool_type": "must be true or false",
         "invalid_key": "a key must be text; put it in quotes",
         "literal_error": "must be frozen or refreshed",
         "model_type": "must be a mapping; write it as lines of `key: value`",
@@ -69,6 +70,9 @@ class RolloutConfig(BaseModel):
     checkpoint: `refreshed` makes each anew from its channel, and keeps only the smoothing
     of the profile; `frozen` keeps them, as FlashRL does. `clipped_warning` is the
     fraction of a weight that frozen scales may clip before the log warns.
+
+    `quantize_towers` has the towers of a multimodal model (what makes embeddings of images, videos
+    or sounds) quantized with its language model; they stay in bf16 otherwise.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -79,6 +83,7 @@ class RolloutConfig(BaseModel):
     scales: Literal["frozen", "refreshed"] = "refreshed"
     clipped_warning: float = Field(default=0.001, ge=0, le=1)
     keep: tuple[Kept, ...] = ()
+    quantize_towers: bool = Field(default=False, strict=True)
     load_format: str | None = None
     quantization: str | None = None
     distributed_executor_backend: str | None = None
@@ -128,6 +133,19 @@ class RolloutConfig(BaseModel):
             raise ValueError(
                 f"keep names layers that stay in bf16, and with fn {self.fn!r} all of them do; "
                 "leave keep out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _towers_are_quantized_with_the_rest(self) -> RolloutConfig:
+        if self.quantize_towers and "vision" in self.keep:
+            raise ValueError(
+                "quantize_towers is true, and keep says that vision stays in bf16; leave one of them out"
+            )
+        if self.quantize_towers and NAMES[self.fn].codes is None:
+            raise ValueError(
+                f"quantize_towers is true, but with fn {self.fn!r} nothing is quantized; leave it "
+                "out, or change fn"
             )
         return self
 

@@ -12,6 +12,7 @@ ADDITIONAL_CONFIG_KEY: Final = "flashquant"
 PROFILE_KEY: Final = "profile"  # in it, where pushes are quantized by one
 STARTS_ON_FLOATS: Final = "starts_on_floats"  # in it: the load makes the codes
 KEPT_KEY: Final = "kept"  # in it: the modules of the checkpoint that stay in bf16
+TOWERS_KEY: Final = "quantize_towers"  # in it, where they are: towers of multimodal models
 
 
 def asks_for_session(vllm_config: VllmConfig) -> bool:
@@ -38,3 +39,11 @@ def kept_by(vllm_config: VllmConfig) -> frozenset[str]:
     if not asks_for_session(vllm_config):
         return frozenset()
     return frozenset(vllm_config.additional_config[ADDITIONAL_CONFIG_KEY].get(KEPT_KEY, ()))
+
+
+def keeps_towers(vllm_config: VllmConfig) -> bool:
+    """Whether towers of a multimodal model stay in bf16, where its other layers are quantized."""
+    if not asks_for_session(vllm_config):
+        return False
+    decided = vllm_config.additional_config[ADDITIONAL_CONFIG_KEY]
+    return bool(decided[STARTS_ON_FLOATS]) and TOWERS_KEY not in decided

@@ -71,7 +71,7 @@ def test_a_person_reads_it_in_words(
         "every data-parallel rank",
         "int8, a scale a channel",
         "tied head",
-        "not lm_head",
+        "not lm_head, towers of a multimodal model",
     ):
         assert words in said
     assert "none: each channel by its own maximum" in said

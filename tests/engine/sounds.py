@@ -1,6 +1,6 @@
 """A tiny multimodal model: what it hears passes an encoder, whose embeddings vLLM keeps.
 
-Sounds rather than images: every image processor wants torchvision, which PyPI has for CUDA only.
+Sounds rather than images: most image processors want torchvision, which PyPI has for CUDA only.
 """
 
 from __future__ import annotations

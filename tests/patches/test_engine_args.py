@@ -68,6 +68,16 @@ def test_int8_leaves_a_w8a8_checkpoint_alone(bf16: Path, tmp_path: Path) -> None
     assert not args.hf_overrides
 
 
+def test_towers_are_quantized_by_request_and_of_bf16_checkpoints_only(
+    bf16: Path, tmp_path: Path
+) -> None:
+    asked = RolloutConfig(fn="int8", quantize_towers=True)
+
+    assert configured(bf16, asked).additional_config["flashquant"]["quantize_towers"]
+    with pytest.raises(ConfigError, match="quantized already: it says itself which layers"):
+        configured(tiny_models.make_quantized(bf16, tmp_path / "w8a8"), asked)
+
+
 @pytest.mark.parametrize("name", ["bf16", "fp8", "fp8_channel"])
 def test_a_checkpoint_quantized_otherwise_is_refused(bf16: Path, tmp_path: Path, name: str) -> None:
     w8a8 = tiny_models.make_quantized(bf16, tmp_path / "w8a8")

@@ -2,6 +2,7 @@
 
 engine_args   FLASHRL_CONFIG becomes engine arguments (logprobs)
 loading       a session opens, from the creation of a model until it serves (blame, peers)
+towers        those of multimodal models stay in bf16
 reload        vLLM's own reload becomes a bracket; sleep: weights that are put away
 worker        new methods on every worker; engine_core: the scheduler hears of it (derived)
 moe, lora, cutlass   what vLLM needs before it can serve these in our schemes
@@ -18,6 +19,7 @@ from flashquant.patches.seams import (
     moe,
     reload,
     sleep,
+    towers,
     worker,
 )
 from flashquant.patches.seams.loading import session_of
@@ -27,6 +29,7 @@ __all__ = ["POINTS", "session_of"]
 POINTS = (
     *engine_args.POINTS,
     *loading.POINTS,
+    *towers.POINTS,
     *lora.POINTS,
     *reload.POINTS,
     *sleep.POINTS,

@@ -30,6 +30,7 @@ from flashquant.patches.decided import (
     KEPT_KEY,
     PROFILE_KEY,
     STARTS_ON_FLOATS,
+    TOWERS_KEY,
 )
 from flashquant.patches.guard import vllm_is
 from flashquant.patches.point import PatchPoint
@@ -159,6 +160,11 @@ def _choose_quantization(args: Any, config: RolloutConfig, own: Mapping[str, Any
     scheme = _held_as(asked)
     if own is not None:
         check_same_scheme(own, scheme, args.model)
+        if config.quantize_towers:
+            raise ConfigError(
+                f"quantize_towers is for bf16 checkpoints, and {args.model} is quantized already: "
+                "it says itself which layers are. Leave quantize_towers out."
+            )
     elif scheme in COMPRESSED:
         _serve_as_compressed(args, scheme)
     elif asked.online is not None:
@@ -180,6 +186,8 @@ def _decided(
         STARTS_ON_FLOATS: starts_on_floats,
         "checks": checks.model_dump(),
     }
+    if config.quantize_towers:
+        decided[TOWERS_KEY] = True
     if profile is not None:
         decided[PROFILE_KEY] = {
             "reference": profile.reference,

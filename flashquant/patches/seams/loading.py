@@ -23,6 +23,7 @@ from flashquant.patches.point import PatchPoint
 from flashquant.patches.seams.blame import naming_the_layer
 from flashquant.patches.seams.kept import check_kept, name_as_vllm
 from flashquant.patches.seams.peers import ballot_for
+from flashquant.patches.seams.towers import in_bf16
 from flashquant.update import Deltas, Session
 
 logger = logging.getLogger(__name__)
@@ -193,8 +194,9 @@ def _initialize_model(original: Any, vllm_config: Any, **kwargs: Any) -> nn.Modu
         return original(vllm_config, **kwargs)  # type: ignore[no-any-return]
     kept = kept_by(vllm_config)
     name_as_vllm(vllm_config, kept)
-    with naming_the_layer(scheme_of(vllm_config), keeps=bool(kept)):
+    with naming_the_layer(scheme_of(vllm_config), keeps=bool(kept)), in_bf16(vllm_config) as towers:
         model: nn.Module = original(vllm_config, **kwargs)
+    towers.tell(model)
     own = kwargs.get("model_config") or vllm_config.model_config  # a draft has its own
     vars(model)["load_weights"] = _Attached(model, vllm_config, own)
     return model

@@ -1,0 +1,36 @@
+"""torchvision's Python code, which image processors want, beside a torch for the CPU.
+
+PyPI has torchvision for CUDA only; its binary cannot be loaded here, and without the two operators
+that its Python code expects there, it cannot be imported. They are declared, and never called:
+
+    pip install --no-deps --target DIR torchvision; PYTHONPATH=DIR
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+_KEPT: list[Any] = []  # a library's declarations go with it
+
+
+def is_there() -> bool:
+    """Whether torchvision can be imported."""
+    return importlib.util.find_spec("torchvision") is not None
+
+
+def make_ready() -> None:
+    """Let whoever imports torchvision succeed; before transformers does."""
+    spec = importlib.util.find_spec("torchvision")
+    if spec is None or spec.origin is None or _KEPT:
+        return
+    import torch
+
+    binary = Path(spec.origin).with_name("_C.so")
+    try:
+        torch.ops.load_library(str(binary))
+    except OSError:
+        _KEPT.append(torch.library.Library("torchvision", "DEF"))
+        for name in ("nms", "qnms"):
+            _KEPT[0].define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
