@@ -140,7 +140,8 @@ class RolloutConfig(BaseModel):
     def _towers_are_quantized_with_the_rest(self) -> RolloutConfig:
         if self.quantize_towers and "vision" in self.keep:
             raise ValueError(
-                "quantize_towers is true, and keep says that vision stays in bf16; leave one of them out"
+                "quantize_towers is true, and keep says that vision stays in bf16; leave one of "
+                "them out"
             )
         if self.quantize_towers and NAMES[self.fn].codes is None:
             raise ValueError(
