@@ -178,9 +178,11 @@ class Sender:
             check_finite(name, tensor, (spec.rounds_to_torch,))
             tensor = tensor.to(spec.rounds_to_torch)
         scale_spec = self.manifest.tensors[spec.scales]
-        quantize = quantizer(_form(spec), _form(scale_spec), name)
-        rows = tensor.detach().reshape(-1, spec.shape[-1]).contiguous()
-        codes, scales = quantize(rows, None)
+        stacked = len(spec.shape) > 2
+        quantize = quantizer(
+            _form(spec), _form(scale_spec), name, self.manifest.scheme, stacked=stacked
+        )
+        codes, scales = quantize(tensor.detach().contiguous(), None)
         check_finite(name, scales)  # a row that holds NaN or Inf has such a scale
         yield name, codes.reshape(spec.shape)
         yield spec.scales, scales.reshape(scale_spec.shape).to(scale_spec.torch_dtype)
