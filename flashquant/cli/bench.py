@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,18 +14,11 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from flashquant.cli.here import serve_here
 from flashquant.errors import ConfigError
 
 if TYPE_CHECKING:
     from flashquant.patches.diagnostics import Result
-
-# Engines in this process, one beside the other, and quiet unless the user wants vLLM's log.
-QUIET = {
-    "TORCHDYNAMO_DISABLE": "1",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "FLASHRL_LOGGING_LEVEL": "ERROR",
-}
 
 
 def add_to(commands: argparse._SubParsersAction[Any]) -> None:
@@ -46,8 +38,7 @@ def _bench(chosen: argparse.Namespace) -> int:
         raise ConfigError(f"--rounds {chosen.rounds}: at least one turn has to count")
     if not (chosen.model / "config.json").is_file():
         raise ConfigError(f"{chosen.model} is no folder of a checkpoint: it has no config.json")
-    for name, value in QUIET.items():
-        os.environ.setdefault(name, value)
+    serve_here()
     from flashquant.patches.diagnostics import measure
 
     result = measure(chosen.model, chosen.scheme, chosen.rounds)

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from flashquant.cli.bench import QUIET
+from flashquant.cli.here import serve_here
 from flashquant.config import env
 from flashquant.config.schemes import COMPRESSED, SCHEMES, Scheme
 from flashquant.errors import ConfigError
@@ -230,8 +230,7 @@ def _layers(checkpoint: Checkpoint | None, scheme: str) -> dict[str, tuple[str, 
             "--layers needs the folder of the checkpoint, of which it reads the headers; this "
             f"entry names {checkpoint.model if checkpoint else 'none'}. Give it by --model."
         )
-    for name, value in QUIET.items():
-        os.environ.setdefault(name, value)
+    serve_here()
     from flashquant.patches.diagnostics import inspect_model
 
     return _quantized_or_not(inspect_model(Path(checkpoint.model), scheme))

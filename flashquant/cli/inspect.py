@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from flashquant.cli.bench import QUIET
+from flashquant.cli.here import serve_here
 from flashquant.config import env
 from flashquant.errors import ConfigError
 
@@ -66,8 +66,7 @@ def add_to(commands: argparse._SubParsersAction[Any]) -> None:
 
 
 def _inspect(chosen: argparse.Namespace) -> int:
-    for name, value in QUIET.items():
-        os.environ.setdefault(name, value)
+    serve_here()
     scheme = chosen.scheme or env.CONFIG.read(os.environ) or "int8"
     from flashquant.patches.diagnostics import inspect_model, lines_of
 

@@ -39,7 +39,6 @@ def _discard(original: Any, worker: Any, tags: tuple[str, ...]) -> None:
     if _WEIGHTS in tags:
         for session in _sessions(worker):
             session.sleep(keeps_weights=False)
-        _keep_scales(worker)
     original(worker, tags)
 
 
@@ -60,7 +59,8 @@ def _reset_weights(original: Any, worker: Any) -> None:
 
 def _keep_scales(worker: Any) -> None:
     for model in models_of(worker):
-        _kept[model] = {name: scale.cpu().clone() for name, scale in _scales(model)}
+        if model not in _kept:  # else it sleeps already, and there may be no memory to read
+            _kept[model] = {name: scale.cpu().clone() for name, scale in _scales(model)}
 
 
 def _give_scales_back(worker: Any) -> None:

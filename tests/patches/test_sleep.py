@@ -1,0 +1,71 @@
+"""What a sleep at level 2 would lose, and no push brings back."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from flashquant.patches.seams import sleep
+
+
+class Attention(nn.Module):
+    """As vLLM makes it of a W8A8 checkpoint up to 0.27: its scales are parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name, value in (("_k_scale", 0.25), ("_v_scale", 0.5), ("_q_scale", 2.0)):
+            setattr(self, name, nn.Parameter(torch.tensor([value]), requires_grad=False))
+        self.weight = nn.Parameter(torch.ones(2, 2))
+
+
+def worker_of(model: nn.Module) -> Any:
+    return SimpleNamespace(get_model=lambda: model, get_draft_model=lambda: None)
+
+
+def lose(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        parameter.data.fill_(torch.nan)
+
+
+def scales(model: Any) -> list[float]:
+    return [model._k_scale.item(), model._v_scale.item(), model._q_scale.item()]
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_the_scales_of_attention_come_back_with_the_memory_they_had(times: int):
+    """Also where an engine is put to sleep that sleeps already."""
+    model = Attention()
+    worker = worker_of(model)
+    before, homes = scales(model), [p.data_ptr() for p in model.parameters()]
+
+    for _ in range(times):
+        sleep._sleep(lambda worker, level: lose(model), worker, 2)
+    sleep._wake_up(lambda worker, tags: None, worker, ["weights"])
+
+    assert scales(model) == before
+    assert [p.data_ptr() for p in model.parameters()] == homes
+
+
+def test_weights_are_left_to_the_next_push():
+    model = Attention()
+    worker = worker_of(model)
+
+    sleep._sleep(lambda worker, level: lose(model), worker, 2)
+    sleep._wake_up(lambda worker, tags: None, worker)
+
+    assert model.weight.isnan().all()
+
+
+def test_nothing_is_kept_over_a_sleep_that_keeps_everything():
+    model = Attention()
+    worker = worker_of(model)
+    sleep._sleep(lambda worker, level: None, worker, 1)
+    model._k_scale.data.fill_(4.0)
+
+    sleep._wake_up(lambda worker, tags: None, worker)
+
+    assert model._k_scale.item() == 4.0
