@@ -20,7 +20,9 @@ class FakeLayer:
     placement, device, homes = "staged", CPU, MappingProxyType({})
 
     def __init__(self, name: str, live: dict[str, Tensor]) -> None:
-        self.name, self.live = name, live
+        # Parameters, so that writes by others than the session are looked for.
+        self.live = {t: torch.nn.Parameter(p, requires_grad=False) for t, p in live.items()}
+        self.name = name
         self._stages = {t: Stage(p.shape, p.stride(), p.dtype) for t, p in live.items()}
         self.on_commit: Callable[[], object] = lambda: None
 
