@@ -209,10 +209,34 @@ def test_a_push_that_fails_leaves_the_shard_that_waited(live, dtype):
     assert all(torch.equal(engine.live[name], tensor) for name, tensor in layer.items())
 
 
+def test_a_push_that_fails_leaves_no_shard_behind(live, dtype):
+    """Or the other half of the layer, pushed by itself, would go live with it: a mixture."""
+    session, engine = live
+    first, broken = list(engine.weights(2).items())[:2]
+    second = list(engine.weights(3).items())[1]
+
+    with pytest.raises(MisfitTensor, match="NaN"):
+        session.push([first, (broken[0], broken[1] * torch.nan)])
+    session.push([second])
+
+    assert serves(engine, right(dtype, 1))
+    assert session.status().pending.keys() == {"layers.0"}
+
+
+def test_what_a_roll_back_writes_is_no_foreign_write(live, dtype):
+    session, engine = live
+    stream = [*list(engine.weights(2).items())[:2], ("layers.1.0.weight", None)]
+
+    with pytest.raises(MisfitTensor):
+        session.reload(stream)
+
+    assert session.status().foreign == ()
+    assert serves(engine, right(dtype, 1))
+
+
+@pytest.mark.parametrize("dtype", ["int8"])  # bf16 parameters round float32: the general path
 def test_another_dtype_is_learned_from_its_first_tensor(live, dtype, short):
     session, engine = live
-    if dtype == "bfloat16":
-        pytest.skip("a bf16 parameter takes float32 by the general path only: it is rounded")
     weights = {name: tensor.float() for name, tensor in engine.weights(2).items()}
 
     session.reload(weights)
