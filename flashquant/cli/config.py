@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from packaging.specifiers import SpecifierSet
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from flashquant.cli import output
 from flashquant.cli.here import serve_here
 from flashquant.config import env
 from flashquant.config.schemes import COMPRESSED, SCHEMES, Scheme
@@ -103,7 +103,7 @@ def _config(chosen: argparse.Namespace) -> int:
         found = {"source": flash.source, "entries": [asdict(entry) for entry in entries]}
         sys.stdout.write(json.dumps(found, indent=2, default=str) + "\n")
         return 0
-    console = Console()
+    console = output.console()
     console.print(escape(flash.source), highlight=False, soft_wrap=True)
     for entry in entries:
         console.print(_table(entry, len(entries), listed=chosen.ranks is not None))
@@ -293,6 +293,6 @@ def _tell_variables(*, as_json: bool) -> int:
         table = Table("variable", "now", "unset", "may say", "what it does", box=None)
         for name, kind, unset, meaning in env.rows():
             table.add_row(name, escape(os.environ.get(name, "")), unset, kind, escape(meaning))
-        Console().print(table)
+        output.console().print(table)
     env.check(os.environ)
     return 0

@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from flashquant.cli import output
 from flashquant.cli.here import serve_here
 from flashquant.config import env
 from flashquant.errors import ConfigError
@@ -82,7 +83,7 @@ def _inspect(chosen: argparse.Namespace) -> int:
         shown = {line.name for line in lines} if chosen.name is not None else None
         sys.stdout.write(json.dumps(_as_json(inspection, shown), indent=2) + "\n")
         return 0
-    console = Console()
+    console = output.console()
     console.print(_table(lines))
     if chosen.name is None:
         _summarize(console, inspection)

@@ -112,7 +112,7 @@ LOGGING_LEVEL: Final = Variable(
     "FLASHRL_LOGGING_LEVEL",
     "INFO",
     "level",
-    "level of the logger `flashquant`, in every process where nobody has given it a handler",
+    "level of the logger `flashquant`, in every process where it has no handler",
     _level,
 )
 LOGGING_FILE: Final = Variable(
