@@ -102,7 +102,7 @@ from pathlib import Path
 from benchmarks import environment
 environment.prepare()
 import flashquant
-from flashquant.patches import bench
+from flashquant.patches.diagnostics import bench
 flashquant.patch()
 bench.start(Path(sys.argv[1]), sys.argv[2])
 """

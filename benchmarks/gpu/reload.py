@@ -134,7 +134,7 @@ from benchmarks import environment
 environment.prepare()
 import flashquant
 from benchmarks.gpu.reload import MODES, generate
-from flashquant.patches import bench
+from flashquant.patches.diagnostics import bench
 flashquant.patch()
 generate(bench.start(Path(sys.argv[1]), sys.argv[2], **MODES[sys.argv[3]]))
 """
