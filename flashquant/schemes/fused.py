@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 import torch
@@ -33,6 +33,8 @@ _FP8_MAX: Final = torch.finfo(FP8).max
 _OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
 _SHORT: Final = 32  # a program a row is a waste for shorter ones
 _ONE_PROGRAM: Final = 1 << 16  # and so many elements are a program's work
+_ALIGNED: Final = 16  # bytes: for addresses that are a multiple, Triton compiles other kernels
+_ROWS: Final = {"int8_channel": triton_kernels.int8_row, "fp8_channel": triton_kernels.fp8_row}
 
 
 def row_absmax(weight: Tensor) -> Tensor:
@@ -58,6 +60,40 @@ def int8_channel(weight: Tensor, codes: Tensor | None = None) -> tuple[Tensor, T
 def fp8_channel(weight: Tensor, codes: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """`fp8.fp8_channel`, likewise."""
     return _by_rows(triton_kernels.fp8_row, weight, codes, FP8)
+
+
+def bound(name: str, codes: Tensor, scales: Tensor) -> Callable[[Tensor], None]:
+    """What makes codes and scales of rows right where they belong, again and again.
+
+    Triton finds out at each launch which of its compiled kernels fits the arguments, which takes
+    longer than the launch. Of what is bound, only the address of the rows differs each time.
+
+    Args:
+        name: `int8_channel` or `fp8_channel`.
+        codes: `[N, K]`, on a GPU, where they belong.
+        scales: `[N, 1]`, float32 and contiguous, on the same GPU.
+
+    Returns:
+        A function of contiguous rows `[N, K]`, which have one dtype every time.
+
+    """
+    kernel, memory = _ROWS[name], codes.view(torch.uint8) if codes.dtype == FP8 else codes
+    rows, columns = codes.shape
+    others = (memory, scales, columns, columns, 1, *codes.stride())
+    block = _block(codes)
+    compiled: list[Any] = []  # one, of rows whose address is a multiple of what Triton asks for
+
+    def launch(weight: Tensor) -> None:
+        is_aligned = weight.data_ptr() % _ALIGNED == 0
+        with devices.current(codes.device):
+            if compiled and is_aligned:
+                compiled[0][rows, 1, 1](weight, *others, block)
+                return
+            found = kernel[(rows,)](weight, *others, BLOCK=block, **_OPTIONS)
+        if is_aligned and found is not None:  # the interpreter compiles nothing
+            compiled.append(found)
+
+    return launch
 
 
 def fp8_tensor(weight: Tensor, codes: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -155,8 +191,11 @@ def _compared(weight: Tensor, there: Tensor) -> Iterator[tuple[str, Any, Any]]:
     on_it = (there, *(factor.to(there.device) for factor in here[1:]))
     yield "row_absmax", [row_absmax(there)], [maxima.row_absmax(weight)]
     yield "absmax", [absmax(there)], [maxima.absmax(weight)]
-    yield "int8_channel", int8_channel(there), int8.int8_channel(weight)
-    yield "fp8_channel", fp8_channel(there), fp8.fp8_channel(weight)
+    on_host = int8.int8_channel(weight), fp8.fp8_channel(weight)
+    yield "int8_channel", int8_channel(there), on_host[0]
+    yield "fp8_channel", fp8_channel(there), on_host[1]
+    yield "int8_channel, bound", _by_bound("int8_channel", there, torch.int8), on_host[0]
+    yield "fp8_channel, bound", _by_bound("fp8_channel", there, FP8), on_host[1]
     # Of all sizes at once most codes would be zeros, so each row is a tensor of its own, too.
     for first, last in ((0, len(weight)), (0, 7), (7, 8), (9, 10), (33, 34)):
         if last <= len(weight):
@@ -166,6 +205,15 @@ def _compared(weight: Tensor, there: Tensor) -> Iterator[tuple[str, Any, Any]]:
     yield "fp8_tensors", fp8_tensors(there[:fit], 3), fp8.fp8_tensors(weight[:fit], 3)
     yield "int8_frozen", int8_frozen(*on_it[:3]), smoothed.int8_frozen(*here[:3])
     yield "int8_refreshed", int8_refreshed(*on_it), smoothed.int8_refreshed(*here)
+
+
+def _by_bound(name: str, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """What is bound to some memory makes there, by the launch that follows the first."""
+    codes, scales = _destination(weight, None, dtype), weight.new_empty(len(weight), 1).float()
+    store = bound(name, codes, scales)
+    store(weight.flip(0).contiguous())
+    store(weight.contiguous())
+    return codes, scales
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from types import ModuleType
 from typing import Any, Final, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 
 from flashquant.schemes import absmax as maxima
 from flashquant.schemes import fp8, int8, native, smoothed
@@ -64,6 +66,31 @@ def peak(tensor: Tensor) -> float:
         if kernels is not None:
             return kernels.peak(tensor)
     return absmax(tensor).item()
+
+
+def largest(tensors: Sequence[Tensor]) -> float:
+    """The absolute maximum of all elements of floats on one device, which is waited for once.
+
+    On a GPU a handful of launches look at hundreds of tensors.
+
+    Args:
+        tensors: of any shapes, of dtypes of more than one byte.
+
+    """
+    if _keeps_nans(tensors[0].device):
+        return get_total_norm(tensors, math.inf).item()
+    return torch.stack([absmax(tensor).float() for tensor in tensors]).max().item()
+
+
+@functools.cache
+def _keeps_nans(device: torch.device) -> bool:
+    """Whether torch's norm of many tensors is NaN if any element of them is, here."""
+    for place in (0, 40_000, 99_999):
+        tensors = [torch.ones(size, dtype=torch.float32, device=device) for size in (7, 100_000)]
+        tensors[1][place] = math.nan
+        if not math.isnan(get_total_norm(tensors, math.inf).item()):
+            return False
+    return True
 
 
 def int8_channel(weight: Tensor, codes: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -173,7 +200,8 @@ def storing(
 
     Returns:
         A function of the rows, that returns their absolute maximum, or something else that is
-        finite if that is; as a tensor where a device would have to be waited for.
+        finite if that is; where a device would have to be waited for, a tensor of such numbers,
+        which may be what was stored.
 
     """
     kernels = native.kernels() if home.device.type == "cpu" and dtype in native.TYPES else None
@@ -186,8 +214,31 @@ def storing(
         else:
             _, told = quantize(weight, home)
             scales.copy_(told)
-        top = absmax(told)
-        return top.item() if top.device.type == "cpu" else top
+        return told if home.device.type != "cpu" else absmax(told).item()
+
+    if scales is not None and quantize in _IN_C and _is_on_gpu(home):
+        return _launching(_IN_C[quantize], home, scales, store)
+    return store
+
+
+def _launching(name: str, home: Tensor, scales: Tensor, otherwise: Storing) -> Storing:
+    """The same by one launch, in which nothing is asked that is known by now."""
+    fused = _on_gpu(home.device)
+    if fused is None:
+        return otherwise
+    launch = fused.bound(name, home, scales)
+
+    def store(weight: Tensor) -> float | Tensor:
+        if home.device in _abandoned:
+            return otherwise(weight)
+        try:
+            launch(weight)
+        except torch.OutOfMemoryError:
+            raise
+        except fused.COMPILE_ERRORS as failure:
+            _without(home.device, name, failure)
+            return otherwise(weight)
+        return scales
 
     return store
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flashquant.errors import MisfitTensor
-from flashquant.schemes.quick import absmax
+from flashquant.schemes.quick import absmax, largest
 from flashquant.schemes.quick import peak as peak_of
 
 # What a trainer may send; each is quantized from its own precision.
@@ -50,7 +50,7 @@ def check_dtype(name: str, sent: torch.dtype, stored: torch.dtype) -> None:
 
 
 class Doubts:
-    """Maxima of tensors on a device that is not waited for until an update is to stand.
+    """Tensors on a device that is not waited for until an update is to stand.
 
     A value that is not finite is then found at the end of its push, or of its bracket, and taken
     back with everything else. On the host nothing is gained by waiting, so there nothing waits.
@@ -59,8 +59,17 @@ class Doubts:
     def __init__(self) -> None:
         self._open: list[tuple[str, Tensor, tuple[torch.dtype, ...]]] = []
 
-    def add(self, name: str, peak: Tensor, stored: Iterable[torch.dtype]) -> None:
-        self._open.append((name, peak.reshape(()).float(), tuple(stored)))
+    def add(self, name: str, values: Tensor, stored: Iterable[torch.dtype]) -> None:
+        """Take note of a tensor, or of something that is finite if it is.
+
+        Args:
+            name: of the tensor, for the error.
+            values: floats of more than one byte, which hold then what they hold now: no buffer of
+                the trainer's, which is filled anew.
+            stored: the dtypes that its values will have.
+
+        """
+        self._open.append((name, values, tuple(stored)))
 
     def resolve(self) -> None:
         """Wait once for each device, and look at all of them.
@@ -70,12 +79,12 @@ class Doubts:
 
         """
         doubts, self._open = self._open, []
-        devices = {peak.device for _, peak, _ in doubts}
-        for device in devices:
+        for device in {values.device for _, values, _ in doubts}:
             here = [doubt for doubt in doubts if doubt[1].device == device]
-            peaks = torch.stack([peak for _, peak, _ in here]).tolist()
-            for (name, _, stored), peak in zip(here, peaks, strict=True):
-                check_peak(name, peak, stored)
+            top = largest([values for _, values, _ in here])
+            if not _stands(top, {dtype for _, _, stored in here for dtype in stored}):
+                for name, values, stored in here:
+                    check_peak(name, peak_of(values), stored)
 
 
 def check_finite(
@@ -97,8 +106,8 @@ def check_finite(
         return
     codes = tensor.element_size() == 1  # torch has no maximum of float8, and e4m3 no infinity
     if doubts is not None and not is_at_hand(tensor):
-        peak_there = torch.where(_holds_nan(tensor), math.nan, 0.0) if codes else absmax(tensor)
-        doubts.add(name, peak_there, stored)
+        peak = torch.where(_holds_nan(tensor), math.nan, 0.0) if codes else absmax(tensor)
+        doubts.add(name, peak, stored)
     elif codes:
         check_peak(name, math.nan if _holds_nan(tensor) else 0.0, stored)
     else:
@@ -125,14 +134,21 @@ def check_peak(name: str, peak: float, stored: Iterable[torch.dtype]) -> None:
         MisfitTensor: it is not, or beyond a dtype.
 
     """
+    if _stands(peak, stored):
+        return
     if not math.isfinite(peak):
         raise MisfitTensor(
             f"{name} holds NaN or infinite values. Look at the trainer's last step; "
             "the engine still serves the weights it had."
         )
-    for dtype in stored:
-        if dtype.is_floating_point and peak > torch.finfo(dtype).max:
-            raise MisfitTensor(
-                f"{name} holds values up to {peak:.3g}, beyond what {dtype} can store "
-                f"({torch.finfo(dtype).max:.3g}). Serve the engine in bfloat16."
-            )
+    dtype = next(dtype for dtype in stored if not _stands(peak, [dtype]))
+    raise MisfitTensor(
+        f"{name} holds values up to {peak:.3g}, beyond what {dtype} can store "
+        f"({torch.finfo(dtype).max:.3g}). Serve the engine in bfloat16."
+    )
+
+
+def _stands(peak: float, stored: Iterable[torch.dtype]) -> bool:
+    """Whether values up to this one are finite, and stay so in each of these dtypes."""
+    limits = (torch.finfo(dtype).max for dtype in stored if dtype.is_floating_point)
+    return math.isfinite(peak) and all(peak <= limit for limit in limits)

@@ -84,11 +84,11 @@ class InPlaceWrite:
             update.claim(stage, view)
             if not layer.move_in(target, undo):
                 return False
-        peak = self.store(sent)  # type: ignore[arg-type]  # it fits
-        if isinstance(peak, Tensor):
-            update.doubts.add(name, peak, ())
+        told = self.store(sent)  # type: ignore[arg-type]  # it fits
+        if isinstance(told, Tensor):
+            update.doubts.add(name, told, ())
         else:
-            check_peak(name, peak, ())
+            check_peak(name, told, ())
         for _, _, stage, view, _ in self.windows:
             stage.arrived(view)
         update.waiting[layer.name] = layer

@@ -16,7 +16,8 @@ SMOOTHED = tuple(
     for kernel in ("int8_frozen", "int8_refreshed")
     for scales in ("", "_rows", "_columns", "_rows_columns")
 )
-TELLING = ("absmax", "int8_channel", "fp8_channel", "fp8_tensor", "fp8_tensors", *SMOOTHED)
+BOUND = ("int8_channel_bound", "fp8_channel_bound")
+TELLING = ("absmax", "int8_channel", "fp8_channel", "fp8_tensor", "fp8_tensors", *BOUND, *SMOOTHED)
 KERNELS = (*TELLING, "fp8_static", "fp8_static_rows")
 DTYPES = ("bfloat16", "float16", "float32")
 SHAPES = (

@@ -149,6 +149,68 @@ def failing(failure: Exception) -> Any:
     return {(4,): launch}
 
 
+def test_a_bound_launch_asks_triton_once_which_kernel_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It answers for aligned rows; others are rare, and asked about each time."""
+    asked: list[tuple[Any, ...]] = []
+    launched: list[tuple[Any, ...]] = []
+
+    class Compiled:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            return lambda *arguments: launched.append((grid, *arguments))
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int]) -> Callable[..., Compiled]:
+            def launch(*arguments: Any, BLOCK: int, **_: Any) -> Compiled:
+                asked.append((grid, *arguments, BLOCK))
+                return Compiled()
+
+            return launch
+
+    monkeypatch.setitem(fused._ROWS, "int8_channel", Kernel())
+    rows = torch.zeros(7 * 40 + 1, dtype=torch.bfloat16)
+    codes, scales = torch.empty(9, 40, dtype=torch.int8)[1:8], torch.empty(7, 1)
+    store = fused.bound("int8_channel", codes, scales)
+
+    for start in (0, 0, 1, 0):
+        store(rows[start : start + 280].view(7, 40))
+
+    assert [call[0] for call in asked] == [(7,), (7,)]  # the first, and the one that is askew
+    assert [call[0] for call in launched] == [(7, 1, 1)] * 2
+    # Both take the same, in the same order: what is compiled is handed constants as well.
+    for once, again in zip(asked[0][1:], launched[0][1:], strict=True):
+        assert once is again or (
+            torch.equal(once, again) if isinstance(once, Tensor) else once == again
+        )
+
+
+def test_a_bound_launch_that_cannot_be_compiled_leaves_the_work_to_torch(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(quick, "_is_on_gpu", lambda weight: True)
+    monkeypatch.setattr(quick, "_abandoned", set())
+    monkeypatch.setattr(fused, "difference", lambda device: None)
+    monkeypatch.setattr(native, "kernels", lambda: None)
+    monkeypatch.setitem(
+        fused._ROWS, "int8_channel", {(4,): failing(RuntimeError("no ptxas"))[(4,)]}
+    )
+    quick._on_gpu.cache_clear()
+    weight, codes, scales = (
+        torch.randn(4, 40),
+        torch.empty(4, 40, dtype=torch.int8),
+        torch.ones(4, 1),
+    )
+
+    store = quick.storing(quick.int8_channel, torch.float32, codes, scales)
+    for _ in range(2):
+        codes.zero_()
+        store(weight)
+
+        assert torch.equal(codes, int8.int8_channel(weight)[0])
+        assert torch.equal(scales, int8.int8_channel(weight)[1])
+    assert len(caplog.records) == 1
+    quick._on_gpu.cache_clear()
+
+
 FAILURES = [
     triton.compiler.errors.CompilationError(None, None, "no such thing"),
     triton.runtime.errors.PTXASError("fatal"),

@@ -196,7 +196,7 @@ def _same(one: Tensor, other: Tensor) -> bool:
 
 def _vllms_by_tensor(weight: Tensor) -> tuple[Tensor, Tensor]:
     codes, scale = ops.scaled_fp8_quant(weight)
-    return codes, scale.reshape(1, 1).expand(len(weight), 1)
+    return codes, scale.reshape(1, 1).expand(len(weight), 1).contiguous()
 
 
 # Half a step of an integer; half of the widest step of e4m3, which is 32 at 448.

@@ -6,7 +6,8 @@ Two engines that serve the same policy in the same scheme have equal digests.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from typing import Final
 
 import torch
@@ -26,7 +27,7 @@ class Fingerprints:
     def __init__(self, contents: Iterable[tuple[str, Tensor | str]] = ()) -> None:
         self._known: dict[str, str] = {}
         self._layouts: dict[str, str] = {}
-        self._sums: dict[torch.device, dict[str, Tensor]] = {}
+        self._sums: list[tuple[list[str], Tensor]] = []  # names, and what is not waited for
         self.add(contents)
 
     def add(self, contents: Iterable[tuple[str, Tensor | str]]) -> None:
@@ -35,27 +36,33 @@ class Fingerprints:
         A string stands for memory whose bytes are out of reach: the fingerprint of what was
         packed into it.
         """
+        by_device: dict[torch.device, dict[str, Tensor]] = {}
         for name, value in contents:
             if isinstance(value, str):
                 self._known[name] = value
                 continue
-            layout, flat = _as_it_lies(value)
-            found = sums(flat)
-            if isinstance(found, tuple):
-                self._known[name] = _hashed(layout, *found)
-                continue
             self._known[name] = ""  # in its place among the others
-            self._layouts[name] = layout
-            self._sums.setdefault(found.device, {})[name] = found
+            self._layouts[name], flat = _as_it_lies(value)
+            by_device.setdefault(flat.device, {})[name] = flat
+        for flats in by_device.values():
+            found = sums(list(flats.values()))
+            if isinstance(found, Tensor):
+                self._sums.append((list(flats), found))
+            else:
+                self._note(flats, found)
 
     def read(self) -> dict[str, str]:
         """All of them, in the order in which they came; each device is waited for once."""
-        for found in self._sums.values():
-            values = torch.stack(list(found.values())).tolist()
-            for name, (first, second) in zip(found, values, strict=True):
-                self._known[name] = _hashed(self._layouts[name], first, second)
+        for device in {found.device for _, found in self._sums}:
+            here = [(names, found) for names, found in self._sums if found.device == device]
+            values = torch.cat([found for _, found in here]).tolist()
+            self._note(chain.from_iterable(names for names, _ in here), values)
         self._sums.clear()
         return dict(self._known)
+
+    def _note(self, names: Iterable[str], found: Iterable[Sequence[int]]) -> None:
+        for name, (first, second) in zip(names, found, strict=True):
+            self._known[name] = _hashed(self._layouts[name], first, second)
 
 
 def digests(contents: Iterable[tuple[str, Tensor | str]]) -> dict[str, str]:

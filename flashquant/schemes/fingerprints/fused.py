@@ -1,4 +1,4 @@
-"""The sums as a Triton kernel, for GPUs: each byte is read once, and nothing waits.
+"""The sums as a Triton kernel, for GPUs: one launch for many tensors, and nothing waits.
 
 Imported only where there is a GPU: Triton is not a dependency.
 """
@@ -6,6 +6,8 @@ Imported only where there is a GPU: Triton is not a dependency.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 import triton
@@ -15,7 +17,10 @@ from torch import Tensor
 from flashquant.schemes.fingerprints import definition, native
 from flashquant.schemes.fingerprints.definition import BLOCK
 
-_ROWS = 4  # blocks of one program
+_ROWS = 4  # blocks that a program looks at together
+_TURNS = 4  # and so many times
+_PROGRAM = _ROWS * _TURNS * BLOCK  # words of one
+_ALIGNED = 16  # bytes, as a GPU reads them at once
 _OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 _BLOCK: tl.constexpr = tl.constexpr(BLOCK)
 _SEED: tl.constexpr = tl.constexpr(definition.SEED)
@@ -24,29 +29,36 @@ _FIRST: tl.constexpr = tl.constexpr(0xBF58476D1CE4E5B9)
 _SECOND: tl.constexpr = tl.constexpr(0x94D049BB133111EB)
 
 
-def sums(tensor: Tensor) -> Tensor:
-    """`definition.sums`, for a contiguous tensor on a GPU."""
-    total = torch.zeros(2, dtype=torch.int64, device=tensor.device)
-    if not tensor.numel():
-        return total
-    # Aligned, and a multiple of 16 words: so it is compiled once, and loads are of 16 bytes.
-    words = definition.whole(definition.raw(tensor), 128)
-    if words.data_ptr() % 16:
-        words = words.clone()
-    blocks = triton.cdiv(words.numel(), BLOCK)
-    grid = (triton.cdiv(blocks, _ROWS),)
-    _add_sums[grid](words, total, words.numel(), ROWS=_ROWS, **_OPTIONS)
+def sums(tensors: Sequence[Tensor]) -> Tensor:
+    """`definition.sums` of contiguous tensors on one GPU, in one launch: `[len(tensors), 2]`."""
+    device = tensors[0].device
+    total = torch.zeros((len(tensors), 2), dtype=torch.int64, device=device)
+    words = [_words(tensor) for tensor in tensors]
+    programs = [triton.cdiv(each.numel(), _PROGRAM) for each in words]
+    first = list(accumulate(programs, initial=0))
+    if first[-1]:
+        rows = zip(first, (w.data_ptr() for w in words), (w.numel() for w in words), strict=False)
+        table = torch.tensor(list(rows), dtype=torch.int64, device="cpu").to(device)
+        grid, halvings = (first[-1],), len(tensors).bit_length()
+        _add_sums[grid](table, total, len(tensors), halvings, ROWS=_ROWS, TURNS=_TURNS, **_OPTIONS)
     return total
+
+
+def _words(tensor: Tensor) -> Tensor:
+    """Its bytes as words; aligned and an even number, so that loads are of 16 bytes."""
+    words = definition.whole(definition.raw(tensor), _ALIGNED)
+    return words.clone() if words.data_ptr() % _ALIGNED else words
 
 
 @functools.cache
 def difference(device: torch.device) -> str | None:
     """The first case in which sums taken there are not those of the definition on the host."""
-    for data in native.hard_bytes():
-        there = torch.cat([data.new_zeros(8), data]).to(device)
-        for start in (0, 8, 5):  # aligned, by a word, and not at all
-            if sums(there[start:]).tolist() != definition.sums(there.cpu()[start:]).tolist():
-                return f"{data.numel()} bytes"
+    there = [torch.cat([data.new_zeros(8), data]).to(device) for data in native.hard_bytes()]
+    # Aligned, by a word, and not at all.
+    cases = [data[start:] for data in there for start in (0, 8, 5)]
+    for data, found in zip(cases, sums(cases).tolist(), strict=True):
+        if found != definition.sums(data.cpu()).tolist():
+            return f"{data.numel()} bytes"
     return None
 
 
@@ -72,19 +84,44 @@ def _mixed(words):
 
 
 @triton.jit
-def _add_sums(words_ptr, total_ptr, n_words, ROWS: tl.constexpr):
-    """Program i owns the blocks from i * ROWS on."""
-    block = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+def _owner(table_ptr, program, n_tensors, halvings):
+    """The last tensor whose first program is not behind this one: the one that it works on."""
+    low, high = program * 0, program * 0 + n_tensors
+    for _ in range(0, halvings):
+        middle = (low + high) // 2
+        is_behind = tl.load(table_ptr + 3 * middle) > program
+        low, high = tl.where(is_behind, low, middle), tl.where(is_behind, middle, high)
+    return low
+
+
+@triton.jit(do_not_specialize=["n_tensors", "halvings"])
+def _add_sums(table_ptr, total_ptr, n_tensors, halvings, ROWS: tl.constexpr, TURNS: tl.constexpr):
+    """Each program owns ROWS * TURNS blocks of one tensor.
+
+    The table has a row a tensor: its first program, its address, its number of words.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    tensor = _owner(table_ptr, program, n_tensors, halvings)
+    first_program = tl.load(table_ptr + 3 * tensor)
+    words_ptr = tl.load(table_ptr + 3 * tensor + 1).to(tl.pointer_type(tl.int64))
+    words_ptr = tl.multiple_of(words_ptr, 16)
+    n_words = tl.multiple_of(tl.load(table_ptr + 3 * tensor + 2), 2)
+    start = (program - first_program) * (ROWS * TURNS)
+    last = tl.minimum(start + ROWS * TURNS, tl.cdiv(n_words, _BLOCK))
     place = tl.arange(0, _BLOCK)
-    at = block[:, None] * _BLOCK + place[None, :]
-    words = tl.load(words_ptr + at, mask=at < n_words, other=0).to(tl.uint64, bitcast=True)
-    first = tl.sum(_product(words, _key(place)[None, :]), axis=1)
-    second = tl.sum(_product(words, _key(place + 1)[None, :]), axis=1)
-    first = _mixed(first + (block + 1).to(tl.uint64) * _STEP)
-    second = _mixed(second ^ first)
-    last = _mixed(first + second)
-    inside = block * _BLOCK < n_words
-    second = tl.where(inside, second, 0).to(tl.int64, bitcast=True)
-    last = tl.where(inside, last, 0).to(tl.int64, bitcast=True)
-    tl.atomic_add(total_ptr, tl.sum(second))
-    tl.atomic_add(total_ptr + 1, tl.sum(last))
+    keys, moved = _key(place)[None, :], _key(place + 1)[None, :]
+    one, other = tl.zeros((ROWS,), tl.int64), tl.zeros((ROWS,), tl.int64)
+    for row in range(start, last, ROWS):
+        block = row + tl.arange(0, ROWS)
+        at = block[:, None] * _BLOCK + place[None, :]
+        words = tl.load(words_ptr + at, mask=at < n_words, other=0).to(tl.uint64, bitcast=True)
+        first = tl.sum(_product(words, keys), axis=1)
+        second = tl.sum(_product(words, moved), axis=1)
+        first = _mixed(first + (block + 1).to(tl.uint64) * _STEP)
+        second = _mixed(second ^ first)
+        both = _mixed(first + second)
+        inside = block * _BLOCK < n_words
+        one += tl.where(inside, second, 0).to(tl.int64, bitcast=True)
+        other += tl.where(inside, both, 0).to(tl.int64, bitcast=True)
+    tl.atomic_add(total_ptr + 2 * tensor, tl.sum(one))
+    tl.atomic_add(total_ptr + 2 * tensor + 1, tl.sum(other))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,19 +17,25 @@ from flashquant.schemes.native import wanted
 logger = logging.getLogger(__name__)
 
 
-def sums(tensor: Tensor) -> tuple[int, int] | Tensor:
-    """`definition.sums`: as numbers from the host, or as `[2]` on a device, not waited for."""
-    if tensor.is_cpu:
-        kernel = native.kernel()
-        if kernel is not None:
-            return kernel.sums(tensor)
-        first, second = definition.sums(tensor).tolist()
-        return first, second
-    if tensor.device.type != "cuda":
-        return definition.sums(tensor)
-    with devices.current(tensor.device):  # Triton launches there
-        made: Tensor = (_on_gpu(tensor.device) or definition).sums(tensor)
-    return made
+def sums(tensors: Sequence[Tensor]) -> list[tuple[int, int]] | Tensor:
+    """`definition.sums` of contiguous tensors on one device: as numbers from the host; else as
+    `[len(tensors), 2]` on the device, not waited for."""
+    device = tensors[0].device
+    if device.type == "cpu":
+        return [_on_host(tensor) for tensor in tensors]
+    if device.type == "cuda" and (fused := _on_gpu(device)) is not None:
+        with devices.current(device):  # Triton launches there
+            made: Tensor = fused.sums(tensors)
+            return made
+    return torch.stack([definition.sums(tensor) for tensor in tensors])
+
+
+def _on_host(tensor: Tensor) -> tuple[int, int]:
+    kernel = native.kernel()
+    if kernel is not None:
+        return kernel.sums(tensor)
+    first, second = definition.sums(tensor).tolist()
+    return first, second
 
 
 @functools.cache

@@ -8,6 +8,7 @@ import logging
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ def test_the_sums_of_the_triton_kernel_are_those_of_the_definition(tmp_path):
     subprocess.run([sys.executable, str(program), str(answer)], check=True, timeout=300)
 
     found = json.loads(answer.read_text())
-    assert len(found) == 16
+    assert len(found) == 21
     assert {name: pair for name, pair in found.items() if pair[0] != pair[1]} == {}
 
 
@@ -51,7 +52,10 @@ def test_all_fingerprints_on_a_device_are_read_at_once_and_are_those_of_the_host
     on_the_host = digests.digests(contents())
     reads = []
     tolist = torch.Tensor.tolist
-    monkeypatch.setattr(digests, "sums", definition.sums)  # as from a device: tensors
+    # As from a device: tensors.
+    monkeypatch.setattr(
+        digests, "sums", lambda many: torch.stack([definition.sums(t) for t in many])
+    )
     monkeypatch.setattr(torch.Tensor, "tolist", lambda t: reads.append(t.shape) or tolist(t))
 
     taken = digests.Fingerprints()
@@ -80,35 +84,41 @@ def test_the_kernel_compiles_for_gpus_and_loads_16_bytes_at_once(
     from triton.compiler import ASTSource
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    types = {"words_ptr": "*i64", "total_ptr": "*i64", "n_words": "i64", "ROWS": "constexpr"}
-    divisible = {(place,): [["tt.divisibility", 16]] for place in range(3)}
-    source = ASTSource(fused._add_sums, types, {"ROWS": fused._ROWS}, divisible)
+    types = {"table_ptr": "*i64", "total_ptr": "*i64", "n_tensors": "i32", "halvings": "i32"}
+    fixed = {"ROWS": fused._ROWS, "TURNS": fused._TURNS}
+    types |= dict.fromkeys(fixed, "constexpr")
+    divisible = {(place,): [["tt.divisibility", 16]] for place in range(2)}
+    source = ASTSource(fused._add_sums, types, fixed, divisible)
 
     made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=fused._OPTIONS)
 
-    assert set(re.findall(r"ld\.global[.\w]*", made.asm["ptx"])) == {"ld.global.v2.b64"}
+    loads = Counter(re.findall(r"ld\.global[.\w]*", made.asm["ptx"]))
+    assert loads.pop("ld.global.b64") == 4  # of the table
+    assert set(loads) == {"ld.global.v2.b64"}
     assert len(re.findall(r"atom\.global[.\w]*add\.u64", made.asm["ptx"])) == 2
 
 
 @pytest.mark.parametrize(
     ("size", "start"), [(4096, 0), (4096, 16), (4096, 8), (100, 0), (1, 0), (12_345, 3)]
 )
-def test_whatever_the_tensor_the_same_compiled_kernel_is_launched(fused, size, start, monkeypatch):
+def test_many_tensors_take_one_launch_whatever_they_are(fused, size, start, monkeypatch):
     launched = []
 
     class Recorded:
         def __getitem__(self, grid):
-            return lambda words, total, count, **_: launched.append((words, count))
+            return lambda table, total, *_, **__: launched.append((grid, table))
 
     monkeypatch.setattr(fused, "_add_sums", Recorded())
+    kept = []
+    words_of = fused._words
+    monkeypatch.setattr(fused, "_words", lambda tensor: kept.append(words_of(tensor)) or kept[-1])
 
-    fused.sums(torch.ones(size + start, dtype=torch.uint8)[start:])
+    fused.sums([torch.ones(size + start, dtype=torch.uint8)[start:]] * 5)
 
-    ((words, count),) = launched
-    assert words.data_ptr() % 16 == 0
-    assert words.numel() == count
-    assert count % 16 == 0
-    assert 0 <= count * 8 - size < 128
+    (((programs,), table),) = launched
+    assert programs == 5  # no more than a program each
+    assert table.tolist() == [[n, w.data_ptr(), w.numel()] for n, w in enumerate(kept)]
+    assert all(w.data_ptr() % 16 == 0 and 0 <= w.nbytes - size < 16 for w in kept)
 
 
 @pytest.mark.parametrize("failure", [RuntimeError("Failed to find C compiler"), None])

@@ -114,10 +114,27 @@ def experts(module: Any) -> Quantize:
     return quantize
 
 
+def bound(name: str, dtype: torch.dtype) -> Quantize:
+    """What was bound to the live memory in which codes and scales belong, of rows side by side."""
+
+    def quantize(values: Tensor, codes: Tensor | None) -> Any:
+        into = torch.empty(values.shape, dtype=dtype) if codes is None else codes
+        scales = torch.empty(len(values), 1)
+        store = fused.bound(name, into, scales)
+        for rows in (values.flip(0), values):  # again and again
+            if len(rows):
+                store(rows.contiguous())
+        return into, scales
+
+    return quantize
+
+
 def pairs() -> Iterator[tuple[str, Quantize, Quantize, torch.dtype]]:
     yield "absmax", absmaxes(fused), absmaxes(absmax), torch.int8
     yield "int8_channel", fused.int8_channel, int8.int8_channel, torch.int8
     yield "fp8_channel", fused.fp8_channel, fp8.fp8_channel, FP8
+    yield "int8_channel_bound", bound("int8_channel", torch.int8), int8.int8_channel, torch.int8
+    yield "fp8_channel_bound", bound("fp8_channel", FP8), fp8.fp8_channel, FP8
     yield "fp8_tensor", fused.fp8_tensor, fp8.fp8_tensor, FP8
     yield "fp8_tensors", experts(fused), experts(fp8), FP8
     yield "fp8_static", static(fused, rows=False), static(fp8, rows=False), FP8

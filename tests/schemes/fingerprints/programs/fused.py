@@ -22,7 +22,7 @@ from flashquant.schemes.fingerprints import definition, fused
 
 def cases() -> Iterator[tuple[str, Tensor]]:
     dice = torch.Generator().manual_seed(3)
-    for size in (0, 1, 8, 4095, 4096, 4097, 16384, 3 * 16384 + 5):
+    for size in (0, 1, 8, 4095, 4096, 4097, 16384, 3 * 16384 + 5, 65536, 5 * 65536 + 24):
         yield f"{size} bytes", torch.empty(size, dtype=torch.uint8).random_(generator=dice)
     for dtype in (torch.bfloat16, torch.float32, torch.bool, torch.int64):
         yield str(dtype), (torch.randn(33, 47, generator=dice) * 9).to(dtype)
@@ -32,10 +32,15 @@ def cases() -> Iterator[tuple[str, Tensor]]:
 
 
 def main() -> None:
-    found = {
-        name: [fused.sums(tensor).tolist(), definition.sums(tensor).tolist()]
-        for name, tensor in cases()
-    }
+    names, tensors = zip(*cases(), strict=True)
+    alone = [fused.sums([tensor])[0].tolist() for tensor in tensors]
+    defined = [definition.sums(tensor).tolist() for tensor in tensors]
+    found = dict(zip(names, zip(alone, defined, strict=True), strict=True))
+    # In one launch, in any order: small ones beside those of many programs.
+    for kind, order in (("all", range(len(tensors))), ("backwards", range(len(tensors))[::-1])):
+        made = fused.sums([tensors[place] for place in order]).tolist()
+        found[kind] = [made, [defined[place] for place in order]]
+    found["none"] = [fused.sums([tensors[0]] * 3).tolist(), [defined[0]] * 3]
     found["difference"] = [fused.difference(torch.device("cpu")), None]
     Path(sys.argv[1]).write_text(json.dumps(found))
 
