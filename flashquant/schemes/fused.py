@@ -27,10 +27,12 @@ from flashquant.schemes.smoothed import Frozen
 # builds its launcher, or the folder in which all of that is kept.
 COMPILE_ERRORS: Final = (TritonError, RuntimeError, OSError, subprocess.SubprocessError)
 # Columns at a time: a kernel is compiled for each of them. The last one is as much as registers
-# hold; a longer row takes several turns.
+# hold; a longer row takes several turns of fewer, of which the last one is then not as empty.
 BLOCKS: Final = (512, 1024, 2048, 4096, 8192)
+_TURNS_OF: Final = 4096
+WIDTHS: Final = (*BLOCKS, 2 * BLOCKS[-1])  # a row of each kernel that there is
 _FP8_MAX: Final = torch.finfo(FP8).max
-_OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
+_E4M3_SINCE: Final = (8, 9)  # NVIDIA's compute capability: what converts float32 to e4m3 itself
 _SHORT: Final = 32  # a program a row is a waste for shorter ones
 _ONE_PROGRAM: Final = 1 << 16  # and so many elements are a program's work
 _ALIGNED: Final = 16  # bytes: for addresses that are a multiple, Triton compiles other kernels
@@ -80,16 +82,16 @@ def bound(name: str, codes: Tensor, scales: Tensor) -> Callable[[Tensor], None]:
     kernel, memory = _ROWS[name], codes.view(torch.uint8) if codes.dtype == FP8 else codes
     rows, columns = codes.shape
     others = (memory, scales, columns, columns, 1, *codes.stride())
-    block = _block(codes)
+    constants, options = _constants(kernel, codes), _options(codes)
     compiled: list[Any] = []  # one, of rows whose address is a multiple of what Triton asks for
 
     def launch(weight: Tensor) -> None:
         is_aligned = weight.data_ptr() % _ALIGNED == 0
         with devices.current(codes.device):
             if compiled and is_aligned:
-                compiled[0][rows, 1, 1](weight, *others, block)
+                compiled[0][rows, 1, 1](weight, *others, *constants.values())
                 return
-            found = kernel[(rows,)](weight, *others, BLOCK=block, **_OPTIONS)
+            found = kernel[(rows,)](weight, *others, **constants, **options)
         if is_aligned and found is not None:  # the interpreter compiles nothing
             compiled.append(found)
 
@@ -252,9 +254,32 @@ def _by_rows(
 def _launch(kernel: Any, weight: Tensor, *arguments: Any, **constants: Any) -> None:
     """A program for each row, on the device where they lie."""
     with devices.current(weight.device):
-        kernel[(weight.shape[0],)](
-            weight, *arguments, **constants, BLOCK=_block(weight), **_OPTIONS
-        )
+        constants |= _constants(kernel, weight)
+        kernel[(weight.shape[0],)](weight, *arguments, **constants, **_options(weight))
+
+
+def _constants(kernel: Any, rows: Tensor) -> dict[str, int | bool]:
+    """For which a kernel is compiled anew, in its order: how a row is cut up, what the GPU has."""
+    columns = rows.shape[1]
+    every = {
+        "BLOCK": _block(columns),
+        "ONCE": columns <= BLOCKS[-1],
+        "HAS_E4M3": _has_e4m3(rows.device),
+    }
+    return {name: value for name, value in every.items() if name in kernel.arg_names}
+
+
+@functools.cache
+def _has_e4m3(device: torch.device) -> bool:
+    """Whether Triton converts float32 to e4m3 by an instruction of this GPU."""
+    if device.type != "cuda" or torch.version.cuda is None:
+        return False
+    return torch.cuda.get_device_capability(device) >= _E4M3_SINCE
+
+
+def _options(rows: Tensor) -> dict[str, Any]:
+    # As measured on an H200 (docs/gpu.md).
+    return {"num_warps": 8 if rows.shape[1] > _TURNS_OF else 4, "enable_fp_fusion": False}
 
 
 def _factors(
@@ -275,5 +300,5 @@ def _strides(weight: Tensor, codes: Tensor) -> tuple[int, ...]:
     return (weight.shape[1], *weight.stride(), *codes.stride())
 
 
-def _block(weight: Tensor) -> int:
-    return next((block for block in BLOCKS if block >= weight.shape[1]), BLOCKS[-1])
+def _block(columns: int) -> int:
+    return next((block for block in BLOCKS if block >= columns), _TURNS_OF)

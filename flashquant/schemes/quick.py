@@ -172,7 +172,7 @@ def warm(runs: Iterable[Callable[[Tensor], object]], dtype: torch.dtype, on: tor
         return
     start = time.perf_counter()
     absmax(torch.zeros(1, 1, dtype=torch.float32, device=on))  # of the scale of a tensor
-    for columns in fused.BLOCKS:
+    for columns in fused.WIDTHS:
         for stored in (dtype, torch.float32):  # of what is not quantized, and of scales
             absmax(torch.zeros(1, columns, dtype=stored, device=on))
         for run in runs:

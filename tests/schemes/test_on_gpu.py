@@ -63,19 +63,22 @@ def _kind(argument: object) -> object:
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     """Each launch: what Triton compiles it by, and the GPU that was the current one."""
-    seen: list[tuple[str, torch.dtype, int, torch.device]] = []
+    seen: list[tuple[Any, ...]] = []
     current: list[torch.device] = [torch.device("cuda", 0)]
 
     class Recorded:
         def __init__(self, name: str) -> None:
             self.name = name
-            self.parameters = getattr(kernels, name).params
+            kernel = getattr(kernels, name)
+            self.parameters, self.arg_names = kernel.params, kernel.arg_names
 
         def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
-            def launch(weight: Tensor, *others: Any, BLOCK: int, **__: Any) -> None:
+            def launch(
+                weight: Tensor, *others: Any, BLOCK: int, ONCE: bool | None = None, **__: Any
+            ) -> None:
                 numbers = zip(self.parameters[1:], others, strict=False)
                 kinds = tuple(_kind(n) for p, n in numbers if not p.do_not_specialize)
-                seen.append((self.name, weight.dtype, kinds, BLOCK, current[-1]))
+                seen.append((self.name, weight.dtype, kinds, BLOCK, ONCE, current[-1]))
 
             return launch
 
@@ -143,10 +146,16 @@ def test_nothing_is_compiled_for_the_host(launched: list[Any]) -> None:
 def failing(failure: Exception) -> Any:
     """A kernel that cannot be compiled."""
 
-    def launch(*_: Any, **__: Any) -> None:
-        raise failure
+    class Kernel:
+        arg_names = kernels.int8_row.arg_names
 
-    return {(4,): launch}
+        def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
+            def launch(*_: Any, **__: Any) -> None:
+                raise failure
+
+            return launch
+
+    return Kernel()
 
 
 def test_a_bound_launch_asks_triton_once_which_kernel_fits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,9 +168,11 @@ def test_a_bound_launch_asks_triton_once_which_kernel_fits(monkeypatch: pytest.M
             return lambda *arguments: launched.append((grid, *arguments))
 
     class Kernel:
+        arg_names = kernels.int8_row.arg_names
+
         def __getitem__(self, grid: tuple[int]) -> Callable[..., Compiled]:
-            def launch(*arguments: Any, BLOCK: int, **_: Any) -> Compiled:
-                asked.append((grid, *arguments, BLOCK))
+            def launch(*arguments: Any, BLOCK: int, ONCE: bool, **_: Any) -> Compiled:
+                asked.append((grid, *arguments, BLOCK, ONCE))
                 return Compiled()
 
             return launch
@@ -190,9 +201,7 @@ def test_a_bound_launch_that_cannot_be_compiled_leaves_the_work_to_torch(
     monkeypatch.setattr(quick, "_abandoned", set())
     monkeypatch.setattr(fused, "difference", lambda device: None)
     monkeypatch.setattr(native, "kernels", lambda: None)
-    monkeypatch.setitem(
-        fused._ROWS, "int8_channel", {(4,): failing(RuntimeError("no ptxas"))[(4,)]}
-    )
+    monkeypatch.setitem(fused._ROWS, "int8_channel", failing(RuntimeError("no ptxas")))
     quick._on_gpu.cache_clear()
     weight, codes, scales = (
         torch.randn(4, 40),
@@ -291,6 +300,9 @@ def test_kernels_are_compared_with_what_the_host_makes_of_the_same_rows(
     defined |= {"int8_frozen": smoothed, "int8_refreshed": smoothed}
     for name, module in defined.items():
         monkeypatch.setattr(fused, name, getattr(module, name))
+    monkeypatch.setattr(
+        fused, "_by_bound", lambda name, weight, _: getattr(defined[name], name)(weight)
+    )
     difference = fused.difference.__wrapped__
 
     monkeypatch.setattr(native, "hard_rows", lambda: iter(rows))
@@ -355,9 +367,10 @@ def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Callable[..., st
     pointers = {"weight_ptr": "*bf16", "clipped_ptr": "*i64"}
     bytes_ = {"fp8_row": "*u8", "static_row": "*u8"}
 
-    def ptx(name: str, capability: int) -> str:
+    def ptx(name: str, capability: int, *, once: bool) -> str:
         kernel = getattr(kernels, name)
-        fixed = {"BLOCK": 1024, "HAS_INPUT": True, "HAS_OUTPUT": True}
+        fixed = {"BLOCK": 1024, "HAS_INPUT": True, "HAS_OUTPUT": True, "ONCE": once}
+        fixed |= {"HAS_E4M3": capability >= 89}
         fixed |= {"column_stride": 1, "codes_column_stride": 1}
         constants = {word: value for word, value in fixed.items() if word in kernel.arg_names}
         signature = {
@@ -374,22 +387,41 @@ def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Callable[..., st
         }
         source = ASTSource(kernel, signature, constants)
         target = GPUTarget("cuda", capability, 32)
-        made: str = triton.compile(source, target=target, options=fused._OPTIONS).asm["ptx"]
+        options = fused._options(torch.empty(1, 1024, device="meta"))
+        made: str = triton.compile(source, target=target, options=options).asm["ptx"]
         return made
 
     return ptx
 
 
+@pytest.mark.parametrize("once", [True, False])
 @pytest.mark.parametrize("capability", [80, 90, 100])
 @pytest.mark.parametrize("name", ROWS)
 def test_compiled_code_rounds_as_the_definitions_do(
-    name: str, capability: int, compiled: Callable[..., str]
+    name: str, capability: int, once: bool, compiled: Callable[..., str]
 ) -> None:
     """Only true divisions; no product is fused with a sum; nothing is flushed to zero."""
-    code = compiled(name, capability)
+    code = compiled(name, capability, once=once)
 
     divisions = set(re.findall(r"\bdiv\.[\w.]+f32", code))
     assert divisions <= {"div.rn.f32"}
     assert divisions or name == "frozen_row"
     assert not re.findall(r"\bfma\.|\brcp\.|\.ftz|\.approx", code)
-    assert re.findall(r"mul\.rn\.f32|add\.rn\.f32|max\.f32", code)
+    assert re.findall(r"mul\.rn\.f32|add\.rn\.f32|max(?:\.NaN)?\.f32", code)
+
+
+@pytest.mark.parametrize("name", ["fp8_row", "static_row"])
+def test_where_a_gpu_has_an_instruction_for_e4m3_it_is_used(
+    name: str, compiled: Callable[..., str]
+) -> None:
+    assert "cvt.rn.satfinite.e4m3x2.f32" in compiled(name, 90, once=True)
+    assert "e4m3" not in compiled(name, 80, once=True)
+
+
+@pytest.mark.parametrize("name", ["int8_row", "fp8_row", "refreshed_row"])
+def test_a_row_that_fits_the_registers_is_loaded_once(
+    name: str, compiled: Callable[..., str]
+) -> None:
+    once, twice = (compiled(name, 90, once=once).count("ld.global") for once in (True, False))
+
+    assert 0 < once < twice

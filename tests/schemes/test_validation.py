@@ -41,7 +41,9 @@ def test_one_bad_number_anywhere_is_found_and_its_tensor_named(bad, at, place):
 
 def test_a_value_is_held_against_what_its_own_tensor_is_stored_as():
     doubts(1e6, at=4).resolve()
-    with pytest.raises(MisfitTensor, match=r"tensor 2 holds values up to 9.99e\+05, .*torch.float16"):
+    with pytest.raises(
+        MisfitTensor, match=r"tensor 2 holds values up to 9.99e\+05, .*torch.float16"
+    ):
         doubts(1e6, at=2, place=77).resolve()
 
 

@@ -33,19 +33,21 @@ def sums(tensors: Sequence[Tensor]) -> Tensor:
     """`definition.sums` of contiguous tensors on one GPU, in one launch: `[len(tensors), 2]`."""
     device = tensors[0].device
     total = torch.zeros((len(tensors), 2), dtype=torch.int64, device=device)
-    words = [_words(tensor) for tensor in tensors]
-    programs = [triton.cdiv(each.numel(), _PROGRAM) for each in words]
-    first = list(accumulate(programs, initial=0))
+    kept = [_aligned(tensor) for tensor in tensors]
+    words = [tensor.nbytes // 8 for tensor in kept]
+    first = list(accumulate((triton.cdiv(count, _PROGRAM) for count in words), initial=0))
     if first[-1]:
-        rows = zip(first, (w.data_ptr() for w in words), (w.numel() for w in words), strict=False)
+        rows = zip(first, (tensor.data_ptr() for tensor in kept), words, strict=False)
         table = torch.tensor(list(rows), dtype=torch.int64, device="cpu").to(device)
         grid, halvings = (first[-1],), len(tensors).bit_length()
         _add_sums[grid](table, total, len(tensors), halvings, ROWS=_ROWS, TURNS=_TURNS, **_OPTIONS)
     return total
 
 
-def _words(tensor: Tensor) -> Tensor:
-    """Its bytes as words; aligned and an even number, so that loads are of 16 bytes."""
+def _aligned(tensor: Tensor) -> Tensor:
+    """Itself, or a copy of its bytes that can be read 16 at a time; zeros add nothing."""
+    if not (tensor.data_ptr() | tensor.nbytes) % _ALIGNED:
+        return tensor
     words = definition.whole(definition.raw(tensor), _ALIGNED)
     return words.clone() if words.data_ptr() % _ALIGNED else words
 

@@ -110,14 +110,14 @@ def test_many_tensors_take_one_launch_whatever_they_are(fused, size, start, monk
 
     monkeypatch.setattr(fused, "_add_sums", Recorded())
     kept = []
-    words_of = fused._words
-    monkeypatch.setattr(fused, "_words", lambda tensor: kept.append(words_of(tensor)) or kept[-1])
+    aligned = fused._aligned
+    monkeypatch.setattr(fused, "_aligned", lambda tensor: kept.append(aligned(tensor)) or kept[-1])
 
     fused.sums([torch.ones(size + start, dtype=torch.uint8)[start:]] * 5)
 
     (((programs,), table),) = launched
     assert programs == 5  # no more than a program each
-    assert table.tolist() == [[n, w.data_ptr(), w.numel()] for n, w in enumerate(kept)]
+    assert table.tolist() == [[n, w.data_ptr(), w.nbytes // 8] for n, w in enumerate(kept)]
     assert all(w.data_ptr() % 16 == 0 and 0 <= w.nbytes - size < 16 for w in kept)
 
 
