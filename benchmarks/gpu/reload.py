@@ -8,12 +8,14 @@ here, not judged.
 from __future__ import annotations
 
 import functools
+import os
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -21,6 +23,7 @@ from torch import Tensor
 from benchmarks import environment
 from benchmarks.gpu.facts import Facts
 from benchmarks.results import markdown, milliseconds
+from flashquant.config import env
 
 if TYPE_CHECKING:
     from flashquant.patches.diagnostics import Sync, Timing
@@ -64,7 +67,7 @@ class Engines:
         return True
 
     def add_ours(self, scheme: str) -> None:
-        """flashquant's engine, with its undo log and without."""
+        """flashquant's engine, with its undo log and without; on a GPU, one that keeps it there."""
         from flashquant.patches.diagnostics import bench
 
         name = f"flashquant, {scheme}"
@@ -72,6 +75,13 @@ class Engines:
         if llm is not None:
             self.syncs[name] = bench.whole(llm, atomic=True)
             self.syncs[f"{name}, no undo log"] = bench.whole(llm, atomic=False)
+        if llm is None or not torch.cuda.is_available():
+            return
+        name = f"flashquant, {scheme}, undo log on the GPU"
+        with patch.dict(os.environ, {env.UNDO.name: "device"}):
+            llm = self._facts.guarded(f"start of {name}", lambda: self._start(name, scheme, {}))
+        if llm is not None:
+            self.syncs[name] = bench.whole(llm, atomic=True)
 
     def _start(self, name: str, scheme: str | None, options: Mapping[str, Any]) -> Any:
         from flashquant.patches.diagnostics import bench

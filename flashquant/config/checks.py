@@ -2,12 +2,14 @@
 
 FLASHQUANT_LEDGER=0   do not compare where every live tensor is, before and after
 FLASHQUANT_DIGEST=0   leave the digest out of reports (`status` still takes it)
+FLASHQUANT_UNDO=device   keep the undo log of what lies on a GPU there, not in host memory
 FLASHQUANT_BRACKET_TIMEOUT=600   roll an update back after so many seconds without its trainer
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -20,6 +22,7 @@ class Checks(BaseModel):
     Attributes:
         ledger: no live tensor changed its address, shape, stride or dtype.
         digest: a fingerprint of everything the kernels read, in every report.
+        undo: where the undo log keeps what lies on a GPU: "host" or "device".
         bracket_timeout: seconds after which an update that was begun, and into which nothing
             has come since, is rolled back; 0 for never.
 
@@ -29,18 +32,21 @@ class Checks(BaseModel):
 
     ledger: bool = env.LEDGER.default
     digest: bool = env.DIGEST.default
+    undo: Literal["host", "device"] = env.UNDO.default
     bracket_timeout: float = Field(default=env.BRACKET_TIMEOUT.default, ge=0, allow_inf_nan=False)
 
 
 def checks_from_env(environ: Mapping[str, str]) -> Checks:
-    """Read FLASHQUANT_LEDGER, FLASHQUANT_DIGEST (unset means on), FLASHQUANT_BRACKET_TIMEOUT.
+    """Read FLASHQUANT_LEDGER, FLASHQUANT_DIGEST (unset means on), FLASHQUANT_UNDO and
+    FLASHQUANT_BRACKET_TIMEOUT.
 
     Raises:
-        ConfigError: a value that is neither yes nor no, or no number of seconds.
+        ConfigError: a value that is neither yes nor no, no place, or no number of seconds.
 
     """
     return Checks(
         ledger=env.LEDGER.read(environ),
         digest=env.DIGEST.read(environ),
+        undo=env.UNDO.read(environ),
         bracket_timeout=env.BRACKET_TIMEOUT.read(environ),
     )

@@ -94,6 +94,13 @@ def _level(said: str) -> str:
     return level
 
 
+def _place(said: str) -> str:
+    place = said.strip().lower()
+    if place not in ("host", "device"):
+        raise ValueError("is no place; set it to host or to device")
+    return place
+
+
 def _rank(said: str) -> int:
     if not said.strip().isdecimal():
         raise ValueError("is no rank; set it to a whole number from 0 on")
@@ -151,6 +158,15 @@ DIGEST: Final = Variable(
     "put a digest of all live weights into reports (`status` takes it in any case)",
     _yes_or_no,
 )
+UNDO: Final = Variable(
+    "FLASHQUANT_UNDO",
+    "host",
+    "host or device",
+    "where the undo log of an update keeps what lies on a GPU: in pinned host memory, or, as far "
+    "as 2 GB of it stay free, on the GPU, at its bandwidth, until the update is over. For GPUs "
+    "that the engine has for itself: a trainer beside it may need that memory",
+    _place,
+)
 BRACKET_TIMEOUT: Final = Variable(
     "FLASHQUANT_BRACKET_TIMEOUT",
     600.0,
@@ -206,6 +222,7 @@ VARIABLES: Final[tuple[Variable[str] | Variable[bool] | Variable[float] | Variab
     SAMPLED_LOGPROBS,
     LEDGER,
     DIGEST,
+    UNDO,
     BRACKET_TIMEOUT,
     NATIVE,
     CACHE,

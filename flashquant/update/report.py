@@ -47,7 +47,7 @@ class ReloadReport:
         tensors: incoming tensors read.
         bytes_in: bytes of these tensors, as the trainer sent them.
         bytes_out: bytes written into live storage, of all workers.
-        undo_bytes: host memory that the undo log took, of all workers; 0 with `atomic=False`.
+        undo_bytes: memory that the undo log took, of all workers; 0 with `atomic=False`.
             Not counted: the packed weights of oneDNN handlers, of which the log keeps the old ones.
         seconds: wall time from the first tensor to the last check.
         phases: seconds spent in each phase, by its name.
@@ -59,6 +59,7 @@ class ReloadReport:
         ranks: the digest of each worker, by rank; they hold different shards.
         drift: of each weight that arrived as codes or was made into them here, by name; fp8
             that vLLM itself quantizes is not among them.
+        undo_device_bytes: of `undo_bytes`, what it took of GPUs (`FLASHQUANT_UNDO=device`).
         prepare_seconds: of `seconds`, those in which the engine could generate (`prepare`).
         pause_seconds: of `seconds`, those in which it could not.
 
@@ -80,6 +81,7 @@ class ReloadReport:
     prepare_seconds: float = 0.0
     pause_seconds: float = 0.0
     kept: tuple[str, ...] = ()
+    undo_device_bytes: int = 0
 
     @property
     def changed(self) -> float | None:
@@ -109,6 +111,7 @@ class ReloadReport:
             reports[0],
             bytes_out=sum(report.bytes_out for report in reports),
             undo_bytes=sum(report.undo_bytes for report in reports),
+            undo_device_bytes=sum(report.undo_device_bytes for report in reports),
             seconds=slowest.seconds,
             prepare_seconds=max(report.prepare_seconds for report in reports),
             pause_seconds=max(report.pause_seconds for report in reports),
@@ -136,7 +139,8 @@ class ReloadReport:
         if self.prepare_seconds:
             parts.append(f"paused for {_ms(self.pause_seconds)} of it")
         if self.undo_bytes:
-            parts.append(f"undo log {_mb(self.undo_bytes)}")
+            near = f", {_mb(near)} of it on the GPU" if (near := self.undo_device_bytes) else ""
+            parts.append(f"undo log {_mb(self.undo_bytes)}{near}")
         if self.changed is not None:
             parts.append(f"{self.changed:.1%} of codes changed")
         if self.clipped and self.peak is not None:

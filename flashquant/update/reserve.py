@@ -6,14 +6,15 @@ update has kept is therefore reserved for the next; as long as the engine sleeps
 
 From a GPU, copies go to pinned memory, so that nothing waits for them. torch rounds each block of
 that up to a power of two, and keeps it: so it is asked for powers of two only, which are
-carved up, and asked to give them back.
+carved up, and asked to give them back. Or, where the user says that the GPU is the engine's alone,
+they stay on the GPU, in memory that nobody has for as long as an update lasts.
 """
 
 from __future__ import annotations
 
 import mmap
 from collections.abc import Sequence
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -22,12 +23,20 @@ _CHUNK: Final = 64 << 20  # a power of two
 _PAGE: Final = 2 << 20  # a huge one: touched in one go
 _ALIGNMENT: Final = 64
 _SMALL: Final = 4 << 10  # the C library has room for as little between other blocks
+_NEARBY: Final = 1 << 30  # at a time, for to be given memory by a GPU's driver takes time
+_LEFT: Final = 2 << 30  # of a GPU, for whatever the engine and its libraries still ask for
 
 
 class Reserve:
-    """Chunks of host memory between two updates; as many as the largest one took."""
+    """Chunks of host memory between two updates; as many as the largest one took.
 
-    def __init__(self) -> None:
+    Attributes:
+        nearby: whether copies of what lies on a GPU may stay there.
+
+    """
+
+    def __init__(self, *, nearby: bool = False) -> None:
+        self.nearby = nearby
         self._chunks: dict[bool, list[Tensor]] = {False: [], True: []}  # by whether it is pinned
 
     @property
@@ -91,23 +100,75 @@ class Copies:
 
     def _room(self, nbytes: int) -> Tensor:
         """In the first chunk that has as much left."""
-        for place, chunk in enumerate(self._chunks):
-            start = -(-self._used[place] // _ALIGNMENT) * _ALIGNMENT
-            if start + nbytes <= chunk.nbytes:
-                self._used[place] = start + nbytes
-                return chunk[start : start + nbytes]
-        chunk = self._reserve.take(nbytes, pinned=self._pinned)
+        place = self._with_room(nbytes)
+        if place is None:
+            self._add(self._reserve.take(nbytes, pinned=self._pinned))
+            place = len(self._chunks) - 1
+        start = self._start(place)
+        self._used[place] = start + nbytes
+        return self._chunks[place][start : start + nbytes]
+
+    def _with_room(self, nbytes: int) -> int | None:
+        fitting = (n for n, c in enumerate(self._chunks) if self._start(n) + nbytes <= c.nbytes)
+        return next(fitting, None)
+
+    def _start(self, place: int) -> int:
+        """Where the next copy in a chunk begins."""
+        return -(-self._used[place] // _ALIGNMENT) * _ALIGNMENT
+
+    def _add(self, chunk: Tensor) -> None:
         if self._pinned:
             self.nbytes += chunk.nbytes
         self._chunks.append(chunk)
-        self._used.append(nbytes)
-        return chunk[:nbytes]
+        self._used.append(0)
 
     def free(self) -> None:
         """The copies are no longer read."""
         if self._chunks:
             self._reserve.put(self._chunks, pinned=self._pinned)
             self._chunks, self._used = [], []
+
+
+class Nearby(Copies):
+    """Copies of what lies on a GPU in free memory of it, at its bandwidth.
+
+    The driver has it back with the last copy: an engine that wakes its KV cache asks the driver.
+
+    Args:
+        device: the GPU.
+
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(Reserve(), pinned=True)
+        self._device = device
+        self._pool: Any = None
+
+    def has_room(self, tensor: Tensor) -> bool:
+        """Whether there is, or could be had, room for a copy of a tensor."""
+        if tensor.device != self._device:
+            return False
+        if (
+            self._with_room(tensor.nbytes) is None
+            and (chunk := self._had(tensor.nbytes)) is not None
+        ):
+            self._add(chunk)
+        return self._with_room(tensor.nbytes) is not None
+
+    def _had(self, nbytes: int) -> Tensor | None:
+        """Free memory of the GPU, in a pool of its own; None where too little would be left."""
+        size = max(nbytes, _NEARBY)
+        if torch.cuda.mem_get_info(self._device)[0] < size + _LEFT:
+            return None
+        self._pool = self._pool or torch.cuda.MemPool()
+        try:
+            with torch.cuda.use_mem_pool(self._pool, self._device):
+                return torch.empty(size, dtype=torch.uint8, device=self._device)
+        except torch.OutOfMemoryError:  # somebody else was faster
+            return None
+
+    def free(self) -> None:
+        self._chunks, self._used, self._pool = [], [], None
 
 
 def _pinned(size: int) -> Tensor:

@@ -39,6 +39,7 @@ from flashquant.update.pipeline import Pipeline
 from flashquant.update.proofs import Proofs
 from flashquant.update.report import ReloadReport, Status
 from flashquant.update.reporter import Reporter
+from flashquant.update.reserve import Reserve
 from flashquant.update.state import Update
 from flashquant.update.ties import Ties
 from flashquant.update.transaction import Transactions
@@ -68,7 +69,8 @@ class Session:
         self._calibration = calibration
         self._engine = engine
         checks = checks or Checks()
-        self.transactions = Transactions(ballot, self._settle, checks.bracket_timeout)
+        reserve = Reserve(nearby=checks.undo == "device")
+        self.transactions = Transactions(ballot, self._settle, checks.bracket_timeout, reserve)
         self.proofs = Proofs(engine, checks, self.transactions)
         self._planner = Planner(engine)
         self._bindings = Bindings(engine, self._planner, calibration)

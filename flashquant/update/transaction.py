@@ -36,18 +36,23 @@ class Transactions:
     """
 
     def __init__(
-        self, ballot: Ballot | None, settle: Callable[[Update, bool], None], timeout: float
+        self,
+        ballot: Ballot | None,
+        settle: Callable[[Update, bool], None],
+        timeout: float,
+        reserve: Reserve,
     ) -> None:
         """Args:
         ballot: the voice of this worker among several; None where it is the only one.
         settle: called whenever an update is over, with whether it was committed.
         timeout: seconds without anything new after which a bracket may be taken back; 0 for never.
+        reserve: memory for the undo logs.
 
         """
         self.current: Update | None = None
         self.serving = ServingState()
         self.version = 0
-        self.reserve = Reserve()
+        self.reserve = reserve
         self._ballot = ballot
         self._spent: list[UndoLog] = []
         self._settle, self._timeout = settle, timeout

@@ -1,7 +1,7 @@
 """What it takes to put the old weights back.
 
 An undo log is filled by whoever is about to overwrite something, and either
-played backwards or thrown away. It keeps copies in host memory: the bytes that
+played backwards or thrown away. It keeps copies, in host memory or on the GPU: the bytes that
 the kernels read (one byte a weight in an 8-bit scheme), never the bf16 source.
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from flashquant.update.reserve import Copies, Reserve
+from flashquant.update.reserve import Copies, Nearby, Reserve
 
 
 class UndoLog:
@@ -25,8 +25,9 @@ class UndoLog:
     the way back, and `can_restore` says so.
 
     Attributes:
-        bytes: host memory that the copies took, in bytes; stays after `forget`. Of what lives on a
-            GPU, that is all the memory that was pinned for it.
+        bytes: memory that the copies took, in bytes; stays after `forget`. Of what lives on a GPU,
+            that is all the memory that was pinned, or had of the GPU, for it.
+        device_bytes: of these, on the GPU.
         touched: whether live weights have been, or were about to be, overwritten.
 
     """
@@ -40,6 +41,8 @@ class UndoLog:
         self._keep = keep
         reserve = reserve or Reserve()
         self._copies, self._pinned = Copies(reserve), Copies(reserve, pinned=True)
+        self._is_near = reserve.nearby
+        self._nearby: Nearby | None = None  # of the GPU, once something on it is overwritten
         self._steps: list[Callable[[], object]] = []
         self._held: list[object] = []
         self._held_bytes = 0  # of what actions hold themselves
@@ -47,7 +50,12 @@ class UndoLog:
 
     @property
     def bytes(self) -> int:
-        return self._copies.nbytes + self._pinned.nbytes + self._held_bytes
+        copied = self._copies.nbytes + self._pinned.nbytes
+        return copied + self._held_bytes + self.device_bytes
+
+    @property
+    def device_bytes(self) -> int:
+        return 0 if self._nearby is None else self._nearby.nbytes
 
     @property
     def can_restore(self) -> bool:
@@ -66,8 +74,15 @@ class UndoLog:
         if not self._keep:
             return
         live = live.detach()
-        copies = self._copies if live.device.type == "cpu" else self._pinned
-        self._steps.append(functools.partial(live.copy_, copies.of(live)))
+        self._steps.append(functools.partial(live.copy_, self._copies_for(live).of(live)))
+
+    def _copies_for(self, live: Tensor) -> Copies:
+        if live.device.type == "cpu":
+            return self._copies
+        if self._is_near and self._nearby is None:
+            self._nearby = Nearby(live.device)
+        near = self._nearby
+        return self._pinned if near is None or not near.has_room(live) else near
 
     def hold(self, value: object) -> None:
         """Keep something alive as long as the log: to free it takes time, which may be dear now."""
@@ -109,3 +124,5 @@ class UndoLog:
     def _free(self) -> None:
         self._copies.free()
         self._pinned.free()
+        if self._nearby is not None:
+            self._nearby.free()

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
+from contextlib import contextmanager
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -227,3 +231,90 @@ def test_a_prepared_update_leaves_nothing_to_an_engine_that_sleeps():
     session.proofs.audit()
 
     assert transactions.reserve.nbytes == 0
+
+
+GB = 1 << 30
+
+
+@pytest.fixture
+def gpu(monkeypatch, pinning):
+    """One with 8 GB free, and what has been asked of it; its memory is the host's, untouched."""
+    state = SimpleNamespace(free=8 * GB, asked=[], pools=0)
+
+    @contextmanager
+    def pool(_, device):
+        state.pools += 1
+        with monkeypatch.context() as inside:
+            inside.setattr(torch, "empty", had)
+            yield
+
+    def had(size, *, dtype, device, empty=torch.empty):
+        if size > state.free:
+            raise torch.OutOfMemoryError
+        state.free -= size
+        state.asked.append(size)
+        return empty(size, dtype=dtype)
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (state.told(), 80 * GB))
+    monkeypatch.setattr(torch.cuda, "MemPool", object)
+    monkeypatch.setattr(torch.cuda, "use_mem_pool", pool)
+    state.told = lambda: state.free
+    return state
+
+
+def test_a_log_that_may_stay_on_the_gpu_pins_nothing_and_restores_as_well(gpu, pinning):
+    undo, live = UndoLog(reserve=Reserve(nearby=True)), list(model())
+    before = [tensor.as_subclass(torch.Tensor).clone() for tensor in live]
+
+    for tensor in live:
+        undo.remember(tensor)
+        tensor.zero_()
+
+    assert (pinning.sizes, gpu.asked) == ([], [GB])
+    assert undo.device_bytes == undo.bytes == GB
+    undo.restore()
+    assert all(
+        torch.equal(t.as_subclass(torch.Tensor), old) for t, old in zip(live, before, strict=True)
+    )
+
+
+def test_it_leaves_the_gpu_2_gb_and_goes_on_in_pinned_memory(gpu, pinning):
+    gpu.free = 3 * GB + 5
+    undo = UndoLog(reserve=Reserve(nearby=True))
+
+    for _ in range(2):
+        undo.remember(torch.empty(700 << 20, dtype=torch.uint8).as_subclass(OnGpu))
+
+    assert (gpu.asked, pinning.sizes) == ([GB], [GB])
+    assert (undo.device_bytes, undo.bytes) == (GB, 2 * GB)
+
+
+def test_where_another_process_takes_the_memory_first_nothing_fails(gpu, pinning):
+    gpu.free, gpu.told = 0, lambda: 8 * GB
+    undo = UndoLog(reserve=Reserve(nearby=True))
+
+    undo.remember(torch.ones(LARGE).as_subclass(OnGpu))
+
+    assert (gpu.asked, undo.device_bytes) == ([], 0)
+    assert len(pinning.sizes) == 1
+
+
+@pytest.mark.parametrize("end", ["forget", "restore"])
+def test_the_memory_of_the_gpu_is_free_when_the_update_is_over(gpu, end):
+    undo = UndoLog(reserve=Reserve(nearby=True))
+    undo.remember(torch.ones(LARGE).as_subclass(OnGpu))
+    chunk, pool = weakref.ref(undo._nearby._chunks[0]), undo._nearby._pool
+    assert pool is not None
+
+    getattr(undo, end)()
+
+    assert chunk() is None
+    assert undo._nearby._pool is None
+
+
+def test_unless_it_is_asked_for_no_memory_is_had_of_a_gpu(gpu):
+    undo = UndoLog(reserve=Reserve())
+
+    undo.remember(torch.ones(LARGE).as_subclass(OnGpu))
+
+    assert (gpu.asked, undo.device_bytes) == ([], 0)
