@@ -32,7 +32,7 @@ class Part:
     """
 
     name: str
-    section: Literal["kernels", "reload", "pause"]
+    section: Literal["kernels", "reload", "pause", "profile"]
     model: str = ""
     mode: str = "eager"
     schemes: tuple[str, ...] = SCHEMES
@@ -42,6 +42,7 @@ class Part:
 _LARGE = "qwen2.5-7b"
 PARTS = (
     Part("kernels", "kernels", seconds=120),
+    Part("profile-0.5b-eager", "profile", "qwen2.5-0.5b", schemes=("int8", "bf16", "fp8_vllm")),
     Part("reload-0.5b-eager", "reload", "qwen2.5-0.5b"),
     Part("reload-1.5b-graphs", "reload", "qwen2.5-1.5b", "graphs", seconds=240),
     Part("pause-1.5b-graphs", "pause", "qwen2.5-1.5b", "graphs", ("int8", "fp8_channel"), 240),
@@ -73,14 +74,16 @@ def run(
     part: Part, *, device: str, small: bool, rounds: int, scratch: Path, facts: Facts, out: Path
 ) -> None:
     """One part, in this process."""
-    from benchmarks.gpu import kernels, pause, reload
+    from benchmarks.gpu import kernels, pause, profile, reload
 
     on = torch.device(device)
     if part.section == "kernels":
         kernels.run(on, rounds * 4, facts, out, small=small)
         return
     path = checkpoint(part.model, on, scratch)
-    if part.section == "reload":
+    if part.section == "profile":
+        profile.run(path, part.schemes, part.mode, facts, out)
+    elif part.section == "reload":
         reload.run(path, part.schemes, part.mode, rounds, on, facts, out)
     else:
         pause.run(path, part.schemes, part.mode, rounds, facts, out)

@@ -89,7 +89,7 @@ def _run(found: list, env: dict[str, str], options: argparse.Namespace) -> int:
         env,
         logs,
         budget=options.budget,
-        jobs=options.jobs or (1 if on_cpu else 4),
+        jobs=options.jobs or (1 if on_cpu else os.cpu_count() or 1),
         tell=_say,
     )
     try:
@@ -124,7 +124,7 @@ def _keep(runner: Runner, options: argparse.Namespace) -> None:
     numbers = {file.stem: json.loads(file.read_text()) for file in sorted(tables.glob("*.json"))}
     (options.out / "tables.json").write_text(json.dumps(numbers))
     with (options.out / "all.log").open("w") as whole:
-        for log in sorted((options.work / "logs").iterdir()):
+        for log in (*sorted((options.work / "logs").iterdir()), *sorted(tables.glob("*.txt"))):
             said = log.read_text(errors="replace")
             whole.write(f"\n##### {log.name}\n{said if len(said) < _LOG else _ends(said)}\n")
 

@@ -62,7 +62,7 @@ class Runner:
         return time.monotonic() - self._began
 
     def run(self, steps: Sequence[Step]) -> None:
-        """In order; neighbours of a group that do not measure, a few at a time."""
+        """In order; neighbours that do not measure, a few at a time."""
         for together in in_groups(steps):
             with ThreadPoolExecutor(self._jobs) as pool:
                 list(pool.map(self._step, together))
@@ -147,7 +147,7 @@ def in_groups(steps: Sequence[Step]) -> list[list[Step]]:
     groups: list[list[Step]] = []
     for step in steps:
         last = groups[-1][-1] if groups else None
-        if last and not step.is_alone and not last.is_alone and step.group == last.group:
+        if last and not step.is_alone and not last.is_alone:
             groups[-1].append(step)
         else:
             groups.append([step])

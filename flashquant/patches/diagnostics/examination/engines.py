@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from vllm import LLM, SamplingParams
+from vllm.v1.worker import workspace
 
 from flashquant.config.schemes import COMPRESSED, ONLINE
 from flashquant.patches import patch
@@ -53,6 +54,8 @@ class Step:
     detail: str = ""
 
 
+# Of each prompt: tokens, and log-probs.
+Outputs = list[tuple[list[int], list[float]]]
 VLLM_ALONE, FRESH = "vllm", "fresh"  # what a push is compared with
 RUNNER = "runner"
 _alive: list[object] = []  # until the process ends, see above
@@ -128,7 +131,7 @@ class _Engines:
         return "" if alone == ours else f"{ours}, and {self._words()} by {alone}", ours
 
     def push_b(self) -> tuple[str, str]:
-        outputs(self._live)  # what is captured or compiled has run with the old weights
+        self._said_at_first = outputs(self._live)  # what is captured has run with old weights
         self._before = footprints(tensors(_model(self._live)).items())
         report = self._push("b")
         live, fresh = tensors(_model(self._live)), tensors(_model(self._fresh))
@@ -147,15 +150,19 @@ class _Engines:
     def compare_outputs(self) -> tuple[str, str]:
         if outputs(self._fresh) != self._said:
             return "", f"not comparable: {self._words()} does not say the same thing twice here"
-        same = outputs(self._live) == self._said
-        wrong = "" if same else f"other tokens or log-probs than {self._words()}"
-        return wrong, f"every token and log-prob as {self._words()} ({self._mode})"
+        wrong = difference(outputs(self._live), self._said)
+        other = wrong and f"{wrong} other than {self._words()}'s"
+        return other, f"every token and log-prob as {self._words()} ({self._mode})"
 
     def push_a(self) -> tuple[str, str]:
         self._push("a")
-        same = self._session.proofs.digest() == self._at_first
-        wrong = "" if same else "A leaves other bytes than before"
-        return wrong, "pushing A again leaves what it began with"
+        if self._session.proofs.digest() != self._at_first:
+            return "A leaves other bytes than before", ""
+        wrong = difference(outputs(self._live), self._said_at_first)
+        return (
+            wrong and f"A again: {wrong} other than before",
+            "pushing A again leaves what it began with, which says what it said",
+        )
 
     def _push(self, policy: str) -> ReloadReport:
         """As a trainer on the same device would."""
@@ -193,7 +200,7 @@ def _runner(worker: Any) -> str:
     return type(worker.model_runner).__module__
 
 
-def outputs(llm: Any) -> list[tuple[list[int], list[float]]]:
+def outputs(llm: Any) -> Outputs:
     """Greedy tokens of some prompts, and the log-probs of prompt and answer."""
     sampling = SamplingParams(
         max_tokens=16, temperature=0, ignore_eos=True, prompt_logprobs=0, logprobs=0
@@ -205,6 +212,19 @@ def outputs(llm: Any) -> list[tuple[list[int], list[float]]]:
         positions = [*answer.prompt_logprobs[1:], *output.logprobs]
         said.append((list(output.token_ids), [next(iter(p.values())).logprob for p in positions]))
     return said
+
+
+def difference(one: Outputs, other: Outputs) -> str:
+    """How many tokens and log-probs are not the same, and how far off; nothing, if all are."""
+    if one == other:
+        return ""
+    tokens = sum(a[0] != b[0] for a, b in zip(one, other, strict=True))
+    pairs = [p for a, b in zip(one, other, strict=True) for p in zip(a[1], b[1], strict=True)]
+    off = [abs(x - y) for x, y in pairs if x != y]
+    return (
+        f"{tokens} of {len(one)} texts, {len(off)} of {len(pairs)} log-probs "
+        f"(by up to {max(off, default=0.0):.2g})"
+    )
 
 
 def tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -223,7 +243,7 @@ def _serve(checkpoint: Path, options: dict[str, Any]) -> Any:
     """A small engine in this process."""
     patch()
     options |= room_for_others()
-    return LLM(
+    llm = LLM(
         str(checkpoint),
         skip_tokenizer_init=True,
         kv_cache_memory_bytes=16 << 20,
@@ -233,6 +253,11 @@ def _serve(checkpoint: Path, options: dict[str, Any]) -> Any:
         enable_prefix_caching=False,
         **{name: value for name, value in options.items() if value is not None},
     )
+    # Of experts' kernels. The next engine replaces it, and would free it; but captured graphs of
+    # this one go on to write into it, into whatever lies there then.
+    if workspace.is_workspace_manager_initialized():
+        _alive.append(workspace.current_workspace_manager())
+    return llm
 
 
 def _model(llm: Any) -> nn.Module:
