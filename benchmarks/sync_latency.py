@@ -15,8 +15,6 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
@@ -28,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from benchmarks import contenders, environment, latency_report, models
+from benchmarks import contenders, environment, latency_report, models, restarted
 from benchmarks.results import described, earlier, machine, save_json, save_text
 from tools.models import tiny_models
 
@@ -77,7 +75,7 @@ def measure(model: str, scheme: str, rounds: int) -> Result:
         threads=torch.get_num_threads(),  # vLLM decides it with the first engine
         syncs=timings,
         warm=warm,
-        cold=restart(path, scheme),
+        cold=restarted.seconds(path, contenders.config(path, scheme)),
     )
 
 
@@ -94,26 +92,6 @@ def start(path: Path, scheme: str, weights: Mapping[str, Tensor]) -> tuple[dict[
     ours = bench.start(path, config)
     warm = time.perf_counter() - began
     return syncs | contenders.flashquants(ours), warm
-
-
-_RESTART = """
-import sys
-from pathlib import Path
-from benchmarks import environment
-environment.prepare()
-import flashquant
-from flashquant.patches.diagnostics import bench
-flashquant.patch()
-bench.start(Path(sys.argv[1]), sys.argv[2])
-"""
-
-
-def restart(path: Path, scheme: str) -> float:
-    """Seconds that a new process takes until it could generate."""
-    command = [sys.executable, "-c", _RESTART, str(path), contenders.config(path, scheme)]
-    began = time.perf_counter()
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    return time.perf_counter() - began
 
 
 @contextmanager

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import functools
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,7 +18,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from benchmarks import environment
+from benchmarks import environment, restarted
 from benchmarks.gpu.facts import Facts
 from benchmarks.results import markdown, milliseconds
 from flashquant.config import env
@@ -137,27 +135,6 @@ def _bytes(weights: Mapping[str, Tensor]) -> int:
     return sum(tensor.nbytes for tensor in weights.values())
 
 
-_RESTART = """
-import sys
-from pathlib import Path
-from benchmarks import environment
-environment.prepare()
-import flashquant
-from benchmarks.gpu.reload import MODES, generate
-from flashquant.patches.diagnostics import bench
-flashquant.patch()
-generate(bench.start(Path(sys.argv[1]), sys.argv[2], **MODES[sys.argv[3]]))
-"""
-
-
-def restart(path: Path, scheme: str, mode: str) -> float:
-    """Seconds that a new process takes until it has generated."""
-    command = [sys.executable, "-c", _RESTART, str(path), scheme, mode]
-    began = time.perf_counter()
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    return time.perf_counter() - began
-
-
 def rows(timings: Sequence[Timing], starts: Mapping[str, float], size: int) -> Iterator[list[str]]:
     """The table: what was timed, then what starts took."""
     by_name = {timing.name: timing.median for timing in timings}
@@ -191,7 +168,7 @@ def run(
     """Measure, tell, keep."""
     timings, starts, size = measure(path, schemes, mode, rounds, device, facts)
     if served := [scheme for scheme in schemes if f"flashquant, {scheme}" in starts]:
-        cold = facts.guarded("a new process", lambda: restart(path, served[-1], mode))
+        cold = facts.guarded("a new process", lambda: restarted.seconds(path, served[-1], mode))
         if cold is not None:
             facts.tell("a new process", f"{served[-1]}, {cold:.1f} s until it has generated")
             starts[f"flashquant, {served[-1]}, in a new process"] = cold

@@ -92,13 +92,16 @@ def test_the_way_in_which_vllm_serves_is_kept(run: Run, monkeypatch: pytest.Monk
     assert settings.detail == "from here on: WAY=2"
 
 
-def test_only_neighbours_of_a_group_run_at_once_and_what_measures_never() -> None:
-    names = ["eager-a", "eager-b", "bench-a", "bench-b", "more-a"]
-    found = [step(name, "", is_alone=name.startswith("bench")) for name in names]
+def test_neighbours_run_at_once_but_what_measures_or_decides_never() -> None:
+    names = ["serve", "eager-a", "more-b", "bench-a", "bench-b", "more-a"]
+    found = [
+        step(name, "", is_alone=name.startswith("bench"), tries_ways=name == "serve")
+        for name in names
+    ]
 
     groups = [[one.name for one in group] for group in runner.in_groups(found)]
 
-    assert groups == [["eager-a", "eager-b"], ["bench-a"], ["bench-b"], ["more-a"]]
+    assert groups == [["serve"], ["eager-a", "more-b"], ["bench-a"], ["bench-b"], ["more-a"]]
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])

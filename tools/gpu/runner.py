@@ -143,11 +143,11 @@ class Runner:
 
 
 def in_groups(steps: Sequence[Step]) -> list[list[Step]]:
-    """Those that may run at the same time, in order."""
+    """Neighbours that may run at the same time, in order."""
     groups: list[list[Step]] = []
     for step in steps:
         last = groups[-1][-1] if groups else None
-        if last and not step.is_alone and not last.is_alone:
+        if last and step.shares and last.shares:
             groups[-1].append(step)
         else:
             groups.append([step])

@@ -58,6 +58,11 @@ class Step:
         return self.name.split("-")[0]
 
     @property
+    def shares(self) -> bool:
+        """Whether others may run at the same time: it measures nothing, and decides nothing."""
+        return not (self.is_alone or self.tries_ways)
+
+    @property
     def serves(self) -> bool:
         """Whether it starts engines that may have to be served another way."""
         return self.command[0] == "-c"
@@ -105,8 +110,7 @@ def doctor(
     limit = (seconds - _IMPORT) * (1 if device == "cuda" else _PATIENCE)
     command = ("-c", _DOCTOR, "doctor", where, "--lines", "--engines-only", "--scheme", scheme)
     command += ("--mode", mode, "--model", model, "--limit", str(limit), *arguments)
-    is_first = name == "serve"  # which decides how the others are served
-    return Step(name, command, seconds, is_alone=is_first, env=env, tries_ways=is_first)
+    return Step(name, command, seconds, env=env, tries_ways=name == "serve")
 
 
 def _doctors(device: str) -> Iterator[Step]:
