@@ -9,7 +9,6 @@ FLASHQUANT_BRACKET_TIMEOUT=600   roll an update back after so many seconds witho
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -32,7 +31,7 @@ class Checks(BaseModel):
 
     ledger: bool = env.LEDGER.default
     digest: bool = env.DIGEST.default
-    undo: Literal["host", "device"] = env.UNDO.default
+    undo: env.Place = env.UNDO.default
     bracket_timeout: float = Field(default=env.BRACKET_TIMEOUT.default, ge=0, allow_inf_nan=False)
 
 

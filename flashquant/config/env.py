@@ -13,11 +13,12 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Final, Generic, TypeVar
+from typing import Any, Final, Generic, Literal, TypeVar
 
 from flashquant.errors import ConfigError
 
 T = TypeVar("T")
+Place = Literal["host", "device"]
 
 _YES: Final = frozenset({"1", "true", "yes", "on", "y", "t"})
 _NO: Final = frozenset({"0", "false", "no", "off", "n", "f"})
@@ -94,11 +95,13 @@ def _level(said: str) -> str:
     return level
 
 
-def _place(said: str) -> str:
-    place = said.strip().lower()
-    if place not in ("host", "device"):
-        raise ValueError("is no place; set it to host or to device")
-    return place
+def _place(said: str) -> Place:
+    match said.strip().lower():
+        case "host":
+            return "host"
+        case "device":
+            return "device"
+    raise ValueError("is no place; set it to host or to device")
 
 
 def _rank(said: str) -> int:
@@ -158,7 +161,7 @@ DIGEST: Final = Variable(
     "put a digest of all live weights into reports (`status` takes it in any case)",
     _yes_or_no,
 )
-UNDO: Final = Variable(
+UNDO: Final[Variable[Place]] = Variable(
     "FLASHQUANT_UNDO",
     "host",
     "host or device",
@@ -214,7 +217,7 @@ DP_RANK: Final = Variable(
     ours=False,
 )
 
-VARIABLES: Final[tuple[Variable[str] | Variable[bool] | Variable[float] | Variable[int], ...]] = (
+VARIABLES: Final[tuple[Variable[Any], ...]] = (
     CONFIG,
     LOGGING_LEVEL,
     LOGGING_FILE,
