@@ -19,6 +19,8 @@ import pytest
 import requests
 from safetensors.torch import save_file
 
+from flashquant.cli.main import main
+from flashquant.sender import BundleStore, Manifest, Sender
 from tests.engine.serving import KNOWS_VERSION, serve
 from tools.models import tiny_models
 from tools.models.policies import Policies
@@ -205,6 +207,25 @@ def test_whoever_pauses_or_resumes_during_an_update_has_their_way(server: Server
         first, second = (answer.result() for answer in waiting)
     assert first == second != b
     assert not is_paused()
+
+
+def test_bundles_of_a_folder_come_in_by_flashquant_sync(
+    server: Server, policies: Policies, tmp_path: Path
+) -> None:
+    """The first one whole, then what changed; both replicas, and no client but the command."""
+    server.update("b.safetensors")
+    expected = server.complete(16)
+    server.update("a.safetensors")
+    wanted = server.post("collective_rpc", method="flashquant_manifest")["results"][0]["answer"]
+    sender, store = Sender(Manifest.model_validate(wanted), delta=True), BundleStore(tmp_path)
+    follow = ["sync", "--from", str(tmp_path), "--to", server.url, "--once"]
+
+    for policy in "ab":
+        store.put(sender.bundle(policies.tensors(policy)))
+        assert main(follow) == 0
+
+    assert [server.complete(16) for _ in range(8)] == [expected] * 8
+    assert [path.name.split("-")[1] == "whole" for path in store.path_from(None)] == [True, False]
 
 
 TRAINER = """

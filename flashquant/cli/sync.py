@@ -1,0 +1,210 @@
+"""`flashquant sync`: bring the bundles of a folder into running vLLM servers, as they come.
+
+flashquant sync --from FOLDER --to URL [URL ...] [--seen-as FOLDER] [--once] [--every SECONDS]
+
+The trainer writes bundles (`flashquant.sender.BundleStore`); each server reads them itself, so it
+has to see the folder, too. A server is asked over vLLM's route /collective_rpc, which it has with
+VLLM_SERVER_DEV_MODE=1. Whatever is refused leaves it on the policy it served.
+"""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import json
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from rich.console import Console
+from rich.markup import escape
+
+from flashquant import errors
+from flashquant.cli import output
+from flashquant.errors import ReloadError
+
+# A worker's methods (flashquant.patches.seams.worker), by the names under which vLLM calls them.
+MANIFEST: Final = "flashquant_manifest"
+TRY_APPLY_DELTA: Final = "flashquant_try_apply_delta"
+STANDING: Final = "flashquant_standing"
+_ROUTE: Final = "collective_rpc"
+_PATIENCE: Final = 600.0  # seconds for one answer: an update of a large model over a slow disk
+
+
+class NoAnswer(ReloadError):
+    """A server could not be asked, or did not understand."""
+
+
+@dataclass
+class Server:
+    """One running server.
+
+    Attributes:
+        url: of it, without a route.
+        digest: of the policy that it serves, as far as is known.
+        version: how many updates it had committed when that was known.
+        trouble: what was said last of what is wrong with it; nothing, if it is well.
+
+    """
+
+    url: str
+    digest: str | None = None
+    version: int = -1
+    trouble: str = ""
+
+    def look(self) -> None:
+        """Ask which policy it serves, if that may be another than is known.
+
+        Raises:
+            NoAnswer: it does not say.
+
+        """
+        standing = self._ask(STANDING)[0]
+        version = int(standing[0]) if isinstance(standing, list) else -1
+        if version == -1 or version != self.version:
+            self.digest = _answers(self._ask(MANIFEST))[0]["digest"]
+            self.version = version
+
+    def apply(self, path: Path, digest: str) -> dict[str, Any]:
+        """One update by a bundle.
+
+        Args:
+            path: where the server sees it.
+            digest: of the policy that comes out.
+
+        Returns:
+            The `ReloadReport` of the first worker, as plain data.
+
+        Raises:
+            ReloadError: it was refused; the error is the one that the worker raised.
+
+        """
+        self.version = -1  # until it is known again
+        report: dict[str, Any] = _answers(self._ask(TRY_APPLY_DELTA, str(path)))[0]
+        self.digest, self.version = digest, int(report["version"])
+        return report
+
+    def _ask(self, method: str, *arguments: str) -> list[Any]:
+        """What every worker answers."""
+        body = json.dumps({"method": method, "args": arguments}).encode()
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(f"{self.url}/{_ROUTE}", body, headers)
+        try:
+            with urllib.request.urlopen(request, timeout=_PATIENCE) as answer:
+                found: list[Any] = json.load(answer)["results"]
+                return found
+        except urllib.error.HTTPError as refusal:
+            raise NoAnswer(_explained(self.url, refusal)) from refusal
+        except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError) as failure:
+            raise NoAnswer(
+                f"{self.url} gives no answer that could be read ({failure}). Is it a vLLM server, "
+                "and does it run?"
+            ) from failure
+
+
+def _explained(url: str, refusal: urllib.error.HTTPError) -> str:
+    said = " ".join(refusal.read(500).decode(errors="replace").split())
+    if refusal.code == 404:
+        return (
+            f"{url} has no route /{_ROUTE}. Start the server with VLLM_SERVER_DEV_MODE=1, where "
+            "nobody but the trainer can reach it."
+        )
+    return (
+        f"{url} answers {refusal.code} ({said}). If it does not know flashquant's methods, it was "
+        "started without FLASHRL_CONFIG; its log says more."
+    )
+
+
+def _answers(found: Sequence[Any]) -> list[Any]:
+    """The workers' answers, or the error of the first one that failed by itself."""
+    failures = [one for one in found if isinstance(one, dict) and "error" in one]
+    if failures:
+        followed = errors.PeerFailed.__name__
+        first = next((one for one in failures if one["error"] != followed), failures[0])
+        kind = getattr(errors, str(first["error"]), None)
+        if isinstance(kind, type) and issubclass(kind, ReloadError):
+            raise kind(first["says"])
+        raise ReloadError(f"{first['error']}: {first['says']}")
+    try:
+        return [one["answer"] for one in found]
+    except (KeyError, TypeError) as odd:
+        raise NoAnswer(f"an answer that flashquant does not know: {found!r:.200}") from odd
+
+
+def catch_up(server: Server, folder: Path, seen_as: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Bring one server to the newest policy of a folder.
+
+    Args:
+        folder: of the bundles.
+        seen_as: the same folder, as the server sees it.
+
+    Yields:
+        The name of each bundle that was applied, and the report.
+
+    Raises:
+        ReloadError: a bundle was refused.
+        StaleBase: no bundles lead to the newest policy from where the server is.
+
+    """
+    from flashquant.sender import BundleStore
+
+    store = BundleStore(folder)
+    server.look()
+    for path in store.path_from(server.digest):
+        yield path.name, server.apply(seen_as / path.name, path.stem.rsplit("-", 1)[-1])
+
+
+def add_to(commands: argparse._SubParsersAction[Any]) -> None:
+    """Add the command."""
+    sync = commands.add_parser("sync", help="bring bundles of a folder into running servers")
+    sync.add_argument("--from", dest="folder", type=Path, required=True, metavar="FOLDER")
+    sync.add_argument("--to", nargs="+", required=True, metavar="URL")
+    sync.add_argument(
+        "--seen-as", type=Path, metavar="FOLDER", help="where the servers see the folder"
+    )
+    sync.add_argument("--once", action="store_true", help="and do not wait for more")
+    sync.add_argument(
+        "--every", type=float, default=1.0, metavar="SECONDS", help="look for more so often (1)"
+    )
+    sync.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Until it is interrupted, or once; 1 where a server could not be brought along then."""
+    if not options.folder.is_dir():
+        raise ReloadError(
+            f"{options.folder} is no folder. Name the one that the trainer's BundleStore writes."
+        )
+    folder, console = options.folder.resolve(), output.console()
+    servers = [Server(url.rstrip("/")) for url in options.to]
+    try:
+        while True:
+            well = [_bring(s, folder, options.seen_as or folder, console) for s in servers]
+            if options.once:
+                return 0 if all(well) else 1
+            time.sleep(options.every)
+    except KeyboardInterrupt:
+        return 0
+
+
+def _bring(server: Server, folder: Path, seen_as: Path, console: Console) -> bool:
+    """One server, with a line for each bundle; what fails is said once, and tried again later."""
+    try:
+        for name, report in catch_up(server, folder, seen_as):
+            console.print(
+                f"{server.url}: {name} in {report['seconds']:.2f} s, version {report['version']}",
+                highlight=False,
+            )
+    except ReloadError as failure:
+        server.version = -1  # it may have been started anew, or be where nobody expects it
+        if (trouble := str(failure)) != server.trouble:
+            server.trouble = trouble
+            line = f"[red]{server.url}[/]: {escape(trouble)}"
+            Console(stderr=True, soft_wrap=True).print(line)
+        return False
+    server.trouble = ""
+    return True
