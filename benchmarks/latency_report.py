@@ -3,18 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks.results import markdown, milliseconds, save_plot
 
 if TYPE_CHECKING:
-    from benchmarks.sync_latency import Result
     from flashquant.patches.diagnostics import Timing
 
 COPY, NATIVE, OURS = "copy limit", "vLLM's own reload, bf16", "flashquant"
 FLASHRL = "FlashRL's method"
 _PHASES = ("plan", "quantize", "write", "commit", "digest")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one process found; plain data. Seconds, bytes.
+
+    Attributes:
+        warm: a new engine in a process that has vLLM imported and two engines behind it.
+        cold: a new process that imports vLLM and starts one.
+
+    """
+
+    model: str
+    scheme: str
+    tensors: int
+    bytes: int
+    threads: int
+    syncs: list[Timing]
+    warm: float
+    cold: float
 
 
 def one(result: Result) -> str:

@@ -22,7 +22,7 @@ def seconds(path: Path, config: str, mode: str | None = None) -> float:
     Args:
         path: a checkpoint.
         config: what FLASHRL_CONFIG says.
-        mode: one of `benchmarks.gpu.reload.MODES`.
+        mode: one of `benchmarks.gpu.modes.MODES`.
 
     Raises:
         subprocess.CalledProcessError: it failed; what it said is in `stderr`.
@@ -50,7 +50,7 @@ def main() -> None:
     if options.mode is None:
         bench.start(options.path, options.config)
         return
-    from benchmarks.gpu.reload import MODES, generate
+    from benchmarks.gpu.modes import MODES, generate
 
     generate(bench.start(options.path, options.config, **MODES[options.mode]))
 

@@ -19,7 +19,6 @@ import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,33 +26,14 @@ import torch
 from torch import Tensor
 
 from benchmarks import contenders, environment, latency_report, models, restarted
+from benchmarks.latency_report import Result
 from benchmarks.results import described, earlier, machine, save_json, save_text
 from tools.models import tiny_models
 
 if TYPE_CHECKING:
-    from flashquant.patches.diagnostics import Sync, Timing
+    from flashquant.patches.diagnostics import Sync
 
 SCHEMES = ("bf16", "int8", "int8 frozen", "int8 refreshed", "fp8_vllm", "fp8_channel")
-
-
-@dataclass(frozen=True)
-class Result:
-    """What one process found; plain data. Seconds, bytes.
-
-    Attributes:
-        warm: a new engine in a process that has vLLM imported and two engines behind it.
-        cold: a new process that imports vLLM and starts one.
-
-    """
-
-    model: str
-    scheme: str
-    tensors: int
-    bytes: int
-    threads: int
-    syncs: list[Timing]
-    warm: float
-    cold: float
 
 
 def measure(model: str, scheme: str, rounds: int) -> Result:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from benchmarks import environment, under_load
 from benchmarks.gpu.facts import Facts
-from benchmarks.gpu.reload import MODES
+from benchmarks.gpu.modes import MODES
 from benchmarks.results import markdown
 
 CLIENTS = 4

@@ -19,7 +19,7 @@ from torch.profiler import profile as torch_profile
 
 from benchmarks import environment
 from benchmarks.gpu.facts import Facts
-from benchmarks.gpu.reload import MODES, generate
+from benchmarks.gpu.modes import MODES, generate
 from benchmarks.results import markdown, milliseconds, save_text
 
 _WARM_UP = 3  # reloads: plans are made, kernels compiled, memory is pinned

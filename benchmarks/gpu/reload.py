@@ -20,6 +20,7 @@ from torch import Tensor
 
 from benchmarks import environment, restarted
 from benchmarks.gpu.facts import Facts
+from benchmarks.gpu.modes import MODES, generate
 from benchmarks.results import markdown, milliseconds
 from flashquant.config import env
 
@@ -27,15 +28,6 @@ if TYPE_CHECKING:
     from flashquant.patches.diagnostics import Sync, Timing
 
 SCHEMES = ("bf16", "int8", "fp8_vllm", "fp8_channel", "fp8_block")
-# Eager, or with CUDA graphs of layers that are not compiled, which start in seconds.
-MODES: dict[str, dict[str, Any]] = {
-    "eager": {"enforce_eager": True, "max_num_seqs": 8},
-    "graphs": {
-        "enforce_eager": False,
-        "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"},
-        "max_num_seqs": 8,
-    },
-}
 TITLES = ("reload", "median", "fastest", "of the copy", "of vLLM's bf16", "GB/s", "first")
 
 
@@ -98,14 +90,6 @@ class Engines:
             self._facts.guarded(
                 f"generation after the reloads, {name}", functools.partial(generate, llm)
             )
-
-
-def generate(llm: Any) -> None:
-    """A few tokens: kernels are there, graphs have run."""
-    from vllm import SamplingParams
-
-    sampling = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
-    llm.generate([{"prompt_token_ids": list(range(5, 45))}], sampling, use_tqdm=False)
 
 
 def measure(
