@@ -18,6 +18,7 @@ from torch import Tensor
 
 from flashquant.tis.correction import Corrected, Correction, Level, Rejection, icepop, masked
 from flashquant.tis.metrics import Metrics
+from flashquant.tis.sampling import Truncation, masked_logprobs
 from flashquant.tis.stacks import (
     from_flashrl,
     from_nemo_rl,
@@ -34,6 +35,7 @@ __all__ = [
     "LossMetrics",
     "Metrics",
     "Rejection",
+    "Truncation",
     "from_flashrl",
     "from_nemo_rl",
     "from_openrlhf",
@@ -43,6 +45,7 @@ __all__ = [
     "icepop",
     "loss",
     "masked",
+    "masked_logprobs",
     "truncated_importance_weights",
 ]
 
