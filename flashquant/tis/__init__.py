@@ -16,8 +16,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from flashquant.tis.correction import Corrected, Correction, Level, Rejection, icepop, masked
+from flashquant.tis.correction import Corrected, Correction, Level, icepop, masked
 from flashquant.tis.metrics import Metrics
+from flashquant.tis.rejection import Rejection
 from flashquant.tis.sampling import Truncation, masked_logprobs
 from flashquant.tis.stacks import (
     from_flashrl,

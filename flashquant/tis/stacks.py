@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from typing import cast
 
 from flashquant.errors import CorrectionError
-from flashquant.tis.correction import Correction, Level, Over, Rejection, Statistic, masked
+from flashquant.tis.correction import Correction, Level, masked
+from flashquant.tis.rejection import Over, Rejection, Statistic
 
 _NONE = Correction(level=None, cap=None)
 
