@@ -1,6 +1,6 @@
 """What does top-p cost a ratio of policies, and what does `tis.masked_logprobs` cost?
 
-    python -m benchmarks.sampling_mask [--tokens 64] [--docs] [--json FILE]
+    python -m benchmarks.sampling_mask [--tokens 24] [--docs] [--json FILE]
     python -m benchmarks.sampling_mask --memory [--docs]
 
 The bias: SmolLM2-135M answers 16 prompts in a bf16 engine with top_p 0.9 and top_k 50; a trainer
@@ -79,7 +79,7 @@ def main() -> int:
     """One table, and where it goes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--memory", action="store_true", help="the memory, not the bias")
-    parser.add_argument("--tokens", type=int, default=64, help="of each answer")
+    parser.add_argument("--tokens", type=int, default=24, help="of each answer")
     parser.add_argument("--docs", action="store_true", help="write docs/loss-correction.md")
     parser.add_argument("--json", type=Path)
     chosen = parser.parse_args()

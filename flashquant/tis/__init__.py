@@ -28,15 +28,22 @@ from flashquant.tis.stacks import (
     from_trl,
     from_verl,
 )
+from flashquant.tis.successors import effective_sample_size, from_areal, step_scale, trm
 from flashquant.tis.surrogate import LossMetrics, loss
+from flashquant.tis.totals import Denominator
+from flashquant.tis.trust import DPPO
 
 __all__ = [
+    "DPPO",
     "Corrected",
     "Correction",
+    "Denominator",
     "LossMetrics",
     "Metrics",
     "Rejection",
     "Truncation",
+    "effective_sample_size",
+    "from_areal",
     "from_flashrl",
     "from_nemo_rl",
     "from_openrlhf",
@@ -47,6 +54,8 @@ __all__ = [
     "loss",
     "masked",
     "masked_logprobs",
+    "step_scale",
+    "trm",
     "truncated_importance_weights",
 ]
 

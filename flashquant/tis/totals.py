@@ -1,4 +1,4 @@
-"""Means over micro-batches and data-parallel ranks: from sums and counts, never from means of means.
+"""Means over micro-batches and data-parallel ranks, from sums and counts.
 
     denominator = sum(correction.denominator(old, rollout, mask) for ... in micro_batches)
     denominator = denominator.reduce(group)
