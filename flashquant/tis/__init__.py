@@ -19,6 +19,7 @@ from torch import Tensor
 from flashquant.tis.correction import Corrected, Correction, Level, icepop, masked
 from flashquant.tis.metrics import Metrics
 from flashquant.tis.rejection import Rejection
+from flashquant.tis.routing import replay_routing
 from flashquant.tis.sampling import Truncation, masked_logprobs
 from flashquant.tis.stacks import (
     from_flashrl,
@@ -54,6 +55,7 @@ __all__ = [
     "loss",
     "masked",
     "masked_logprobs",
+    "replay_routing",
     "step_scale",
     "trm",
     "truncated_importance_weights",
