@@ -19,6 +19,7 @@ from torch import Tensor
 from flashquant.tis.correction import Corrected, Correction, Level, icepop, masked
 from flashquant.tis.metrics import Metrics
 from flashquant.tis.rejection import Rejection
+from flashquant.tis.mismatch import Report, report
 from flashquant.tis.routing import replay_routing
 from flashquant.tis.sampling import Truncation, masked_logprobs
 from flashquant.tis.stacks import (
@@ -42,6 +43,7 @@ __all__ = [
     "LossMetrics",
     "Metrics",
     "Rejection",
+    "Report",
     "Truncation",
     "effective_sample_size",
     "from_areal",
@@ -56,6 +58,7 @@ __all__ = [
     "masked",
     "masked_logprobs",
     "replay_routing",
+    "report",
     "step_scale",
     "trm",
     "truncated_importance_weights",
