@@ -258,11 +258,8 @@ def bias_table(found: Mapping[str, Bias]) -> str:
 
 
 def memory_table(found: Mapping[str, Mapping[str, float]]) -> str:
-    rows = [
-        [name, f"{m['rose']:.2f} GB", f"{m['ratio']:.2f}", f"{m['seconds']:.0f} s"]
-        for name, m in found.items()
-    ]
-    titles = ["kept", "peak over the logits", "of one logits tensor", "forward and backward"]
+    rows = [[name, f"{m['rose']:.2f} GB", f"{m['ratio']:.2f}"] for name, m in found.items()]
+    titles = ["kept", "peak over the logits", "of one logits tensor"]
     return results.markdown(titles, rows)
 
 

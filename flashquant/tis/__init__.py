@@ -18,8 +18,8 @@ from torch import Tensor
 
 from flashquant.tis.correction import Corrected, Correction, Level, icepop, masked
 from flashquant.tis.metrics import Metrics
-from flashquant.tis.rejection import Rejection
 from flashquant.tis.mismatch import Report, report
+from flashquant.tis.rejection import Rejection
 from flashquant.tis.routing import replay_routing
 from flashquant.tis.sampling import Truncation, masked_logprobs
 from flashquant.tis.stacks import (

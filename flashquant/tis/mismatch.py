@@ -97,9 +97,7 @@ def judged(logged: Logged) -> Report:
         "stale": _stale(d, logged.lag),
     }
     cause, because = _cause(numbers, logged.lag)
-    sentence = f"{cause[0].upper()}{cause[1:]} dominates: {because}"
-    if cause == "nothing":
-        sentence = f"Nothing to see: {because}"
+    sentence = f"Nothing: {because}" if cause == "nothing" else f"Mostly {cause}: {because}"
     return Report(cause=cause, sentence=sentence, **numbers)
 
 

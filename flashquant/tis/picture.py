@@ -28,6 +28,7 @@ def draw(logged: Logged, report: Report, path: Path) -> None:
     """
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
     except ImportError as missing:
         raise CorrectionError(
             f"matplotlib is needed to draw ({missing}): install flashquant[bench], or ask for the "
@@ -43,7 +44,8 @@ def draw(logged: Logged, report: Report, path: Path) -> None:
         _bands(by_entropy, -logged.rollout, logged.log_ratio, "-log p of the rollout, nats")
         by_entropy.set_title("no entropies were logged", fontsize="small")
     _sizes(sizes, logged)
-    figure.suptitle("\n".join(textwrap.wrap(report.sentence, 110)), fontsize="medium")
+    sizes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.suptitle("\n".join(textwrap.wrap(report.sentence, 130)), fontsize="medium")
     figure.savefig(path, dpi=110)
 
 

@@ -51,8 +51,8 @@ def replay_routing(
             of the longest row, and one more: the last token that was sampled.
 
     Raises:
-        CorrectionError: the model has no experts or other ones, shapes differ, or, on the way out,
-            no router has asked.
+        CorrectionError: the model has no experts or other ones, or limits them by groups as
+            DeepSeek-V2 does; shapes differ; or, on the way out, no router has asked.
 
     """
     recorded = _laid_out(routed, attention_mask)
@@ -191,6 +191,12 @@ def _experts_of(model: nn.Module) -> frozenset[int]:
         raise CorrectionError(
             f"{type(model).__name__} has no experts: its configuration has none of "
             f"{', '.join(_COUNTS)}"
+        )
+    if getattr(text, "topk_method", None) == "group_limited_greedy":
+        raise CorrectionError(
+            f"{type(model).__name__} takes its experts' weights from scores of which whole groups "
+            "are set to 0 (topk_method='group_limited_greedy'), so that an expert of another group "
+            "could not be replayed. Train it without replay."
         )
     return found
 

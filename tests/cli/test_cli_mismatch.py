@@ -27,7 +27,7 @@ def test_it_says_what_dominates_and_draws_it(log: Path, capsys: pytest.CaptureFi
     assert main(["mismatch", str(log)]) == 0
 
     said = capsys.readouterr().out
-    assert said.startswith("Sampling truncation dominates: the trainer gives 50.0%")
+    assert said.startswith("Mostly sampling truncation: the trainer gives 50.0%")
     assert "40 tokens" in said
     assert log.with_suffix(".png").is_file()
 

@@ -247,7 +247,18 @@ def test_a_dense_model_is_refused() -> None:
         pass
 
 
-def test_a_layers_own_forward_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_routers_that_take_weights_from_groups_are_refused() -> None:
+    model = model_of("Qwen3Moe")
+    model.config.topk_method = "group_limited_greedy"
+
+    with (
+        pytest.raises(CorrectionError, match="group_limited_greedy"),
+        replay_routing(model, torch.zeros(1, 2, LAYERS, K, dtype=torch.long)),
+    ):
+        pass
+
+
+def test_a_layers_own_forward_comes_back() -> None:
     """Where something else (accelerate's hooks) has put one into the instance."""
     model, tokens = model_of("Qwen3Moe"), tokens_of()
     layer = model.model.layers[1]
