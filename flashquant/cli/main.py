@@ -6,6 +6,7 @@ flashquant inspect --model PATH [NAME]        where does each tensor land? see `
 flashquant profile make|inspect|compare|convert    int8 profiles: see `cli_profile`
 flashquant bench --model PATH                 how long does a sync take here? see `cli_bench`
 flashquant sync --from FOLDER --to URL        bring a trainer's bundles into servers: see `cli_sync`
+flashquant mismatch FILE.jsonl                what keeps trainer and rollout apart? `cli_mismatch`
 
 The exit code is 0, or 1 where something fails.
 """
@@ -23,6 +24,7 @@ from flashquant.cli import bench as cli_bench
 from flashquant.cli import config as cli_config
 from flashquant.cli import doctor as cli_doctor
 from flashquant.cli import inspect as cli_inspect
+from flashquant.cli import mismatch as cli_mismatch
 from flashquant.cli import profile as cli_profile
 from flashquant.cli import sync as cli_sync
 from flashquant.errors import FlashquantError
@@ -39,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cli_config.add_to(commands)
     cli_inspect.add_to(commands)
     cli_sync.add_to(commands)
+    cli_mismatch.add_to(commands)
     chosen = parser.parse_args(arguments)
     try:
         code: int = chosen.run(chosen)

@@ -16,8 +16,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from flashquant.tis.correction import Corrected, Correction, Level, Rejection, icepop, masked
+from flashquant.tis.correction import Corrected, Correction, Level, icepop, masked
 from flashquant.tis.metrics import Metrics
+from flashquant.tis.mismatch import Report, report
+from flashquant.tis.rejection import Rejection
+from flashquant.tis.routing import replay_routing
+from flashquant.tis.sampling import Truncation, masked_logprobs
 from flashquant.tis.stacks import (
     from_flashrl,
     from_nemo_rl,
@@ -26,14 +30,23 @@ from flashquant.tis.stacks import (
     from_trl,
     from_verl,
 )
+from flashquant.tis.successors import effective_sample_size, from_areal, step_scale, trm
 from flashquant.tis.surrogate import LossMetrics, loss
+from flashquant.tis.totals import Denominator
+from flashquant.tis.trust import DPPO
 
 __all__ = [
+    "DPPO",
     "Corrected",
     "Correction",
+    "Denominator",
     "LossMetrics",
     "Metrics",
     "Rejection",
+    "Report",
+    "Truncation",
+    "effective_sample_size",
+    "from_areal",
     "from_flashrl",
     "from_nemo_rl",
     "from_openrlhf",
@@ -43,6 +56,11 @@ __all__ = [
     "icepop",
     "loss",
     "masked",
+    "masked_logprobs",
+    "replay_routing",
+    "report",
+    "step_scale",
+    "trm",
     "truncated_importance_weights",
 ]
 

@@ -19,11 +19,12 @@ from torch import Tensor
 
 from flashquant.errors import CorrectionError
 from flashquant.tis.metrics import Metrics, measure
-from flashquant.tis.ratios import checked_mask, exponential, log_ratios, mean, row_mean, row_sum
+from flashquant.tis.ratios import checked_mask, exponential, log_ratios, row_mean, row_sum
+from flashquant.tis.rejection import Over, Rejection, one_of, ordered
+from flashquant.tis.totals import Denominator
 
 Level = Literal["token", "sequence", "geometric"]
-Statistic = Literal["ratio", "k1", "k2", "k3"]
-Over = Literal["token", "any", "sum", "mean"]
+Reduce = Literal["token-mean", "sequence-mean"]
 
 _SAFETY_BOUND = 20.0
 
@@ -44,87 +45,6 @@ class Corrected(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Rejection:
-    """Leave out what is too far off; bounds are inclusive.
-
-    With r = pi_trainer / pi_rollout:
-
-        Rejection("ratio", over="mean", low=0.99, high=1.01)   a sequence, by its geometric mean
-        Rejection("ratio", over="any", low=1e-4)               a sequence, by one token: a veto
-        Rejection("k3", over="mean", high=0.01)                a sequence, by its KL
-        Rejection("ratio", low=0.5, high=5.0, counted=True)    a token: IcePop
-
-    Attributes:
-        statistic: "ratio" is r; "k1" is -log r, "k2" half its square, "k3" r - 1 - log r. A
-            token's log r is clamped to the safety bound for a k; for "ratio", the sum or mean is.
-        over: what is judged: each "token" by its own value; or a whole sequence, if "any" token
-            of it is out of bounds, or by the "sum" or "mean" over its tokens. For "ratio" these
-            are taken of log r: "sum" is the product, "mean" the geometric mean.
-        low: the smallest value that stays, or None. k2 and k3 have none.
-        high: the largest value that stays, or None.
-        counted: whether the mean of the loss still counts what was rejected.
-
-    """
-
-    statistic: Statistic
-    over: Over = "token"
-    low: float | None = None
-    high: float | None = None
-    counted: bool = False
-
-    def __post_init__(self) -> None:
-        """Refuse bounds that mean nothing.
-
-        Raises:
-            CorrectionError: says which.
-
-        """
-        _one_of("statistic", self.statistic, get_args(Statistic))
-        _one_of("over", self.over, get_args(Over))
-        if self.low is None and self.high is None:
-            raise CorrectionError(
-                f"a rejection by {self.statistic} has neither low nor high, so it rejects nothing. "
-                "Give one of them, or leave the rejection out."
-            )
-        if self.statistic in ("k2", "k3") and self.low is not None:
-            raise CorrectionError(
-                f"low={self.low:g} for {self.statistic}, which is 0 where the policies agree. "
-                "Give high alone."
-            )
-        _ordered("low", self.low, "high", self.high, positive=self.statistic != "k1")
-
-    def keeps(self, log_ratio: Tensor, mask: Tensor, bound: float) -> Tensor:
-        """Which tokens `[B, T]`, or sequences `[B, 1]`, stay; only unmasked tokens are judged."""
-        if self.over in ("token", "any"):
-            stays = self._within(self._of_tokens(log_ratio, bound)) | ~mask
-            return stays if self.over == "token" else stays.all(-1, keepdim=True)
-        gather = row_sum if self.over == "sum" else row_mean
-        if self.statistic == "ratio":
-            return self._within(exponential(gather(log_ratio, mask), bound))
-        return self._within(gather(self._of_tokens(log_ratio, bound), mask))
-
-    def _of_tokens(self, log_ratio: Tensor, bound: float) -> Tensor:
-        clamped = log_ratio.clamp(-bound, bound)
-        match self.statistic:
-            case "ratio":
-                return clamped.exp()
-            case "k1":
-                return -clamped
-            case "k2":
-                return clamped.square() / 2
-            case "k3":
-                return clamped.exp() - 1 - clamped
-
-    def _within(self, value: Tensor) -> Tensor:
-        stays = torch.ones_like(value, dtype=torch.bool)
-        if self.low is not None:
-            stays &= value >= self.low
-        if self.high is not None:
-            stays &= value <= self.high
-        return stays
-
-
-@dataclass(frozen=True)
 class Correction:
     """How a loss is corrected for rollouts of a policy that is a little off.
 
@@ -137,8 +57,8 @@ class Correction:
         chained: whether each rejection, and after them the ratio of a sequence, looks only at
             the tokens that those before it kept. By default each looks at all unmasked tokens.
         normalize: divide the weights by their mean over the batch that is given (over tokens, or
-            over sequences); what a counted rejection took is in that mean as 0, what another one
-            took is in it with its weight.
+            over sequences), or over what a `denominator` is of; what a counted rejection took is in
+            that mean as 0, what another one took is in it with its weight.
         safety_bound: a log ratio is clamped to plus or minus this before it is exponentiated.
 
     """
@@ -159,7 +79,7 @@ class Correction:
 
         """
         if self.level is not None:
-            _one_of("level", self.level, get_args(Level))
+            one_of("level", self.level, get_args(Level))
         elif self.normalize:
             raise CorrectionError("normalize=True, but level=None has no weights. Give a level.")
         # exp(88) is the last that float32 holds, and chi2 adds up squares.
@@ -168,7 +88,7 @@ class Correction:
                 f"safety_bound={self.safety_bound:g}, but is above 0 and at most 30, so that "
                 "squares of ratios add up in float32. 20 is usual."
             )
-        _ordered("floor", self.floor, "cap", self.cap, positive=True)
+        ordered("floor", self.floor, "cap", self.cap, positive=True)
         for name, value in self._ratio_bounds():
             if abs(math.log(value)) > self.safety_bound:
                 raise CorrectionError(
@@ -177,7 +97,12 @@ class Correction:
                 )
 
     def __call__(
-        self, trainer_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor
+        self,
+        trainer_logprobs: Tensor,
+        rollout_logprobs: Tensor,
+        mask: Tensor,
+        *,
+        denominator: Denominator | None = None,
     ) -> Corrected:
         """Weights, the tokens that are left, and metrics; without a gradient, in float32.
 
@@ -185,6 +110,8 @@ class Correction:
             trainer_logprobs: `[B, T]`, any floating type.
             rollout_logprobs: `[B, T]`, as the engine returned them.
             mask: `[B, T]`, bool or 0 and 1. Whatever stands on masked tokens has no influence.
+            denominator: of all micro-batches and ranks, for `normalize=True`. None: these rows are
+                the whole batch.
 
         Raises:
             CorrectionError: a log-prob of an unmasked token is not finite, or shapes differ.
@@ -194,30 +121,78 @@ class Correction:
             unmasked = checked_mask(
                 mask, trainer_logprobs=trainer_logprobs, rollout_logprobs=rollout_logprobs
             )
-            return self._correct(log_ratios(trainer_logprobs, rollout_logprobs, unmasked), unmasked)
+            log_ratio = log_ratios(trainer_logprobs, rollout_logprobs, unmasked)
+            return self._correct(log_ratio, unmasked, denominator)
 
-    def _correct(self, log_ratio: Tensor, mask: Tensor) -> Corrected:
+    def denominator(
+        self,
+        trainer_logprobs: Tensor,
+        rollout_logprobs: Tensor,
+        mask: Tensor,
+        *,
+        reduce: Reduce = "token-mean",
+    ) -> Denominator:
+        """What these rows add to the denominator of a loss over several micro-batches and ranks.
+
+        Args:
+            trainer_logprobs: `[B, T]`, those that `loss` will correct: `old_logprobs`, or in bypass
+                mode the policy's own.
+            rollout_logprobs: `[B, T]`, as the engine returned them.
+            mask: `[B, T]`, as for `loss`.
+            reduce: as for `loss`.
+
+        Raises:
+            CorrectionError: a log-prob of an unmasked token is not finite, or shapes differ.
+
+        """
+        one_of("reduce", reduce, get_args(Reduce))
+        with torch.no_grad():
+            unmasked = checked_mask(
+                mask, trainer_logprobs=trainer_logprobs, rollout_logprobs=rollout_logprobs
+            )
+            log_ratio = log_ratios(trainer_logprobs, rollout_logprobs, unmasked)
+            kept, keep_mask, zeroed = self._reject(log_ratio, unmasked)
+            terms = keep_mask if reduce == "token-mean" else keep_mask.any(-1)
+            weight = self._bounded(self._ratio(log_ratio, kept if self.chained else unmasked))
+            return self._denominator(weight, unmasked, zeroed, terms)
+
+    def _correct(
+        self, log_ratio: Tensor, mask: Tensor, denominator: Denominator | None
+    ) -> Corrected:
         kept, keep_mask, zeroed = self._reject(log_ratio, mask)
-        seen = kept if self.chained else mask
-        ratio = exponential(self._at_level(log_ratio, seen), self.safety_bound)
+        ratio = self._ratio(log_ratio, kept if self.chained else mask)
         units = self._units(mask)
         weight = self._bounded(ratio)
         clipped = weight != ratio if self.level else torch.zeros_like(units)
         if self.normalize:
-            average = mean(weight * self._units(mask & ~zeroed), units)
+            whole = denominator or self._denominator(weight, mask, zeroed, keep_mask)
+            average = whole.average_weight()
             weight = weight / torch.where(average > 0, average, 1.0)
         metrics = measure(
             log_ratio,
             mask,
             kept,
             # How far apart the policies are: whatever was rejected.
-            ratio=exponential(self._at_level(log_ratio, mask), self.safety_bound),
+            ratio=self._ratio(log_ratio, mask),
             weight=weight * self._units(kept),
             clipped=clipped,
             units=units,
             bound=self.safety_bound,
         )
         return Corrected(weight * kept, keep_mask, metrics)
+
+    def _denominator(
+        self, weight: Tensor, mask: Tensor, zeroed: Tensor, terms: Tensor
+    ) -> Denominator:
+        counted = self._units(mask & ~zeroed)
+        return Denominator(
+            terms=terms.sum().double(),
+            units=self._units(mask).sum().double(),
+            weight=torch.where(counted, weight, 0.0).sum(dtype=torch.float64),
+        )
+
+    def _ratio(self, log_ratio: Tensor, mask: Tensor) -> Tensor:
+        return exponential(self._at_level(log_ratio, mask), self.safety_bound)
 
     def _reject(self, log_ratio: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens that no rejection took; that are still counted; that are counted with weight 0."""
@@ -263,7 +238,7 @@ class Correction:
 def masked(low: float | None, high: float | None, *, level: Level = "token") -> Correction:
     """MIS: the ratio itself within the bounds, 0 outside of them; the loss counts both."""
     over: dict[Level, Over] = {"token": "token", "sequence": "sum", "geometric": "mean"}
-    _one_of("level", level, get_args(Level))
+    one_of("level", level, get_args(Level))
     rejection = Rejection("ratio", over=over[level], low=low, high=high, counted=True)
     return Correction(level=level, cap=None, rejections=(rejection,))
 
@@ -271,23 +246,3 @@ def masked(low: float | None, high: float | None, *, level: Level = "token") -> 
 def icepop(low: float = 0.5, high: float = 5.0) -> Correction:
     """IcePop: token MIS with two bounds."""
     return masked(low, high)
-
-
-def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise CorrectionError(f"{name}={value!r}, but is one of {', '.join(map(repr, choices))}")
-
-
-def _ordered(
-    low_name: str, low: float | None, high_name: str, high: float | None, *, positive: bool
-) -> None:
-    for name, value in ((low_name, low), (high_name, high)):
-        if value is None:
-            continue
-        if not math.isfinite(value) or (positive and value <= 0):
-            wanted = "a number above 0" if positive else "a finite number"
-            raise CorrectionError(f"{name}={value:g}, but is {wanted}, or None for no bound")
-    if low is not None and high is not None and low > high:
-        raise CorrectionError(
-            f"{low_name}={low:g} is above {high_name}={high:g}. Exchange them, or give one alone."
-        )

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
+from torch import distributed as dist
 
 from flashquant.tis.ratios import exponential, mean, row_mean
+from flashquant.tis.totals import gathered, pooled
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,8 @@ class Metrics:
 
     Attributes:
         tokens: unmasked tokens.
+        units: see above.
+        sequences: rows with an unmasked token.
         k1: mean of -log r over tokens: KL(rollout, trainer), unbiased, may be negative.
         k3: mean of r - 1 - log r over tokens: the same, never negative.
         chi2: mean of r^2 - 1 over units: what the variance of unbounded weights grows with.
@@ -34,6 +39,8 @@ class Metrics:
     """
 
     tokens: Tensor
+    units: Tensor
+    sequences: Tensor
     k1: Tensor
     k3: Tensor
     chi2: Tensor
@@ -47,6 +54,42 @@ class Metrics:
     def to_dict(self, prefix: str = "") -> dict[str, Tensor]:
         """By name, for a logger: `metrics.to_dict("rollout_corr/")`."""
         return {f"{prefix}{field.name}": getattr(self, field.name) for field in fields(self)}
+
+    def reduce(self, group: dist.ProcessGroup | None = None) -> Metrics:
+        """Of all ranks of a group together, as one process with the whole batch would have them.
+
+        Every rank calls it, with whole sequences in its rows. None: torch's default group.
+        """
+        return Metrics.merge([Metrics(*rank) for rank in gathered(self._values(), group)])
+
+    @staticmethod
+    def merge(parts: Sequence[Metrics]) -> Metrics:
+        """Of several micro-batches together."""
+        (tokens, units, sequences, k1, k3, chi2, ess, ratio_max, weight, clipped, rejected, ppl) = (
+            torch.stack([part._values() for part in parts]).unbind(1)
+        )
+        # ess is mean(w)^2 / mean(w^2); where it is 0, so is every weight.
+        squares = torch.where(ess > 0, weight.square() / ess.clamp(min=1e-300), 0.0)
+        square = pooled(squares, units)
+        together = (
+            tokens.sum(),
+            units.sum(),
+            sequences.sum(),
+            pooled(k1, tokens),
+            pooled(k3, tokens),
+            pooled(chi2, units),
+            pooled(weight, units).square() / torch.where(square > 0, square, 1.0),
+            ratio_max.max(),
+            pooled(weight, units),
+            pooled(clipped, units),
+            pooled(rejected, tokens),
+            pooled(ppl, sequences),
+        )
+        return Metrics(*(value.float() for value in together))
+
+    def _values(self) -> Tensor:
+        """`[fields]` float64, in their order."""
+        return torch.stack([getattr(self, field.name) for field in fields(self)]).double()
 
 
 def measure(
@@ -77,6 +120,8 @@ def measure(
     rows = mask.any(-1, keepdim=True)
     return Metrics(
         tokens=mask.sum().float(),
+        units=units.sum().float(),
+        sequences=rows.sum().float(),
         k1=mean(-log_ratio, mask),
         k3=mean(within.exp() - 1 - within, mask),
         chi2=mean(ratio.square() - 1, units),

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from typing import cast
 
 from flashquant.errors import CorrectionError
-from flashquant.tis.correction import Correction, Level, Over, Rejection, Statistic, masked
+from flashquant.tis.correction import Correction, Level, masked
+from flashquant.tis.rejection import Over, Rejection, Statistic, one_of
 
 _NONE = Correction(level=None, cap=None)
 
@@ -58,10 +59,10 @@ def from_verl(
     * Batches are normalized by the mean over all ranks there, over the batch given here.
     """
     weights = _NONE
-    _one_of("loss_type", loss_type, ("ppo_clip", "reinforce"))
+    one_of("loss_type", loss_type, ("ppo_clip", "reinforce"))
     in_the_ratio = bypass_mode and loss_type == "ppo_clip"
     if rollout_is is not None and rollout_is_threshold is not None and not in_the_ratio:
-        _one_of("rollout_is", rollout_is, ("token", "sequence"))
+        one_of("rollout_is", rollout_is, ("token", "sequence"))
         level = cast(Level, rollout_is)
         low, high = _bounds("rollout_is_threshold", rollout_is_threshold)
         truncated = low is None
@@ -112,7 +113,7 @@ def from_skyrl(
             )
         rejections.append(Rejection("ratio", "token", low, high, counted=True))
     if sequence_mask_metric is not None:
-        _one_of("sequence_mask_metric", sequence_mask_metric, ("product", "geometric"))
+        one_of("sequence_mask_metric", sequence_mask_metric, ("product", "geometric"))
         rejections.append(
             Rejection("ratio", "sum", product_mask_low, product_mask_high, counted=True)
             if sequence_mask_metric == "product"
@@ -122,7 +123,7 @@ def from_skyrl(
         tis_ratio_type, token_tis_ratio_clip_high = "token", tis_imp_ratio_cap
     if tis_ratio_type is None:
         return Correction(level=None, cap=None, rejections=tuple(rejections), chained=True)
-    _one_of("tis_ratio_type", tis_ratio_type, ("token", "sequence"))
+    one_of("tis_ratio_type", tis_ratio_type, ("token", "sequence"))
     per_token = tis_ratio_type == "token"
     return Correction(
         level=cast(Level, tis_ratio_type),
@@ -149,7 +150,7 @@ def from_trl(
     if not vllm_importance_sampling_correction:
         return _NONE
     modes = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
-    _one_of("vllm_importance_sampling_mode", vllm_importance_sampling_mode, modes)
+    one_of("vllm_importance_sampling_mode", vllm_importance_sampling_mode, modes)
     if vllm_importance_sampling_cap is not None:
         vllm_importance_sampling_clip_max = vllm_importance_sampling_cap
     level, _, how = vllm_importance_sampling_mode.partition("_")
@@ -185,13 +186,13 @@ def from_openrlhf(
             "icepop": ("token", "mask"),
             "seq-mask-tis": ("seq", "mask"),
         }
-        _one_of("is_correction_type", is_correction_type, tuple(older))
+        one_of("is_correction_type", is_correction_type, tuple(older))
         is_correction_level, is_correction_mode = older[is_correction_type]
         if not is_correction_enable:
             is_correction_level = "off"
-    _one_of("is_correction_level", is_correction_level, ("off", "token", "seq"))
-    _one_of("is_correction_mode", is_correction_mode, ("mask", "clip"))
-    _one_of("is_correction_gating", is_correction_gating, ("ratio",))
+    one_of("is_correction_level", is_correction_level, ("off", "token", "seq"))
+    one_of("is_correction_mode", is_correction_mode, ("mask", "clip"))
+    one_of("is_correction_gating", is_correction_gating, ("ratio",))
     if is_correction_level == "off":
         return _NONE
     low, high = _low_high(is_correction_threshold)
@@ -238,7 +239,7 @@ def from_nemo_rl(
                 "truncated_importance_sampling_type to 'tis', 'icepop' or 'seq-mask-tis'."
             )
         return Correction(level=level, cap=None)
-    _one_of("truncated_importance_sampling_type", kind, ("tis", "icepop", "seq-mask-tis"))
+    one_of("truncated_importance_sampling_type", kind, ("tis", "icepop", "seq-mask-tis"))
     if high is None:
         raise CorrectionError(
             f"truncated_importance_sampling_type={kind!r} needs truncated_importance_sampling_ratio"
@@ -269,7 +270,7 @@ def _verl_rejections(options: str | None, thresholds: str | float | None) -> tup
         return ()
     names = list(dict.fromkeys(name.strip() for name in options.split(",") if name.strip()))
     for name in names:
-        _one_of("rollout_rs", name, tuple(_VERL_REJECTIONS))
+        one_of("rollout_rs", name, tuple(_VERL_REJECTIONS))
     given = [part.strip() for part in str(thresholds or "").split(",") if part.strip()]
     if len(given) == 1:
         given *= len(names)
@@ -315,8 +316,3 @@ def _low_high(threshold: float | Sequence[float]) -> tuple[float | None, float]:
 def _or_none(low: float | None) -> float | None:
     """A ratio is above 0 anyway: as a lower bound, 0 is none."""
     return None if low == 0 else low
-
-
-def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise CorrectionError(f"{name}={value!r}, but is one of {', '.join(map(repr, choices))}")

@@ -10,22 +10,26 @@ The two ratios share pi_old, and may not overlap. Without a recomputed `old_logp
 is pi / pi_rollout: it then contains the correction, and a weight beside it would count the same
 mismatch twice. So `old_logprobs=None` says just that (verl calls it bypass mode): nothing is
 multiplied, and what the correction would reject is still rejected.
+
+Decoupled PPO is this loss with pi_old as the proximal policy, and `Correction(cap=None)`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
+from torch import distributed as dist
 
 from flashquant.errors import CorrectionError
-from flashquant.tis.correction import Correction
+from flashquant.tis.correction import Correction, Reduce
 from flashquant.tis.metrics import Metrics
 from flashquant.tis.ratios import checked_mask, exponential, log_ratios, mean, row_mean
-
-Reduce = Literal["token-mean", "sequence-mean"]
+from flashquant.tis.totals import Denominator, gathered, pooled
+from flashquant.tis.trust import DPPO
 
 
 @dataclass(frozen=True)
@@ -34,22 +38,46 @@ class LossMetrics:
 
     Attributes:
         correction: those of the correction; in bypass mode, of pi against pi_rollout.
-        clip_fraction: kept tokens at which PPO's clip was in force.
+        kept: tokens that the loss counts.
+        clip_fraction: kept tokens at which PPO's clip, or DPPO's trust region, was in force.
         policy_k1: mean of -log ratio over kept tokens: how far pi has moved from what PPO compares
             it with.
 
     """
 
     correction: Metrics
+    kept: Tensor
     clip_fraction: Tensor
     policy_k1: Tensor
 
     def to_dict(self, prefix: str = "") -> dict[str, Tensor]:
         """All of them by name, for a logger."""
         return self.correction.to_dict(prefix) | {
+            f"{prefix}kept": self.kept,
             f"{prefix}clip_fraction": self.clip_fraction,
             f"{prefix}policy_k1": self.policy_k1,
         }
+
+    def reduce(self, group: dist.ProcessGroup | None = None) -> LossMetrics:
+        """Of all ranks of a group together: see `Metrics.reduce`."""
+        own = torch.stack([self.kept, self.clip_fraction, self.policy_k1]).double()
+        return _pooled(self.correction.reduce(group), gathered(own, group))
+
+    @staticmethod
+    def merge(parts: Sequence[LossMetrics]) -> LossMetrics:
+        """Of several micro-batches together."""
+        own = [torch.stack([p.kept, p.clip_fraction, p.policy_k1]).double() for p in parts]
+        return _pooled(Metrics.merge([part.correction for part in parts]), torch.stack(own))
+
+
+def _pooled(correction: Metrics, parts: Tensor) -> LossMetrics:
+    kept, clipped, k1 = parts.unbind(-1)
+    return LossMetrics(
+        correction=correction,
+        kept=kept.sum().float(),
+        clip_fraction=pooled(clipped, kept).float(),
+        policy_k1=pooled(k1, kept).float(),
+    )
 
 
 def loss(
@@ -62,7 +90,9 @@ def loss(
     correction: Correction,
     clip_low: float = 0.2,
     clip_high: float = 0.28,
+    dppo: DPPO | None = None,
     reduce: Reduce = "token-mean",
+    denominator: Denominator | Tensor | float | None = None,
 ) -> tuple[Tensor, LossMetrics]:
     """The clipped policy-gradient loss, corrected; a scalar in float32.
 
@@ -76,13 +106,17 @@ def loss(
         correction: `Correction(level=None)` for none.
         clip_low: PPO's ratio is clipped below at 1 - clip_low,
         clip_high: and above at 1 + clip_high. DAPO's clip-higher; give both alike for PPO.
-        reduce: "token-mean" counts every kept token of this batch alike (DAPO); "sequence-mean"
-            every sequence that has one (the mean over its tokens). Both are means over the batch
-            that is given: micro-batches are for the caller to weigh.
+        dppo: a trust region in the place of the clip, whose settings then mean nothing.
+        reduce: "token-mean" counts every kept token alike (DAPO); "sequence-mean" every sequence
+            that has one (the mean over its tokens).
+        denominator: what the sum over tokens, or over sequences, is divided by. None: their number
+            here, so that the batch that is given is all there is. For micro-batches and
+            data-parallel ranks, of all of them: `Correction.denominator`, or a number.
 
     Raises:
-        CorrectionError: a value of an unmasked token is not finite, shapes differ, or
-            `old_logprobs` is `rollout_logprobs` itself.
+        CorrectionError: a value of an unmasked token is not finite, shapes differ,
+            `old_logprobs` is `rollout_logprobs` itself, or the denominator is not above 0, or a
+            number although weights are normalized.
 
     """
     if old_logprobs is rollout_logprobs:
@@ -91,26 +125,55 @@ def loss(
             "already, and this one would see no difference. Give old_logprobs=None."
         )
     _check_options(clip_low, clip_high, reduce)
+    whole = _whole(denominator, correction)
     advantages = _spread(advantages.detach(), mask)
     unmasked = checked_mask(mask, logprobs=logprobs, advantages=advantages)
     bypass = old_logprobs is None
     trainer = logprobs.detach() if old_logprobs is None else old_logprobs.detach()
-    weights, keep_mask, metrics = correction(trainer, rollout_logprobs, mask)
+    weights, keep_mask, metrics = correction(trainer, rollout_logprobs, mask, denominator=whole)
     if bypass:
         weights = (weights > 0).float()
     anchor = rollout_logprobs.detach() if bypass else trainer
     log_ratio = log_ratios(logprobs, anchor, unmasked)
-    ratio = exponential(log_ratio, correction.safety_bound)
-    gain = torch.where(unmasked, advantages.float(), 0.0)
-    free, clipped = ratio * gain, ratio.clamp(1 - clip_low, 1 + clip_high) * gain
-    token_loss = -weights * torch.minimum(free, clipped)
+    wanted = torch.where(unmasked, advantages.float(), 0.0)
+    if dppo is None:
+        gain, held = _clipped(log_ratio, wanted, correction.safety_bound, clip_low, clip_high)
+    else:
+        at_anchor = torch.where(unmasked, anchor.float(), 0.0)
+        gain, held = dppo.gain(log_ratio, at_anchor, wanted, correction.safety_bound)
     with torch.no_grad():
         found = LossMetrics(
             correction=metrics,
-            clip_fraction=mean((clipped < free).float(), keep_mask),
+            kept=keep_mask.sum().float(),
+            clip_fraction=mean(held.float(), keep_mask),
             policy_k1=mean(-log_ratio, keep_mask),
         )
-    return _reduced(token_loss, keep_mask, reduce), found
+    return _reduced(-weights * gain, keep_mask, reduce, denominator), found
+
+
+def _clipped(
+    log_ratio: Tensor, advantages: Tensor, bound: float, low: float, high: float
+) -> tuple[Tensor, Tensor]:
+    """PPO's gain of each token, and where its clip holds it back."""
+    ratio = exponential(log_ratio, bound)
+    free, clipped = ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages
+    return torch.minimum(free, clipped), clipped < free
+
+
+def _whole(
+    denominator: Denominator | Tensor | float | None, correction: Correction
+) -> Denominator | None:
+    """What weights are normalized over."""
+    if denominator is None or isinstance(denominator, Denominator):
+        return denominator
+    if correction.normalize:
+        raise CorrectionError(
+            "the denominator is a number, but normalize=True needs the mean weight of all "
+            "micro-batches and ranks, too. Give what correction.denominator(...) returns."
+        )
+    if not isinstance(denominator, Tensor) and not denominator > 0:
+        raise CorrectionError(f"denominator={denominator:g}, but is above 0: a count of terms")
+    return None
 
 
 def _check_options(clip_low: float, clip_high: float, reduce: str) -> None:
@@ -123,10 +186,21 @@ def _check_options(clip_low: float, clip_high: float, reduce: str) -> None:
         )
 
 
-def _reduced(token_loss: Tensor, mask: Tensor, reduce: Reduce) -> Tensor:
-    if reduce == "token-mean":
-        return mean(token_loss, mask)
-    return mean(row_mean(token_loss, mask), mask.any(-1, keepdim=True))
+def _reduced(
+    token_loss: Tensor,
+    mask: Tensor,
+    reduce: Reduce,
+    denominator: Denominator | Tensor | float | None,
+) -> Tensor:
+    terms, counts = token_loss, mask
+    if reduce == "sequence-mean":
+        terms, counts = row_mean(token_loss, mask), mask.any(-1, keepdim=True)
+    if denominator is None:
+        return mean(terms, counts)
+    by = denominator.terms if isinstance(denominator, Denominator) else denominator
+    number = torch.as_tensor(by, dtype=torch.float32, device=token_loss.device)
+    # 0 where nothing is counted anywhere, and then so is the sum.
+    return torch.where(counts, terms, 0.0).sum() / torch.where(number > 0, number, 1.0)
 
 
 def _spread(advantages: Tensor, mask: Tensor) -> Tensor:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from vllm import SamplingParams
+from vllm.v1.engine.core import EngineCore
 
 from flashquant.errors import ConfigError
-from flashquant.patches.seams.logprobs import configure_logprobs
+from flashquant.patches.decided import ADDITIONAL_CONFIG_KEY
+from flashquant.patches.seams import engine_core
+from flashquant.patches.seams.logprobs import configure_logprobs, truncation_to_warn_of
 
 
 def configured(environ: dict[str, str], **args: Any) -> SimpleNamespace:
@@ -57,3 +62,62 @@ def test_what_is_neither_yes_nor_no_is_refused(name: str):
         ConfigError, match=f"{name}='maybe' is neither yes nor no; set it to 1 or 0"
     ):
         configured({name: "maybe"})
+
+
+def model_of(**settings: Any) -> SimpleNamespace:
+    usual = {"logprobs_mode": "processed_logprobs", "return_sampling_mask": False}
+    return SimpleNamespace(**usual | settings, get_vocab_size=lambda: 100)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "cut"),
+    [
+        ({"top_k": 50, "top_p": 0.9}, "top_k=50, top_p=0.9"),
+        ({"min_p": 0.05}, "min_p=0.05"),
+        ({}, None),
+        ({"top_k": 100}, None),  # the whole vocabulary
+        ({"top_k": 50, "logprobs": None}, None),  # nobody will make a ratio of it
+        ({"top_k": 50, "top_p": 0.9, "temperature": 0}, None),  # greedy: vLLM drops them itself
+    ],
+    ids=str,
+)
+def test_sampling_that_cuts_tokens_off_is_known(sampling: dict[str, Any], cut: str | None):
+    assert truncation_to_warn_of(SamplingParams(**{"logprobs": 0} | sampling), model_of()) == cut
+
+
+@pytest.mark.parametrize(
+    "settings", [{"return_sampling_mask": True}, {"logprobs_mode": "raw_logprobs"}], ids=str
+)
+def test_who_asked_for_the_mask_or_for_other_logprobs_is_left_alone(settings: dict[str, Any]):
+    cut = SamplingParams(logprobs=0, top_p=0.5)
+
+    assert truncation_to_warn_of(cut, model_of(**settings)) is None
+
+
+def test_a_pooling_request_has_no_sampling():
+    assert truncation_to_warn_of(None, model_of()) is None
+
+
+@pytest.mark.parametrize(
+    ("mask", "remedy"), [(True, "return_sampling_mask=True"), (False, "tis.Truncation")]
+)
+def test_it_is_said_once_with_what_this_vllm_has_against_it(
+    caplog: pytest.LogCaptureFixture, mask: bool, remedy: str
+):
+    core: Any = object.__new__(EngineCore)
+    core.vllm_config = SimpleNamespace(
+        model_config=model_of(), additional_config={ADDITIONAL_CONFIG_KEY: {}}
+    )
+    if not mask:
+        del core.vllm_config.model_config.return_sampling_mask
+    taken: list[Any] = []
+
+    with caplog.at_level(logging.WARNING, "flashquant"):
+        for top_p in (1.0, 0.9, 0.8):
+            request = SimpleNamespace(sampling_params=SamplingParams(logprobs=0, top_p=top_p))
+            engine_core._add_request(lambda core, given, wave: taken.append(given), core, request)
+
+    assert len(taken) == 3
+    (said,) = caplog.messages
+    assert "top_p=0.9" in said
+    assert remedy in said

@@ -35,6 +35,7 @@ from flashquant.patches.guard import vllm_is
 from flashquant.patches.point import PatchPoint
 from flashquant.patches.seams import derived, worker
 from flashquant.patches.seams.loading import Standing
+from flashquant.patches.seams.logprobs import truncation_to_warn_of, warn_of_truncation
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +54,7 @@ class _Noted:
         self.torn = ""  # why nothing may be generated
         self.alarm: threading.Timer | None = None  # for an update that its trainer may have left
         self.rang = False
+        self.warned = False  # of sampling that cuts tokens off
 
 
 def _collective_rpc(
@@ -85,10 +87,20 @@ def _init(original: Any, core: Any, vllm_config: Any, *args: Any, **kwargs: Any)
 def _add_request(original: Any, core: Any, request: Any, request_wave: int = 0) -> None:
     torn = _noted(core).torn
     if not torn or not isinstance(core, EngineCoreProc):
+        _look_at_sampling(core, request)
         original(core, request, request_wave)
         return
     logger.error("request %s is refused: %s", request.request_id, torn)
     core._send_error_outputs_to_client([request.request_id], request.client_index)
+
+
+def _look_at_sampling(core: Any, request: Any) -> None:
+    noted, model_config = _noted(core), core.vllm_config.model_config
+    if noted.warned or not asks_for_session(core.vllm_config):
+        return
+    if cut := truncation_to_warn_of(request.sampling_params, model_config):
+        noted.warned = True
+        warn_of_truncation(cut, model_config)
 
 
 def _add_request_here(original: Any, engine: Any, *args: Any, **kwargs: Any) -> Any:

@@ -5,6 +5,9 @@ had their say. A ratio of policies is wrong by all of them then, and no correcti
 can do either (`logprobs_mode`), and its head in float32, too (`head_dtype`): a trainer's logits
 are float32, and in bf16 the head alone costs a log-prob its third digit.
 
+So they are normalized over the tokens that top-k, top-p and min-p have left, which a trainer's are
+not: it is warned, once an engine.
+
     FLASHQUANT_SAMPLED_LOGPROBS=0   leave `logprobs_mode` as it is
     FLASHRL_LMHEAD_FP32=1           compute logits in float32
 """
@@ -49,3 +52,46 @@ def configure_logprobs(args: Any, environ: Mapping[str, str]) -> None:
                 "head_dtype='float32'."
             )
         args.hf_overrides = {"head_dtype": "float32", **(args.hf_overrides or {})}
+
+
+def truncation_to_warn_of(params: Any, model_config: Any) -> str | None:
+    """What a request's sampling cuts off, where its log-probs are over the rest and nobody knows.
+
+    Args:
+        params: vLLM's `SamplingParams`, as the engine core has them; None for a pooling request.
+        model_config: vLLM's `ModelConfig`.
+
+    Returns:
+        The settings that cut, as one would write them; None if nothing is to be said.
+
+    """
+    if params is None or params.logprobs is None:
+        return None
+    over_the_rest = model_config.logprobs_mode == "processed_logprobs"
+    if not over_the_rest or getattr(model_config, "return_sampling_mask", False):
+        return None
+    cuts = {
+        "top_k": 0 < params.top_k < model_config.get_vocab_size(),
+        "top_p": params.top_p < 1,
+        "min_p": params.min_p > 0,
+    }
+    found = [f"{name}={getattr(params, name):g}" for name, cuts_off in cuts.items() if cuts_off]
+    return ", ".join(found) or None
+
+
+def warn_of_truncation(cut: str, model_config: Any) -> None:
+    """Say what it does to a ratio of policies, and what this vLLM has against it."""
+    mask = (
+        "start the engine with return_sampling_mask=True (vLLM's second model runner, top_k above "
+        "0), and give outputs' sampling_mask to it"
+        if hasattr(model_config, "return_sampling_mask")
+        else "give it a tis.Truncation, since this vLLM does not say which tokens it kept"
+    )
+    logger.warning(
+        "a request is sampled with %s, so its log-probs are over the tokens that are left. A "
+        "trainer's over the whole vocabulary are lower at every token, which no correction of the "
+        "loss can mend. Sample without, or compute the trainer's with "
+        "flashquant.tis.masked_logprobs: %s (docs/loss-correction.md). This is said once an engine",
+        cut,
+        mask,
+    )
