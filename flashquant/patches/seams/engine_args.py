@@ -294,7 +294,8 @@ def _serve_as_compressed(args: Any, scheme: str) -> None:
         )
     overrides = dict(args.hf_overrides or {})
     theirs = overrides.get("quantization_config") or {}
-    check_same_scheme({**twin, **theirs}, scheme, "the model of hf_overrides")
+    if theirs.keys() - {"ignore"}:
+        check_same_scheme({**twin, **theirs}, scheme, "the model of hf_overrides")
     asked = [*(theirs.get("ignore") or ()), *_ignored_by_arguments(args, scheme)]
     if ignored := [pattern for pattern in asked if pattern not in twin["ignore"]]:
         logger.info("layers that match %s are not quantized", some_of(ignored))
