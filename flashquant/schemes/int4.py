@@ -17,9 +17,7 @@ _HALF_OF_RANGE = 7.5  # -8 and 7 are as far from zero as each other
 _TINY = torch.finfo(torch.bfloat16).tiny
 
 
-def int4_group(
-    weight: Tensor, codes: Tensor | None = None, *, group: int
-) -> tuple[Tensor, Tensor]:
+def int4_group(weight: Tensor, codes: Tensor | None = None, *, group: int) -> tuple[Tensor, Tensor]:
     """Quantize each group of columns to its own absolute maximum, rounded to nearest.
 
     scale = bf16(absmax / 7.5), code = clamp(round_half_even(weight / scale), -8, 7), in float32

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,12 +13,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import flashquant
+from flashquant.config.schemes import COMPRESSED
 from flashquant.errors import ConfigError, MisfitTensor, UnsupportedEngine
 from flashquant.schemes import DEFINITIONS
 from flashquant.sender import Sender
-from tests.engine.serving import Serving, choosing, serve
+from tests.engine.kernels import NO_AMX_KERNELS
+from tests.engine.serving import Serving, same_bits, serve
 from tests.engine.test_doors import DOORS, Weights
-from tests.engine.test_reload_equals_restart import WAYS
+from tests.engine.test_reload_equals_restart import WAYS, Push
 from tools.models import tiny_models
 from tools.models.policies import Policies
 
@@ -46,10 +48,6 @@ def there(live: Serving, policies: Policies) -> Iterator[Serving]:
     live.snapshot().assert_same(live.start)
 
 
-def pushed(there: Serving, weights: Weights, door: int) -> None:
-    DOORS[door](there, weights)
-
-
 def prepared(there: Serving, weights: Weights) -> None:
     flashquant.reload_weights(there.llm, weights, prepare=True)
 
@@ -62,17 +60,19 @@ def sent(there: Serving, weights: Weights) -> None:
     flashquant.reload_weights(there.llm, Sender(flashquant.manifest(there.llm)).stream(weights))
 
 
-@pytest.mark.parametrize(
-    "push", [*DOORS, whole, prepared, sent], ids=lambda door: door.__name__
-)
-def test_what_arrives_by_a_door_equals_a_fresh_start(there, policies, push) -> None:
+@pytest.mark.parametrize("push", [*DOORS, whole, prepared, sent], ids=lambda door: door.__name__)
+def test_what_arrives_by_a_door_equals_a_fresh_start(
+    there: Serving, policies: Policies, push: Callable[[Serving, Weights], None]
+) -> None:
     push(there, policies.tensors("b"))
 
     there.snapshot().assert_same(serve(policies.bf16("b"), there.scheme).start)
 
 
 @pytest.mark.parametrize("push", WAYS, ids=lambda way: way.__name__)
-def test_shards_in_any_order_equal_a_fresh_start(there, policies, push) -> None:
+def test_shards_in_any_order_equal_a_fresh_start(
+    there: Serving, policies: Policies, push: Push
+) -> None:
     push(there.model, policies.tensors("b"))
 
     there.snapshot().assert_same(serve(policies.bf16("b"), there.scheme).start)
@@ -115,7 +115,8 @@ def test_the_kernels_compute_with_what_the_codes_stand_for(
         prompts = [(torch.tensor(one[:39]), torch.tensor(two[:39])) for one, two in pairs]
         return max(float((one - two).abs().mean()) for one, two in prompts)
 
-    assert 10 * distance(meant) < distance(policies.bf16("a"))
+    # On a CPU with AMX, activations are int8.
+    assert 3 * distance(meant) < distance(policies.bf16("a"))
 
 
 def test_a_refused_push_leaves_no_trace(there: Serving, policies: Policies) -> None:
@@ -182,8 +183,6 @@ def test_experts_are_refused_by_name_unless_they_are_kept(tmp_path: Path) -> Non
 
 
 def test_a_checkpoint_that_is_packed_already_is_refused(policies: Policies, tmp_path: Path) -> None:
-    from flashquant.config.schemes import COMPRESSED
-
     packed = tmp_path / "packed"
     shutil.copytree(policies.bf16("a"), packed)
     said = json.loads((packed / "config.json").read_text())
@@ -194,12 +193,23 @@ def test_a_checkpoint_that_is_packed_already_is_refused(policies: Policies, tmp_
         _ = Serving(packed, "int4").llm
 
 
-def test_kernels_of_amx_are_packed_as_at_a_start(policies: Policies) -> None:
-    """Looked at by bytes, for a machine without AMX cannot compute with them."""
-    with choosing("amx"):
-        live, fresh = (Serving(policies.bf16(policy), "int4") for policy in "ab")
-        whole(live, policies.tensors("b"))
-        left, right = live.contents(), fresh.contents()
+def test_kernels_of_amx_are_packed_as_at_a_start(
+    policies: Policies, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Looked at by bytes: only a machine with AMX computes with them."""
+    if not hasattr(torch.ops._C, "convert_weight_packed_scale_zp"):
+        pytest.skip(NO_AMX_KERNELS)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    live, fresh = (Serving(policies.bf16(policy), "int4") for policy in "ab")
+    start, goal = live.contents(), fresh.contents()
+    assert live.model.get_submodule("model.layers.1.mlp.down_proj").use_w4a8
 
+    whole(live, policies.tensors("b"))
+    assert_alike(live.contents(), goal)
+    whole(live, policies.tensors("a"))
+    assert_alike(live.contents(), start)
+
+
+def assert_alike(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
     assert left.keys() == right.keys()
-    assert all(torch.equal(left[name], right[name]) for name in left)
+    assert [name for name in left if not same_bits(left[name], right[name])] == []

@@ -24,6 +24,8 @@ def policies(tmp_path_factory: pytest.TempPathFactory) -> Policies:
         "fp8_vllm",
         pytest.param("fp8_channel", marks=needs(">=0.28", "scales of whole rows over ranks")),
         pytest.param("fp8_tensor", marks=FP8_CHANNEL),
+        "int4",
+        "int4_channel",
     ],
 )
 def test_two_workers_commit_together_or_not_at_all(policies: Policies, scheme: str) -> None:

@@ -216,9 +216,7 @@ def tensors(model: nn.Module) -> dict[str, Tensor]:
         for path, leaf in leaves(module).items()
         # A compressed attention holds weights beside its cache. What a checkpoint of packed codes
         # says of their shape, no kernel reads.
-        if isinstance(leaf, Tensor)
-        and not path.startswith("kv_cache")
-        and path != "weight_shape"
+        if isinstance(leaf, Tensor) and not path.startswith("kv_cache") and path != "weight_shape"
     }
 
 

@@ -176,9 +176,7 @@ def _random(name: str, shape: tuple[int, ...], dice: torch.Generator) -> Tensor:
     return (values + 1 if "norm" in name else values).bfloat16()
 
 
-def _quantized(
-    weights: dict[str, Tensor], quantize: Quantize, *, packs: bool
-) -> dict[str, Tensor]:
+def _quantized(weights: dict[str, Tensor], quantize: Quantize, *, packs: bool) -> dict[str, Tensor]:
     """Every layer but the head and the routers in codes and scales, by the definition."""
     stored = {}
     for name, weight in weights.items():
