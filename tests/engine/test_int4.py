@@ -15,9 +15,10 @@ from torch import Tensor
 import flashquant
 from flashquant.config.schemes import COMPRESSED
 from flashquant.errors import ConfigError, MisfitTensor, UnsupportedEngine
+from flashquant.patches.seams import int4
 from flashquant.schemes import DEFINITIONS
 from flashquant.sender import Sender
-from tests.engine.kernels import NO_AMX_KERNELS
+from tests.engine.kernels import NO_AMX_KERNELS, want_int4
 from tests.engine.serving import Serving, same_bits, serve
 from tests.engine.test_doors import DOORS, Weights
 from tests.engine.test_reload_equals_restart import WAYS, Push
@@ -33,6 +34,11 @@ DOWN = "model.layers.1.mlp.down_proj.weight"
 @pytest.fixture(scope="module")
 def policies(tmp_path_factory: pytest.TempPathFactory) -> Policies:
     return Policies(tmp_path_factory.mktemp("policies"), "qwen2")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def kernel() -> None:
+    want_int4("int4")
 
 
 @pytest.fixture(scope="module", params=INT4)
@@ -213,3 +219,12 @@ def test_kernels_of_amx_are_packed_as_at_a_start(
 def assert_alike(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
     assert left.keys() == right.keys()
     assert [name for name in left if not same_bits(left[name], right[name])] == []
+
+
+def test_a_cpu_whose_build_of_vllm_has_no_kernel_is_refused_by_name(
+    policies: Policies, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(int4, "_ON_CPU", "a_kernel_of_another_build")
+
+    with pytest.raises(UnsupportedEngine, match=r"qkv_proj .*a_kernel_of_another_build.*AVX-512"):
+        _ = Serving(policies.bf16("a"), "int4").llm

@@ -17,11 +17,13 @@ from vllm.model_executor.layers.quantization.utils.quant_utils import (
     pack_quantized_values_into_int32,
 )
 from vllm.model_executor.parameter import ModelWeightParameter, PackedvLLMParameter
+from vllm.platforms import current_platform
 
 from flashquant.config.schemes import SCHEMES
 from flashquant.patches.decided import scheme_of
 from flashquant.patches.point import PatchPoint
 
+_ON_CPU = "cpu_gemm_wna16"
 _PACKED, _CODES = "weight_packed", "weight"
 _SHAPE = "weight_shape"  # of a checkpoint, for whoever unpacks it; no kernel reads it
 
@@ -32,6 +34,7 @@ def _create_weights(original: Any, form: Any, layer: nn.Module, *args: Any, **kw
         return
     width: int = kwargs["input_size_per_partition"]
     _check_width(width, group)
+    _check_kernel()
     original(form, layer, *args, **kwargs)
     packed = layer.get_parameter(_PACKED)
     loader: Any = packed
@@ -84,6 +87,19 @@ def _check_width(width: int, group: int) -> None:
         raise ValueError(
             f"its {width} input channels are no multiple of groups of {group}; use "
             f"{_fitting(width)}"
+        )
+
+
+def _check_kernel() -> None:
+    """VLLM chooses its kernel for CPUs whether it is in the build for this one, or not.
+
+    Raises:
+        ValueError: it is not; who calls names the layer.
+
+    """
+    if current_platform.is_cpu() and not hasattr(torch.ops._C, _ON_CPU):
+        raise ValueError(
+            f"vLLM's build for this CPU has no kernel of four bits ({_ON_CPU}); x86 needs AVX-512"
         )
 
 
