@@ -104,14 +104,9 @@ SCHEMES: Final[Mapping[str, Scheme]] = MappingProxyType(
                 takes_profile=True,
                 held_as="int8",
             ),
-            *(
-                Scheme(name, codes="int4", scales=scales, bits=4, group=group)
-                for name, scales, group in (
-                    ("int4", "group", 128),
-                    ("int4_g32", "group", 32),
-                    ("int4_channel", "channel", -1),
-                )
-            ),
+            Scheme("int4", codes="int4", scales="group", bits=4, group=128),
+            Scheme("int4_g32", codes="int4", scales="group", bits=4, group=32),
+            Scheme("int4_channel", codes="int4", scales="channel", bits=4, group=-1),
         )
     }
 )

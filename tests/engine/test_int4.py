@@ -1,4 +1,4 @@
-"""int4 on the real engine: packed codes of four bits, made of bf16 at the start and at each push."""
+"""int4 on the real engine: packed codes of four bits, made of bf16 at the start and by pushes."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def test_codes_may_be_pushed_and_are_four_bits(there: Serving, policies: Policie
     codes, scales = DEFINITIONS[there.scheme](weights.pop(DOWN))
     made = {DOWN: codes, f"{DOWN}_scale": scales}
 
-    with pytest.raises(MisfitTensor, match="holds codes from -[78] to 99"):
+    with pytest.raises(MisfitTensor, match=r"holds codes from -[78] to 99"):
         whole(there, {**weights, **made, DOWN: codes.index_fill(1, torch.tensor([3]), 99)})
     there.snapshot().assert_same(there.start)
     whole(there, {**weights, **made})

@@ -119,5 +119,5 @@ def test_codes_that_four_bits_do_not_hold_are_refused(code: int):
     codes = torch.tensor([[7, -8, code]], dtype=torch.int8)
 
     check_int4("w", codes[:, :2])
-    with pytest.raises(MisfitTensor, match="w holds codes from -?[0-9]+ to"):
+    with pytest.raises(MisfitTensor, match=r"w holds codes from -?[0-9]+ to"):
         check_int4("w", codes)
