@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -160,7 +161,7 @@ def _resolved(config: RolloutConfig, index: int, ranks: range, chosen: argparse.
         profile=None if profile is None else profile.reference,
         settings=config.model_dump(exclude={"fn", "model", "profile"}, exclude_defaults=True)
         | ({"scales": config.scales} if profile is not None else {}),
-        layers=_layers(checkpoint, held) if chosen.layers else None,
+        layers=_layers(checkpoint, held, config) if chosen.layers else None,
     )
 
 
@@ -224,7 +225,9 @@ def _by(config: RolloutConfig, own: Mapping[str, Any] | None) -> str:
     return f"flashquant, while vLLM loads (as {held['quant_method']} {held['format']}; not {left})"
 
 
-def _layers(checkpoint: Checkpoint | None, scheme: str) -> dict[str, tuple[str, ...]]:
+def _layers(
+    checkpoint: Checkpoint | None, scheme: str, config: RolloutConfig
+) -> dict[str, tuple[str, ...]]:
     if checkpoint is None or not os.path.isdir(checkpoint.model):
         raise ConfigError(
             "--layers needs the folder of the checkpoint, of which it reads the headers; this "
@@ -233,7 +236,22 @@ def _layers(checkpoint: Checkpoint | None, scheme: str) -> dict[str, tuple[str, 
     serve_here()
     from flashquant.patches.diagnostics import inspect_model
 
-    return _quantized_or_not(inspect_model(Path(checkpoint.model), scheme))
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "entry.yaml"
+        file.write_text(json.dumps({"configs": [_about_layers(config, scheme)]}))  # JSON is YAML
+        return _quantized_or_not(inspect_model(Path(checkpoint.model), str(file)))
+
+
+def _about_layers(config: RolloutConfig, scheme: str) -> dict[str, Any]:
+    """Of an entry, as a file has it, what decides which layers are quantized."""
+    keep = [one if isinstance(one, str) else {one.end: one.count} for one in config.keep]
+    listed = config.profile if SCHEMES[scheme].lists_layers else None
+    return {
+        "fn": scheme,
+        **({"keep": keep} if keep else {}),
+        **({"quantize_towers": True} if config.quantize_towers else {}),
+        **({"profile": listed} if listed else {}),
+    }
 
 
 def _quantized_or_not(inspection: Inspection) -> dict[str, tuple[str, ...]]:

@@ -132,6 +132,8 @@ def _table(lines: Sequence[Line]) -> Table:
 
 
 def _summarize(console: Console, inspection: Inspection) -> None:
+    from flashquant.patches.diagnostics import names_together
+
     counts = Counter(layer.how for layer in inspection.layers)
     quantized = sum(layer.quantized for layer in inspection.layers)
     console.print(
@@ -145,6 +147,7 @@ def _summarize(console: Console, inspection: Inspection) -> None:
     for title, names in (
         ("dropped by vLLM's loader", inspection.ignored),
         ("filled by no tensor", inspection.unfilled),
+        ("kept in bf16, as was asked for", names_together(inspection.in_bf16)),
     ):
         if names:
             console.print(f"  {title}: {escape(', '.join(names))}", highlight=False)

@@ -119,7 +119,7 @@ class RolloutConfig(BaseModel):
     @model_validator(mode="after")
     def _quantization_agrees_with_fn(self) -> RolloutConfig:
         stored = self.scheme.split("_")[0]
-        rival = {"int8": "fp8", "fp8": "int8"}.get(stored)
+        rival = {"int8": "fp8", "int4": "fp8", "fp8": "int"}.get(stored)
         if self.quantization and (rival is None or rival in self.quantization.lower()):
             raise ValueError(
                 f"quantization is {self.quantization!r}, but fn {self.fn!r} stores {stored}; "

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Final, Literal
 
-Granularity = Literal["channel", "tensor", "block"]
+Granularity = Literal["channel", "tensor", "block", "group"]
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,11 @@ class Scheme:
         name: its canonical name, one of those that FLASHRL_CONFIG takes.
         aliases: the others, most of them FlashRL's.
         codes: the dtype of its codes, as torch names it; None where nothing is quantized.
-        scales: what shares one scale: an output channel, a tensor, or a block of 128 x 128.
+        scales: what shares one scale: an output channel, a tensor, a block of 128 x 128, or a
+            group of neighbouring columns of a channel.
+        bits: of a code, as the kernels read it.
+        group: how many columns share a scale, where that is a group; -1 where it is a channel of
+            a scheme that has groups.
         online: what vLLM calls its own quantization to it while loading, if it has one.
         checkpoint: type, num_bits and strategy of its weights in a compressed-tensors checkpoint,
             if vLLM serves such a one.
@@ -37,6 +41,8 @@ class Scheme:
     aliases: tuple[str, ...] = ()
     codes: str | None = None
     scales: Granularity | None = None
+    bits: int = 8
+    group: int | None = None
     online: str | None = None
     checkpoint: tuple[str, int, str] | None = None
     takes_profile: bool = False
@@ -98,6 +104,9 @@ SCHEMES: Final[Mapping[str, Scheme]] = MappingProxyType(
                 takes_profile=True,
                 held_as="int8",
             ),
+            Scheme("int4", codes="int4", scales="group", bits=4, group=128),
+            Scheme("int4_g32", codes="int4", scales="group", bits=4, group=32),
+            Scheme("int4_channel", codes="int4", scales="channel", bits=4, group=-1),
         )
     }
 )
@@ -117,16 +126,26 @@ ONLINE: Final[Mapping[str, str]] = MappingProxyType(
 def _by_channel(kind: Literal["int", "float"]) -> Mapping[str, Any]:
     """A quantization config of compressed-tensors: a scale a channel, and one a token."""
     numbers: dict[str, Any] = {"num_bits": 8, "type": kind, "symmetric": True}
-    group = {
-        "targets": ["Linear"],
-        "weights": {**numbers, "strategy": "channel", "dynamic": False},
-        "input_activations": {**numbers, "strategy": "token", "dynamic": True},
-    }
+    return _compressed(
+        f"{kind}-quantized",
+        weights={**numbers, "strategy": "channel", "dynamic": False},
+        input_activations={**numbers, "strategy": "token", "dynamic": True},
+    )
+
+
+def _by_group(scheme: Scheme) -> Mapping[str, Any]:
+    """The same of weights alone: int4, a scale a group of columns, or a channel."""
+    of_group = {} if scheme.group == -1 else {"group_size": scheme.group}
+    weights = {"num_bits": scheme.bits, "type": "int", "symmetric": True, "dynamic": False}
+    return _compressed("pack-quantized", weights={**weights, "strategy": scheme.scales, **of_group})
+
+
+def _compressed(form: str, **numbers: Mapping[str, Any]) -> Mapping[str, Any]:
     return {
         "quant_method": "compressed-tensors",
-        "format": f"{kind}-quantized",
+        "format": form,
         "ignore": ["lm_head"],
-        "config_groups": {"group_0": group},
+        "config_groups": {"group_0": {"targets": ["Linear"], **numbers}},
     }
 
 
@@ -134,6 +153,10 @@ W8A8: Final[Mapping[str, Any]] = _by_channel("int")
 """The quantization config of a W8A8 checkpoint."""
 
 COMPRESSED: Final[Mapping[str, Mapping[str, Any]]] = MappingProxyType(
-    {"int8": W8A8, "fp8_tensor": _by_channel("float")}
+    {
+        "int8": W8A8,
+        "fp8_tensor": _by_channel("float"),
+        **{name: _by_group(scheme) for name, scheme in SCHEMES.items() if scheme.group is not None},
+    }
 )
 """What a bf16 checkpoint is served as in schemes of which vLLM has no online quantization."""

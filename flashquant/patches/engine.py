@@ -16,7 +16,7 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 from flashquant.config.checks import Checks
 from flashquant.config.schemes import ONLINE
 from flashquant.errors import UnsupportedEngine
-from flashquant.patches.decided import ADDITIONAL_CONFIG_KEY, PROFILE_KEY
+from flashquant.patches.decided import ADDITIONAL_CONFIG_KEY, PROFILE_KEY, kept_by
 from flashquant.patches.layers import (
     LayerBlueprint,
     LayerChoice,
@@ -61,6 +61,7 @@ class LiveEngine:
                 starts_on_floats=profile["starts_on_floats"],
                 warn_above=profile["warn_above"],
                 prunes=profile["prunes"],
+                kept={f"{module}.weight" for module in kept_by(vllm_config)},
             )
             if profile
             else None

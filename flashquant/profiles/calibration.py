@@ -30,6 +30,7 @@ from flashquant.schemes import (
     check_finite,
     int8_frozen,
     int8_refreshed,
+    scaled,
     scaled_norm,
 )
 
@@ -66,6 +67,8 @@ class Calibration:
         starts_on_floats: the checkpoint is none of codes.
         warn_above: the fraction of a weight that may be clipped before the log warns.
         prunes: silence channels that no layer reads any more, as FlashRL's `int8_prune`.
+        kept: names of weights that stay floats, and are scaled all the same: the norms in front of
+            them are.
 
     """
 
@@ -78,6 +81,7 @@ class Calibration:
         starts_on_floats: bool = False,
         warn_above: float = 1.0,
         prunes: bool = False,
+        kept: AbstractSet[str] = frozenset(),
     ) -> None:
         self.clipping: dict[str, Clipping] = {}
         self.starts_on_floats = starts_on_floats
@@ -86,7 +90,8 @@ class Calibration:
         self._entries = {name: profile.entries[name] for name in profile.entries}
         self._there: dict[tuple[str, torch.device], Entry] = {}
         self._worth: dict[tuple[str, torch.device], Tensor] = {}
-        self._fit = Fit(profile, starts_on_floats=starts_on_floats)
+        self._kept = frozenset(name for name in kept if name in self._entries)
+        self._fit = Fit(profile, starts_on_floats=starts_on_floats, kept=self._kept)
         self._pruning = Pruning(self._entries) if prunes else None
 
     def __contains__(self, name: str) -> bool:
@@ -145,6 +150,9 @@ class Calibration:
             yield name, stored if self._pruning is None else self._pruning.norm(name, stored)
             return
         scale = self._weight_scale(name, tensor.device)
+        if name in self._kept:
+            yield name, (scaled(tensor, columns, rows) * scale).to(tensor.dtype)
+            return
         if self._scales == "frozen":
             frozen = int8_frozen(tensor, columns, rows, into)
             check_finite(name, frozen.peak, (), doubts)  # codes of NaN would be zeros

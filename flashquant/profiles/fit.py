@@ -8,6 +8,7 @@ rows are those that were calibrated.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from collections.abc import Set as AbstractSet
 from typing import Final
 
 import torch
@@ -47,12 +48,15 @@ class Fit:
     Args:
         profile: as it was read.
         starts_on_floats: the checkpoint is none of codes.
+        kept: names of weights of which the engine makes no codes.
 
     """
 
-    def __init__(self, profile: Profile, *, starts_on_floats: bool) -> None:
+    def __init__(
+        self, profile: Profile, *, starts_on_floats: bool, kept: AbstractSet[str] = frozenset()
+    ) -> None:
         self.weight_scales: dict[str, Tensor] = {}
-        self._profile, self._starts_on_floats = profile, starts_on_floats
+        self._profile, self._starts_on_floats, self._kept = profile, starts_on_floats, kept
         self._entries = {name: profile.entries[name] for name in profile.entries}
         self._fingerprinted = frozenset(profile.base.fingerprint) if profile.base else frozenset()
         self._forms: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
@@ -151,7 +155,8 @@ class Fit:
 
     def _misfits_of(self, name: str, entry: Entry) -> Iterator[str]:
         shape, dtype = self._forms[name]
-        if (dtype == torch.int8) != (entry.kind == torch.int8):
+        makes_codes = entry.kind == torch.int8 and name not in self._kept
+        if (dtype == torch.int8) != makes_codes:
             yield f"{name} is {dtype} in the checkpoint, and {entry.kind} by the profile"
             return
         wanted = entry.shape
@@ -159,7 +164,7 @@ class Fit:
             w not in (None, s) for s, w in zip(shape, wanted, strict=True)
         ):
             yield f"{name} has shape {shape}, and {wanted} by the profile"
-        if entry.kind == torch.int8:
+        if makes_codes:
             scale = self.weight_scales.get(name)
             if scale is None or scale.numel() != shape[0]:
                 yield f"{name} has no weight scale for each of its {shape[0]} rows"

@@ -1,13 +1,14 @@
 """What a quantized layer stores: bf16 rows become codes and scales.
 
-The eager functions in `int8`, `fp8`, `smoothed` and `absmax` are the definition. Whatever is
-faster returns the same bits, because a reload has to equal a restart to the bit; which of
-them does the work is decided in `quick`, and nowhere else.
+The eager functions in `int8`, `int4`, `fp8`, `smoothed` and `absmax` are the definition. Whatever
+is faster returns the same bits, because a reload has to equal a restart to the bit; which of them
+does the work is decided in `quick`, and nowhere else.
 
     int8_channel   codes [N, K] int8   scales [N, 1] float32   one scale an output channel
     fp8_channel    codes [N, K] e4m3   scales [N, 1] float32   one scale an output channel
     fp8_tensor     codes [N, K] e4m3   scales [1]    float32   one scale a tensor
     fp8_tensor_rows   the same codes   scales [N, 1] float32   that one scale, in every row
+    int4_group     codes [N, K] int8   scales [N, K/G] bf16    one scale a group of G columns
 
 What tensors hold is told apart by their fingerprints (fingerprints/).
 """
@@ -19,6 +20,7 @@ from flashquant.schemes.by_name import DEFINITIONS, WHOLE
 from flashquant.schemes.chunks import row_chunks
 from flashquant.schemes.devices import current, resolved
 from flashquant.schemes.fingerprints.digests import Fingerprints, digest, digests, fingerprint
+from flashquant.schemes.int4 import check_int4
 from flashquant.schemes.quick import (
     Quantize,
     Storing,
@@ -34,7 +36,7 @@ from flashquant.schemes.quick import (
     warm,
 )
 from flashquant.schemes.smoothed import scaled, scaled_norm
-from flashquant.schemes.stored import holds_codes, quantizer
+from flashquant.schemes.stored import has_groups, holds_codes, quantizer
 from flashquant.schemes.validation import (
     Doubts,
     check_dtype,
@@ -56,6 +58,7 @@ __all__ = [
     "check_dtype",
     "check_finite",
     "check_form",
+    "check_int4",
     "check_peak",
     "check_plain",
     "current",
@@ -66,6 +69,7 @@ __all__ = [
     "fp8_static",
     "fp8_tensor",
     "fp8_tensor_rows",
+    "has_groups",
     "holds_codes",
     "int8_channel",
     "int8_frozen",

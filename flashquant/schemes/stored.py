@@ -3,21 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Final
 
 import torch
 from torch import Tensor
 
+from flashquant.config.schemes import SCHEMES
 from flashquant.errors import UnsupportedEngine
 from flashquant.schemes.by_name import DEFINITIONS, WHOLE
 from flashquant.schemes.quick import Quantize
 
+_GROUPED: Final = tuple(name for name, scheme in SCHEMES.items() if scheme.group is not None)
 # By what codes are; the first, unless the engine serves another one of them.
-_CODES = {torch.int8: ("int8",), torch.float8_e4m3fn: ("fp8_channel", "fp8_tensor")}
+_CODES: Final[Mapping[torch.dtype, tuple[str, ...]]] = MappingProxyType(
+    {
+        torch.int8: ("int8", *_GROUPED),
+        torch.float8_e4m3fn: ("fp8_channel", "fp8_tensor"),
+    }
+)
 
 
 def holds_codes(dtype: torch.dtype) -> bool:
     """Whether a parameter of this dtype holds codes, so that floats must be quantized first."""
     return dtype in _CODES
+
+
+def has_groups(scheme: str) -> bool:
+    """Whether a row may have several scales in this scheme, and codes of four bits."""
+    return scheme in _GROUPED
 
 
 def quantizer(
@@ -38,13 +52,16 @@ def quantizer(
         UnsupportedEngine: the pair is none of our schemes.
 
     """
-    if scales is None or codes.dim() < 2 or tuple(scales.shape) != (*codes.shape[:-1], 1):
+    served = _CODES[codes.dtype]
+    asked = scheme if scheme in served else served[0]
+    # How many groups there are, vLLM knows: a shard of a row has fewer than the row.
+    fits = scales is not None and codes.dim() > 1 and scales.shape[:-1] == codes.shape[:-1]
+    if scales is None or not fits or (scales.shape[-1] != 1 and not has_groups(asked)):
         shape = None if scales is None else tuple(scales.shape)
         raise UnsupportedEngine(
             f"{name} stores {codes.dtype} {tuple(codes.shape)} with scales of shape {shape}; "
             "flashquant quantizes into one scale an output channel, [..., N, 1]. Serve a "
             "checkpoint with channel scales, or a bf16 one with FLASHRL_CONFIG=fp8_vllm."
         )
-    served = _CODES[codes.dtype]
     functions: Mapping[str, Quantize] = WHOLE if stacked else DEFINITIONS
-    return functions[scheme if scheme in served else served[0]]
+    return functions[asked]

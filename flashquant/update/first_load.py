@@ -40,7 +40,8 @@ class FirstLoad:
 
     def stream(self, weights: NamedTensors) -> Iterator[tuple[str, Tensor]]:
         """The tensors as the engine's loader is to see them."""
-        if not any(holds_codes(meta.dtype) for meta in self._engine.targets.values()):
+        makes_codes = any(holds_codes(meta.dtype) for meta in self._engine.targets.values())
+        if not makes_codes and self._calibration is None:
             for name, tensor in weights:
                 self._planner.note(name, tensor)
                 yield name, tensor

@@ -20,7 +20,15 @@ from torch import Tensor
 from flashquant.errors import UnsupportedEngine
 from flashquant.plan import TensorPlan
 from flashquant.profiles import Calibration
-from flashquant.schemes import Doubts, Quantize, check_finite, holds_codes, quantizer
+from flashquant.schemes import (
+    Doubts,
+    Quantize,
+    check_finite,
+    check_int4,
+    has_groups,
+    holds_codes,
+    quantizer,
+)
 
 
 class Recipe:
@@ -32,6 +40,7 @@ class Recipe:
         dtypes: of the parameters it lands in.
         loads: the dtype in which the engine's loader holds it until codes are made of it; None
             where it is sent codes, which are then made of what the trainer sends.
+        has_groups: whether a row of its codes has several scales.
         calibration: of an engine that is served through a profile, if that speaks of it.
 
     """
@@ -61,6 +70,7 @@ class Recipe:
         self.loads = form.dtype if form is not None and is_float(form) else None
         self._entry = entry
         self._parameters, self._scheme = parameters, scheme
+        self.has_groups = self._codes is not None and has_groups(scheme)
 
     @property
     def makes_codes(self) -> bool:
@@ -74,6 +84,8 @@ class Recipe:
         entry = self._entry
         if self._codes is None or self.calibration or entry.needs_loader or entry.turns_rows:
             return None
+        if self.has_groups:
+            return None  # a byte for each code of four bits: floats say more in twice the room
         codes, scales = self._parameters[self._codes], self._parameters.get(f"{self._codes}_scale")
         try:
             quantizer(codes, scales, self._codes)
@@ -137,6 +149,8 @@ def as_stored(
             check_finite(stored_name, values, [values.dtype], doubts)
         return stored
     if not (recipe.makes_codes and is_float(tensor)):
+        if recipe.has_groups:
+            check_int4(name, tensor)
         check_finite(name, tensor, recipe.dtypes, doubts)
         return ((name, tensor),)
     if recipe.loads is not None and recipe.loads != tensor.dtype:

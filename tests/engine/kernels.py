@@ -24,6 +24,19 @@ def has_amx_kernels() -> bool:
     return hasattr(torch.ops._C, "convert_weight_packed")
 
 
+def multiplies_int4() -> bool:
+    """Whether vLLM's build for this CPU has its kernel of four bits."""
+    from vllm import _custom_ops  # noqa: F401  (loads the build that fits this CPU)
+
+    return hasattr(torch.ops._C, "cpu_gemm_wna16")
+
+
+def want_int4(scheme: str) -> None:
+    """Skip a test of a scheme of four bits on a CPU for which vLLM has no kernel of it."""
+    if scheme.startswith("int4") and not multiplies_int4():
+        pytest.skip("vLLM has no kernel of four bits in its build for CPUs without AVX-512")
+
+
 def packs_heads() -> bool:
     """Whether vLLM packs a copy of a bf16 head, in whatever kernel it takes for it."""
     return torch.cpu._is_avx512_supported()

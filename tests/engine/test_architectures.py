@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.engine.kernels import NO_AMX_KERNELS, has_amx_kernels
+from tests.engine.kernels import NO_AMX_KERNELS, has_amx_kernels, want_int4
 from tests.engine.serving import needs
 from tools.compatibility.__main__ import PAGE, has_experts
 from tools.compatibility.cell import EXACT, SCHEMES, Cell
@@ -61,6 +61,7 @@ def worker(
 def test_a_reload_equals_a_restart(worker: Worker, cell: Asked) -> None:
     if _wants_amx(*cell) and not has_amx_kernels():
         pytest.skip(NO_AMX_KERNELS)
+    want_int4(cell[1])
     assert worker.look(cell) == Cell(*cell, EXACT)
 
 

@@ -40,9 +40,17 @@ def policies(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Policies]:
 
 
 @pytest.fixture(scope="module")
-def inspected(policies: dict[str, Policies]) -> dict[str, Any]:
+def keeps(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("keeps") / "keep.yaml"
+    path.write_text("configs: [{fn: int8, keep: ['*.down_proj', {first: 1}]}]")
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def inspected(policies: dict[str, Policies], keeps: str) -> dict[str, Any]:
     """Everything in one process, in which no engine is started."""
     asked = [(policies[kind].served("a", scheme), config_name(scheme)) for kind, scheme in CASES]
+    asked.append((policies["qwen2"].bf16("a"), keeps))
     return run("inspecting", *(part for one in asked for part in one))
 
 
@@ -87,6 +95,19 @@ def test_each_tensor_lands_where_was_said(
             for step in told[name]["steps"]
             if step["what"] == "copy"
         ]
+
+
+def test_what_is_kept_is_said_beforehand(
+    policies: dict[str, Policies], inspected: dict[str, Any], keeps: str
+) -> None:
+    """By the names that the engine's status has, and as layers without codes."""
+    said = inspected["inspections"][-1]
+    live = serve(policies["qwen2"].bf16("a"), keeps)
+
+    assert tuple(said["in_bf16"]) == flashquant.status(live.llm).in_bf16 != ()
+    whole = [layer["name"] for layer in said["layers"] if not layer["quantized"]]
+    assert "model.layers.1.mlp.down_proj" in whole
+    assert "model.layers.1.mlp.gate_up_proj" not in whole
 
 
 def test_nothing_is_left_of_an_inspection(inspected: dict[str, Any]) -> None:

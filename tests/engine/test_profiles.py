@@ -6,6 +6,7 @@ the checkpoint that the arithmetic makes: its snapshot holds every one of them.
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 from collections.abc import Callable
@@ -177,6 +178,14 @@ class Made:
         where = str(self.folder / "made.safetensors")
         return flashrl.config(path, fn="int8", profile=where, scales=scales)
 
+    def keeping(self, keep: list[object], scales: str = "frozen") -> str:
+        """The same, with some modules in bf16."""
+        profile = str(self.folder / "made.safetensors")
+        entry = {"fn": "int8", "profile": profile, "scales": scales, "keep": keep}
+        path = self.folder / f"keep-{len(keep)}-{scales}.yaml"
+        path.write_text(json.dumps({"configs": [entry]}))  # JSON is YAML
+        return str(path)
+
     def write(self, name: str, weights: Weights) -> Path:
         """A bf16 checkpoint of other weights."""
         path = self.folder / name
@@ -237,6 +246,38 @@ def test_a_report_tells_how_many_codes_changed(made: Made, files: Files) -> None
     assert set(back.drift) == {n for n, e in made.profile.entries.items() if e.kind == torch.int8}
     assert back.clipped == 0
     assert back.peak == pytest.approx(1, abs=0.01)
+
+
+@pytest.mark.parametrize("scales", ["frozen", "refreshed"])
+def test_what_is_kept_beside_a_profile_is_scaled_and_stays_in_bf16(
+    made: Made, files: Files, scales: str
+) -> None:
+    """The norms in front of it are smoothed, so its columns are, too."""
+    config = made.keeping(["*.down_proj", {"first": 1}], scales)
+    live = serve(files.bf16, config)
+    fresh = serve(made.write(f"kept-{scales}", files.moved), config)
+
+    for push in (reload_weights, shuffled):
+        push(live, files.moved)
+        live.snapshot().assert_same(fresh.start)
+        push(live, tiny_models.tensors(files.bf16))
+        live.snapshot().assert_same(live.start)
+
+    kept = flashquant.status(live.llm).in_bf16
+    assert "model.layers.1.mlp.down_proj" in kept
+    assert len(kept) == 8
+
+
+def test_a_model_that_is_kept_whole_is_the_model_whatever_its_profile(
+    made: Made, files: Files
+) -> None:
+    """But for the rounding of what is smoothed."""
+    exact, kept, codes = (
+        torch.tensor([said[:39] for said in serve(files.bf16, name).start.outputs.logprobs])
+        for name in ("bf16", made.keeping(["*_proj"]), made.config())
+    )
+
+    assert 4 * (kept - exact).abs().mean() < (codes - exact).abs().mean()
 
 
 def test_the_profile_of_another_model_is_refused_by_a_bf16_checkpoint(

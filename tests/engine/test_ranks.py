@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from tests.engine.kernels import want_int4
 from tests.engine.processes import CORES, TORCHRUN, assert_lost, run_program
 from tests.engine.serving import FP8_CHANNEL, needs
 from tools.models.policies import Policies
@@ -24,10 +25,13 @@ def policies(tmp_path_factory: pytest.TempPathFactory) -> Policies:
         "fp8_vllm",
         pytest.param("fp8_channel", marks=needs(">=0.28", "scales of whole rows over ranks")),
         pytest.param("fp8_tensor", marks=FP8_CHANNEL),
+        "int4",
+        "int4_channel",
     ],
 )
 def test_two_workers_commit_together_or_not_at_all(policies: Policies, scheme: str) -> None:
     """Tensor parallel: rank 1 fails alone, and is then killed in the middle of an update."""
+    want_int4(scheme)
     answer = run_program(
         "tensor_parallel",
         policies,

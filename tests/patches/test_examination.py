@@ -16,6 +16,7 @@ from flashquant.patches.diagnostics.examination import engines, front, policies,
 from flashquant.patches.diagnostics.examination.front import Serving
 from flashquant.patches.diagnostics.examination.programs import last_words
 from flashquant.patches.diagnostics.examination.speed import timings
+from tests.engine.kernels import want_int4
 from tests.engine.serving import choosing
 from tests.support.groups import make_experts_group
 
@@ -47,6 +48,7 @@ def verdicts(folder: Path, scheme: str) -> dict[str, tuple[str, str]]:
 @pytest.mark.engine
 @pytest.mark.parametrize("scheme", engines.SCHEMES)
 def test_each_scheme_is_served_pushed_to_and_found_well(scheme: str, folder: Path) -> None:
+    want_int4(scheme)
     # vLLM's blocks of fp8 want AMX; its kernels for it run on AVX-512, too.
     with choosing("amx" if scheme == "fp8_block" else "native"):
         found = verdicts(folder, scheme)

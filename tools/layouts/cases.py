@@ -72,6 +72,7 @@ _DEEP_GEMM = "deep_gemm.transform_sf_into_required_layout"
 _CUTLASS_INT8, _CUTLASS_FP8 = "CutlassInt8ScaledMMLinearKernel", "CutlassFP8ScaledMMLinearKernel"
 _TRITON_INT8 = "TritonInt8ScaledMMLinearKernel"  # CUTLASS has none from Blackwell on
 _MARLIN, _CUTLASS_BLOCK = "MarlinFP8ScaledMMLinearKernel", "CutlassFp8BlockScaledMMKernel"
+_MARLIN_INT4, _MACHETE = "MarlinLinearKernel", "MacheteLinearKernel"
 _TORCH = "ChannelWiseTorchFP8ScaledMMLinearKernel"
 
 _FP8 = (ADA, HOPPER, BLACKWELL, RTX_BLACKWELL)
@@ -84,6 +85,10 @@ LINEAR = (
     *(Case(machine, "fp8_vllm", _CUTLASS_FP8, "codes") for machine in _FP8),
     *(Case(machine, "fp8_channel", _CUTLASS_FP8, "codes") for machine in _FP8),
     *(Case(machine, "fp8_channel_stored", _CUTLASS_FP8, "rows") for machine in _FP8),
+    *(Case(machine, "fp8_tensor", _CUTLASS_FP8, "rows") for machine in _FP8),
+    Case(AMPERE, "fp8_tensor", _MARLIN, "packed"),
+    *(Case(machine, "int4", _MARLIN_INT4, "packed") for machine in (AMPERE, ADA, BLACKWELL)),
+    Case(_off(HOPPER, _MACHETE), "int4", _MARLIN_INT4, "packed"),
     Case(AMPERE, "fp8_vllm", _MARLIN, "packed"),
     Case(AMPERE, "fp8_channel_stored", _MARLIN, "packed"),
     Case(AMPERE, "fp8_block", _MARLIN, "packed"),

@@ -22,6 +22,8 @@ from tools.layouts.machine import pretending
 from tools.models import tiny_models
 from tools.models.policies import Policies, config_name
 
+# Schemes that vLLM has for checkpoints of codes only: `make_quantized` makes them.
+_MADE = ("fp8_tensor", "int4")
 _ODD = {"odd": 516, "odd-k": 520}
 
 
@@ -89,11 +91,22 @@ def load(case: Case, folder: Path, policy: str, scheme: str | None) -> nn.Module
         checkpoint, options = policies.served(policy, case.scheme), {}
     else:
         alike = "int8_w8a8" if case.scheme == "int8" else case.scheme
-        checkpoint = policies.served(policy, alike)
+        checkpoint = (
+            _codes(policies, policy, alike) if alike in _MADE else policies.served(policy, alike)
+        )
         options = _online(case, ONLINE[alike]) if alike in ONLINE else {}
     return models.load(
         case.machine, models.configured(checkpoint, scheme, **options, **case.options)
     )
+
+
+def _codes(policies: Policies, policy: str, scheme: str) -> Path:
+    """A checkpoint that vLLM alone serves as flashquant serves the bf16 one."""
+    source = policies.bf16(policy)
+    path = source.with_name(f"{source.name}-{scheme}")
+    if not path.exists():
+        tiny_models.make_quantized(source, path, scheme)
+    return path
 
 
 def _online(case: Case, quantization: str) -> dict[str, Any]:

@@ -288,8 +288,10 @@ def _marlin_reference(b_q_weight: Tensor, size_k: int, size_n: int, num_bits: in
     """One operation to those who watch, like the one it stands for."""
     from vllm.model_executor.layers.quantization.utils import marlin_utils_test as reference
 
-    # Four codes of a column in one int32, least significant first.
-    codes = b_q_weight.t().contiguous().view(torch.uint8).t().to(torch.int32)
+    # Codes of a column in one int32, least significant first.
+    shifts = torch.arange(0, 32, num_bits, dtype=torch.int32).view(1, -1, 1)
+    codes = (b_q_weight.unsqueeze(1) >> shifts) & ((1 << num_bits) - 1)
+    codes = codes.reshape(size_k, size_n)
     packed: Tensor = reference.marlin_weights(
         codes, size_k, size_n, num_bits, reference.get_weight_perm(num_bits)
     )

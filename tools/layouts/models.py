@@ -56,6 +56,7 @@ def tensors(model: nn.Module) -> dict[str, Tensor]:
         for name, module in model.named_modules()
         if not name.endswith(".attn")
         for path, leaf in kernel_state.tensors(module)
+        if path != "weight_shape"  # of a checkpoint of packed codes; no kernel reads it
     }
 
 

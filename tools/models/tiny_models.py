@@ -44,16 +44,25 @@ _ROUTERS = (r".*mlp\.gate$", r".*block_sparse_moe\.gate$", r".*shared_expert_gat
 
 
 def _stored_as(kind: str) -> dict[str, Any]:
-    """The quantization config of a compressed-tensors checkpoint: a scale a channel, a token."""
-    numbers = {"num_bits": 8, "type": "int" if kind == "int8" else "float", "symmetric": True}
-    group = {
+    """The quantization config of a compressed-tensors checkpoint: a scale a channel, a token; of
+    `int4` a scale a group, and none of tokens."""
+    numbers: dict[str, Any] = {
+        "num_bits": 8,
+        "type": "int" if kind == "int8" else "float",
+        "symmetric": True,
+    }
+    group: dict[str, Any] = {
         "targets": ["Linear"],
         "weights": {**numbers, "strategy": "channel", "dynamic": False},
         "input_activations": {**numbers, "strategy": "token", "dynamic": True},
     }
+    if kind == "int4":
+        numbers |= {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 128}
+        group = {"targets": ["Linear"], "weights": {**numbers, "dynamic": False}}
+    forms = {"int8": "int-quantized", "int4": "pack-quantized"}
     return {
         "quant_method": "compressed-tensors",
-        "format": "int-quantized" if kind == "int8" else "float-quantized",
+        "format": forms.get(kind, "float-quantized"),
         "quantization_status": "compressed",
         "ignore": ["lm_head", *(f"re:{pattern}" for pattern in _ROUTERS)],
         "config_groups": {"group_0": group},
@@ -100,12 +109,20 @@ def make(
 
 
 def make_quantized(source: Path, path: Path, kind: str = "int8") -> Path:
-    """Write the compressed-tensors sibling of a bf16 checkpoint, in `int8` (W8A8) or `fp8`.
+    """Write the compressed-tensors sibling of a bf16 checkpoint: `int8` (W8A8), `fp8`,
+    `fp8_tensor` (the same with one scale in all rows) or `int4` (packed, groups of 128).
 
     Every linear layer but `lm_head` and routers becomes codes `[N, K]` and float32 scales
-    `[N, 1]`, experts one by one; activations are quantized per token by the engine.
+    `[N, 1]`, experts one by one; activations are quantized per token by the engine. Of `int4`, the
+    codes are eight in an int32, the scales bf16 `[N, K / 128]`, and activations stay.
     """
-    quantize = {"int8": quantize_rows, "fp8": quantize_rows_to_fp8}[kind]
+    if kind == "int4":
+        return _make_packed(source, path)
+    quantize = {
+        "int8": quantize_rows,
+        "fp8": quantize_rows_to_fp8,
+        "fp8_tensor": quantize_tensor_to_fp8,
+    }[kind]
     quantized: dict[str, Tensor] = {}
     for name, tensor in tensors(source).items():
         if _is_linear(name, tensor):
@@ -140,6 +157,36 @@ def quantize_rows_to_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
     rows = weight.to(torch.float32)
     scales = torch.div(rows.abs().max(dim=1, keepdim=True).values, torch.tensor(448.0))
     return torch.div(rows, scales).to(torch.float8_e4m3fn), scales
+
+
+def quantize_tensor_to_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """e4m3 codes by one scale, absmax / 448, whose reciprocal they are multiplied by."""
+    scale = torch.div(weight.float().abs().max(), torch.tensor(448.0))
+    codes = torch.mul(weight.float(), scale.reciprocal()).clamp(-448, 448)
+    return codes.to(torch.float8_e4m3fn), scale.repeat(len(weight), 1)
+
+
+def quantize_groups_to_int4(weight: Tensor, group: int = 128) -> tuple[Tensor, Tensor]:
+    """Codes from -8 to 7 in int8, and a scale a group: absmax / 7.5, rounded to bf16."""
+    groups = weight.float().unflatten(1, (-1, group))
+    scales = torch.div(groups.abs().max(dim=2).values, torch.tensor(7.5)).to(torch.bfloat16)
+    codes = torch.round(torch.div(groups, scales.float().unsqueeze(2))).clamp(-8, 7)
+    return codes.flatten(1).to(torch.int8), scales
+
+
+def _make_packed(source: Path, path: Path) -> Path:
+    stored: dict[str, Tensor] = {}
+    for name, tensor in tensors(source).items():
+        if not _is_linear(name, tensor):
+            stored[name] = tensor
+            continue
+        codes, stored[f"{name}_scale"] = quantize_groups_to_int4(tensor)
+        parts = [(codes[:, i::8].int() + 8) << 4 * i for i in range(8)]
+        stored[f"{name}_packed"] = torch.stack(parts).sum(0, dtype=torch.int32)
+        stored[f"{name}_shape"] = torch.tensor(tensor.shape)
+    config = json.loads((source / "config.json").read_text())
+    _write(path, config | {"quantization_config": _stored_as("int4")}, stored)
+    return path
 
 
 def _random(name: str, shape: torch.Size, dice: torch.Generator) -> Tensor:

@@ -25,7 +25,7 @@ from flashquant.config.schemes import COMPRESSED, SCHEMES
 from flashquant.errors import PatchError
 from flashquant.patches import guard
 from flashquant.patches.seams import engine_args
-from flashquant.schemes import DEFINITIONS
+from flashquant.schemes import DEFINITIONS, has_groups
 
 Verdict = Literal["ok", "skipped", "fails"]
 _WORDS = 400  # shown of what a kernel raises
@@ -146,6 +146,8 @@ def _as_on_the_cpu(name: str, quantize: Quantize, weight: Tensor, device: str) -
     if not all(_same(one, other.cpu()) for one, other in zip(here, there, strict=True)):
         return Finding("kernels", topic, "fails", "other bits than on the CPU")
     codes, scales = here
+    if has_groups(name):
+        scales = scales.float().repeat_interleave(weight.shape[1] // scales.shape[1], 1)
     error = (codes.float() * scales - weight.float()).abs() / scales
     coarse = error.max().item()
     if not coarse <= _COARSEST[name]:
@@ -158,6 +160,9 @@ def _as_vllms(name: str, quantize: Quantize, weight: Tensor, device: str) -> Fin
     topic = f"{name} against vLLM's kernel on {device}"
     if device == "cpu":
         reason = "vLLM has no fp8 kernel for the CPU, and its int8 kernel rounds differently"
+        return Finding("kernels", topic, "skipped", f"{reason}; ours are used for both")
+    if name not in _VLLMS:
+        reason = "vLLM packs codes of four bits, and makes none"
         return Finding("kernels", topic, "skipped", f"{reason}; ours are used for both")
     there = weight.to(device)
     ours, theirs = quantize(there), _VLLMS[name](there)
@@ -182,9 +187,10 @@ def _compare_scales(topic: str, weight: Tensor, ours: Tensor, theirs: Tensor) ->
 
 
 def _weight() -> Tensor:
-    """Rows of very different sizes, zeros among them; an odd shape, so that no tile fits."""
+    """Rows of very different sizes, zeros among them; an odd shape, so that no tile fits, but
+    groups do."""
     dice = torch.Generator().manual_seed(0)
-    weight = torch.randn(131, 272, generator=dice, device="cpu")
+    weight = torch.randn(131, 384, generator=dice, device="cpu")
     weight *= torch.logspace(-6, 2, 131, device="cpu")[:, None]
     weight[7] = 0
     return weight.bfloat16()
@@ -201,6 +207,8 @@ def _vllms_by_tensor(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 # Half a step of an integer; half of the widest step of e4m3, which is 32 at 448.
 _COARSEST = {"int8": 0.51, "fp8_channel": 16.01, "fp8_tensor": 16.01, "fp8_vllm": 16.01}
+# The same of four bits, whose scales are rounded to bf16: 7.5 of them may be 7.53.
+_COARSEST |= {name: 0.54 for name in DEFINITIONS if has_groups(name)}
 _VLLMS: dict[str, Quantize] = {
     "int8": lambda weight: ops.scaled_int8_quant(weight)[:2],
     "fp8_channel": lambda weight: ops.scaled_fp8_quant(weight, use_per_token_if_dynamic=True),

@@ -103,6 +103,8 @@ class Inspection:
     Attributes:
         unfilled: parameters that no tensor of the checkpoint fills.
         looked_at: the layers that were processed to know the others by, one a kind.
+        in_bf16: the linear layers and experts, by their names in the checkpoint, that stay in bf16
+            because the configuration keeps them.
 
     """
 
@@ -114,6 +116,7 @@ class Inspection:
     layers: tuple[InspectedLayer, ...]
     unfilled: tuple[str, ...]
     looked_at: tuple[str, ...]
+    in_bf16: tuple[str, ...] = ()
 
     @property
     def ignored(self) -> tuple[str, ...]:

@@ -30,6 +30,7 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 
 from flashquant.errors import ConfigError, FlashquantError, ReloadError, UnsupportedEngine
 from flashquant.patches import is_patched, patch, unpatch
+from flashquant.patches.decided import kept_by
 from flashquant.patches.diagnostics.bench import flashrl_config, room_for_others
 from flashquant.patches.diagnostics.inspected import (
     Destination,
@@ -52,6 +53,7 @@ from flashquant.patches.layers import (
     packed_once,
 )
 from flashquant.patches.seams.blame import naming_the_layer
+from flashquant.patches.seams.kept import check_kept
 from flashquant.patches.seams.loading import engine_of
 from flashquant.plan import Fill, Planner, Replay, Step, Write, named_forms
 from flashquant.schemes import holds_codes
@@ -68,7 +70,8 @@ def inspect_model(path: Path, scheme: str) -> Inspection:
         scheme: what FLASHRL_CONFIG would say: a scheme, or a file.
 
     Raises:
-        ConfigError: what FLASHRL_CONFIG may not say, or the folder is no checkpoint.
+        ConfigError: what FLASHRL_CONFIG may not say, or keeps of the model; or the folder is no
+            checkpoint.
         ReloadError: the folder holds no safetensors.
         UnsupportedEngine: the model cannot be served in this scheme on this machine, or cannot be
             created without its weights.
@@ -103,6 +106,9 @@ def inspect_model(path: Path, scheme: str) -> Inspection:
             ),
             unfilled=_unfilled(planner, engine.targets),
             looked_at=tuple(group[0].name for group in reversed(chosen.values())),
+            in_bf16=check_kept(
+                model, kept_by(config), {n: planner.plan[n].targets for n in planner.plan.names}
+            ),
         )
 
 

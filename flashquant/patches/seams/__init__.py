@@ -5,7 +5,7 @@ loading       a session opens, from the creation of a model until it serves (bla
 towers        those of multimodal models stay in bf16
 reload        vLLM's own reload becomes a bracket; sleep: weights that are put away
 worker        new methods on every worker; engine_core: the scheduler hears of it (derived)
-moe, lora, cutlass   what vLLM needs before it can serve these in our schemes
+moe, lora, cutlass, int4   what vLLM needs before it can serve these in our schemes
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from flashquant.patches.seams import (
     cutlass,
     engine_args,
     engine_core,
+    int4,
     loading,
     lora,
     moe,
@@ -37,4 +38,5 @@ POINTS = (
     *engine_core.POINTS,
     *cutlass.POINTS,
     *moe.POINTS,
+    *int4.POINTS,
 )

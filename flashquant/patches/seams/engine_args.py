@@ -10,7 +10,7 @@ from __future__ import annotations
 import fnmatch
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import vllm
@@ -94,8 +94,6 @@ def configure(args: Any, config: RolloutConfig, checks: Checks) -> None:
     profile = _profile_of(config)
     _check_profile(profile, config, args.model, is_quantized=own is not None)
     kept = keep_in_bf16(args, config, checkpoint)
-    if profile is not None:
-        _refuse_scaled(kept, profile)
     _choose_quantization(args, config, own)
     if config.params_to_ignore:
         logger.warning(
@@ -249,16 +247,6 @@ def _profile_of(config: RolloutConfig) -> Located | None:
     return profile_of(config)
 
 
-def _refuse_scaled(kept: Iterable[str], profile: Located) -> None:
-    """A layer whose columns a profile scales would need scaled weights in bf16, too."""
-    entries = load_profile(profile.path).entries if kept else {}
-    if wrong := next((module for module in kept if f"{module}.weight" in entries), None):
-        raise ConfigError(
-            f"keep: {wrong} stays in bf16, but the profile {profile.reference} scales it together "
-            "with the norm in front of it. Leave it out of keep, or `profile` out of the entry."
-        )
-
-
 def _set_quantization(args: Any, quantization: str, scheme: str) -> None:
     same = {quantization, "fp8"} if scheme == "fp8_vllm" else {quantization}
     if args.quantization is not None and args.quantization not in same:
@@ -294,7 +282,8 @@ def _serve_as_compressed(args: Any, scheme: str) -> None:
         )
     overrides = dict(args.hf_overrides or {})
     theirs = overrides.get("quantization_config") or {}
-    check_same_scheme({**twin, **theirs}, scheme, "the model of hf_overrides")
+    if theirs.keys() - {"ignore"}:
+        check_same_scheme({**twin, **theirs}, scheme, "the model of hf_overrides")
     asked = [*(theirs.get("ignore") or ()), *_ignored_by_arguments(args, scheme)]
     if ignored := [pattern for pattern in asked if pattern not in twin["ignore"]]:
         logger.info("layers that match %s are not quantized", some_of(ignored))

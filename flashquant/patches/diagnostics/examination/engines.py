@@ -234,8 +234,9 @@ def tensors(model: nn.Module) -> dict[str, Tensor]:
         for name, module in model.named_modules()
         if not name.endswith(".attn")
         for path, leaf in leaves(module).items()
-        # A compressed attention holds weights beside its cache.
-        if isinstance(leaf, Tensor) and not path.startswith("kv_cache")
+        # A compressed attention holds weights beside its cache. What a checkpoint of packed codes
+        # says of their shape, no kernel reads.
+        if isinstance(leaf, Tensor) and not path.startswith("kv_cache") and path != "weight_shape"
     }
 
 

@@ -98,7 +98,8 @@ def write(folder: Path, model: str = DENSE) -> None:
         _save(folder / policy, config, weights)
     for scheme, held in COMPRESSED.items():
         stored = {**held, "ignore": [*held["ignore"], _ROUTER]}
-        codes = _quantized(weights, DEFINITIONS[scheme])
+        packs = held["format"] == "pack-quantized"
+        codes = _quantized(weights, DEFINITIONS[scheme], packs=packs)
         _save(folder / f"b-{scheme}", {**config, "quantization_config": stored}, codes)
 
 
@@ -175,14 +176,26 @@ def _random(name: str, shape: tuple[int, ...], dice: torch.Generator) -> Tensor:
     return (values + 1 if "norm" in name else values).bfloat16()
 
 
-def _quantized(weights: dict[str, Tensor], quantize: Quantize) -> dict[str, Tensor]:
+def _quantized(weights: dict[str, Tensor], quantize: Quantize, *, packs: bool) -> dict[str, Tensor]:
     """Every layer but the head and the routers in codes and scales, by the definition."""
     stored = {}
     for name, weight in weights.items():
-        stored[name] = weight
-        if "_proj" in name:
-            stored[name], stored[f"{name}_scale"] = quantize(weight)
+        if "_proj" not in name:
+            stored[name] = weight
+            continue
+        codes, stored[f"{name}_scale"] = quantize(weight)
+        if packs:
+            stored[f"{name}_packed"] = _packed(codes)
+            stored[f"{name}_shape"] = torch.tensor(codes.shape)
+        else:
+            stored[name] = codes
     return stored
+
+
+def _packed(codes: Tensor) -> Tensor:
+    """Eight codes of four bits in an int32, counted from 0, the first one lowest."""
+    from_zero = codes.int() + 8
+    return torch.stack([from_zero[:, i::8] << 4 * i for i in range(8)]).sum(0, dtype=torch.int32)
 
 
 def _save(path: Path, config: dict[str, Any], weights: dict[str, Tensor]) -> None:
