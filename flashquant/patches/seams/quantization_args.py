@@ -1,4 +1,4 @@
-"""How vLLM is asked to quantize as a scheme says; what else it was asked for is honoured, or refused.
+"""How vLLM is asked to quantize as a scheme says; what else is asked of it is honoured or refused.
 
 a quantized checkpoint       is served as it is: it says itself which layers it leaves in bf16
 int8, fp8_tensor             a bf16 checkpoint gets the quantization config of its twin of codes
