@@ -109,12 +109,12 @@ def _refuse_another_ignore(args: Any, own: Mapping[str, Any]) -> None:
     """What a checkpoint holds as codes has no bf16 to stay in, and the rest is in bf16 anyway."""
     before: Iterable[str] = own.get("ignore") or ()
     over = _overriding(args).get("ignore", before) or ()
-    asked = "quantization_config" if _settings(args) else ""
+    asked = "a quantization_config" if _settings(args) else ""
     if not asked and set(over) == set(before):
         return
     raise ConfigError(
-        f"the engine was given {asked or 'a quantization_config in hf_overrides'}, but {args.model} "
-        "is quantized already, and says itself which of its layers are not "
+        f"the engine was given {asked or 'a quantization_config in hf_overrides'}, but "
+        f"{args.model} is quantized already, and says itself which of its layers are not "
         f"({some_of(before) or 'none'}). Leave it out; or serve the bf16 checkpoint, of which "
         "`ignore` keeps any layer in bf16."
     )
