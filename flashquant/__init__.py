@@ -271,10 +271,10 @@ def status(target: Any) -> Status | Awaitable[Status]:
         A `Status`: `scheme`, `version` (updates committed; 0 is the checkpoint), `digest` (hex; two
         engines with the same one hold the same weights), `pending` (layer -> parameters that have
         yet to arrive), `dropped` and `refused` (what a sync left out), `refusal` (the last error,
-        also where a training stack swallowed it), `torn`, `asleep`, `foreign` (weights that
-        something outside flashquant has written), and how each layer is updated (`direct`,
-        `staged`, `fallback`). One line as `str()`. For an `AsyncLLM`, an awaitable of one; of
-        several workers, all in one.
+        also where a training stack swallowed it), `quiet` (seconds since anything came of an
+        update that is still open), `torn`, `asleep`, `foreign` (weights that something outside
+        flashquant has written), and how each layer is updated (`direct`, `staged`, `fallback`).
+        One line as `str()`. For an `AsyncLLM`, an awaitable of one; of several workers, all in one.
 
     Raises:
         ReloadError: the target is none of these, or flashquant does not look after it:

@@ -14,6 +14,7 @@ from collections import Counter
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 from tests.support import isa, vision
 
@@ -32,6 +33,7 @@ os.environ.update(
 )
 # Some tests interrupt themselves, which a run in the background would ignore.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+settings.register_profile("long", max_examples=1000)  # --hypothesis-profile long
 
 
 _injected: Counter[str] = Counter()  # faults, by the engine they were thrown at

@@ -76,7 +76,7 @@ class Deltas:
         """
         session = self._session
         session.transactions.take_back_what_was_cut_off()
-        idle = session.transactions.current is None
+        idle = not session.transactions.under_way
         settled = idle and not (
             session.transactions.serving.asleep or session.transactions.serving.torn
         )

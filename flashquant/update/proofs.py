@@ -51,7 +51,7 @@ class Proofs:
 
     def look(self) -> None:
         """Report who wrote into live weights past this session, unless an update is under way."""
-        if self._transactions.current is None:
+        if not self._transactions.under_way:
             self._foreign_writes.look()
 
     def look_at(self, layer: str) -> None:
@@ -117,7 +117,7 @@ class Proofs:
     def digests(self) -> dict[str, str]:
         """The same for each thing they read, by name."""
         taken = digests(item for layer in self._engine.layers for item in layer.contents())
-        if self._transactions.current is None:
+        if not self._transactions.under_way:
             self._foreign_writes.compare(taken)
         return taken
 
@@ -130,7 +130,7 @@ class Proofs:
         for layer in self._engine.layers:
             fingerprints.add(layer.contents())
             yield None
-        if self._transactions.version == version and self._transactions.current is None:
+        if self._transactions.version == version and not self._transactions.under_way:
             taken = fingerprints.read()
             self._foreign_writes.compare(taken)
             yield digest(taken)

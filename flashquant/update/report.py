@@ -213,6 +213,9 @@ class Status:
         refusal: the last push, or end of an update, that was refused; None if none ever was.
         in_bf16: the linear layers and experts, by their names in the checkpoint, that stay in bf16
             because the configuration keeps them.
+        quiet: of an update that was begun and is not finished, the seconds since anything came of
+            it; None where none is open. Until it is over, `digest` and `parameters` are of what
+            it has written so far.
 
     """
 
@@ -233,6 +236,7 @@ class Status:
     refused: tuple[str, ...] = ()
     refusal: Refusal | None = None
     in_bf16: tuple[str, ...] = ()
+    quiet: float | None = None
 
     @classmethod
     def of_workers(cls, statuses: Sequence[Status]) -> Status:
@@ -246,6 +250,7 @@ class Status:
             pending |= status.pending
             dropped |= status.dropped
         refusals = [status.refusal for status in statuses if status.refusal is not None]
+        quiet = [status.quiet for status in statuses if status.quiet is not None]
         return replace(
             statuses[0],
             scheme=", ".join(dict.fromkeys(status.scheme for status in statuses)),
@@ -255,6 +260,7 @@ class Status:
             dropped=dropped,
             refused=tuple(dict.fromkeys(name for status in statuses for name in status.refused)),
             refusal=max(refusals, key=lambda refusal: refusal.when, default=None),
+            quiet=min(quiet, default=None),
             digest=_digest_of(ranks),
             ranks=ranks,
             foreign=tuple(dict.fromkeys(name for status in statuses for name in status.foreign)),
@@ -283,6 +289,8 @@ class Status:
             parts.append(f"MODIFIED OUTSIDE FLASHQUANT: {some_of(self.foreign)}")
         if self.asleep:
             parts.append("asleep")
+        if self.quiet is not None:
+            parts.append(f"an update is open, nothing has come of it for {self.quiet:.0f} s")
         parts += [f"{layer} waits for {some_of(names)}" for layer, names in self.pending.items()]
         parts += [f"draft {name} at version {version}" for name, version in self.drafts.items()]
         if self.dropped:

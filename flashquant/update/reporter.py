@@ -120,6 +120,7 @@ class Reporter:
             staged=tuple(placed["staged"]),
             fallback=tuple(placed["fallback"]),
             in_bf16=self._engine.in_bf16,
+            quiet=self._transactions.quiet,
         )
 
     def report(self, update: Update, now: float, *, pause: float) -> ReloadReport:

@@ -58,6 +58,11 @@ class Transactions:
         self._settle, self._timeout = settle, timeout
 
     @property
+    def under_way(self) -> bool:
+        """Whether there is an update that is neither committed nor rolled back yet."""
+        return self.current is not None and not self.current.over
+
+    @property
     def in_bracket(self) -> bool:
         """Whether a bracket is open."""
         return self.current is not None and self.current.bracket and not self.current.over
@@ -74,7 +79,7 @@ class Transactions:
         The block prepares it; if it fails, there is no bracket.
         """
         self.take_back_what_was_cut_off()
-        if self.current is not None and not self.current.over:
+        if self.current is not None and self.under_way:
             logger.warning("an update was begun and never finished; it is rolled back")
             self._roll_back(self.current, ReloadError("another update began"))
         update.busy = True

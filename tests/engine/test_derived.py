@@ -126,3 +126,16 @@ def test_a_connector_that_can_is_told_to_drop_old_keys() -> None:
         reset_running_requests=True, reset_connector=True
     )
     core.model_executor.collective_rpc.assert_not_called()
+
+
+def test_scales_of_the_first_batch_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    """vLLM up to 0.27 keeps those that it made of the old weights."""
+    core = mock.Mock()
+    core.scheduler.get_kv_connector.return_value = core.scheduler.ec_connector = None
+
+    for asked in (False, True):
+        core.vllm_config.cache_config = SimpleNamespace(calculate_kv_scales=asked)
+        derived.warn(core)
+
+    (warning,) = caplog.messages
+    assert "still those of the old weights" in warning

@@ -96,6 +96,23 @@ def test_a_bias_does_not_answer_for_the_weight_beside_it(live: Serving, policies
     assert flashquant.status(live.llm).foreign == ()
 
 
+@pytest.mark.parametrize("write", ["in place", "data"])
+def test_a_bracket_that_failed_and_was_never_closed_hides_no_write(
+    live: Serving, policies: Policies, write: str
+) -> None:
+    """Its trainer is gone, or has swallowed the refusal: the old weights are what is live."""
+    a = policies.tensors("a")
+    live.session.begin()
+    with pytest.raises(MisfitTensor, match="NaN"):
+        live.session.push([(OTHER, a[OTHER] * torch.nan)])
+
+    norm = dict(live.model.named_parameters())[NORM]
+    with torch.no_grad():
+        (norm if write == "in place" else norm.data).mul_(3)
+
+    assert flashquant.status(live.llm).foreign == (NORM,)
+
+
 @RESET
 def test_a_reset_model_generates_when_all_of_it_was_pushed(
     live: Serving, policies: Policies

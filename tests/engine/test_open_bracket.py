@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+import flashquant
 from flashquant.errors import TornWeights
 from flashquant.patches.seams.loading import check_servable
 from tests.engine import processes
@@ -98,10 +99,12 @@ def test_in_the_callers_own_process_the_next_step_takes_it_back(
     live.session.push(weights[: len(weights) // 2])
     with pytest.raises(TornWeights):
         check_servable(live.model)
+    assert flashquant.status(live.llm).quiet is not None
 
     time.sleep(0.6)
 
     live.snapshot().assert_same(live.start)
+    assert flashquant.status(live.llm).quiet is None
 
 
 def test_a_trainer_that_was_taken_to_be_gone_cannot_go_on_in_the_middle(

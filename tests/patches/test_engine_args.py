@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -108,9 +109,67 @@ def test_an_explicit_executor_beats_the_one_in_the_file(bf16: Path) -> None:
     assert configured(bf16, config).distributed_executor_backend == "external_launcher"
 
 
-def test_a_contradicting_quantization_is_refused(bf16: Path) -> None:
-    with pytest.raises(ConfigError, match="Drop one of the two"):
-        configured(bf16, RolloutConfig(fn="fp8_channel"), quantization="fp8_per_block")
+CONTRADICTIONS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "another scheme of vLLM's": (
+        "fp8_channel",
+        {"quantization": "fp8_per_block"},
+        "Drop one of the two",
+    ),
+    "a scheme, where there is to be none": ("bf16", {"quantization": "fp8"}, "Drop one of the two"),
+    "other codes of linear layers": (
+        "fp8_vllm",
+        {"quantization_config": {"linear": "fp8_per_block"}},
+        "asks for fp8_vllm, .* whose linear ask for something else",
+    ),
+    "other codes of experts": (
+        "fp8_channel",
+        {"quantization_config": {"moe": "mxfp8"}},
+        "whose moe ask for something else",
+    ),
+    "codes that the checkpoint does not hold": (
+        "bf16",
+        {"hf_overrides": {"quantization_config": W8A8}},
+        "hf_overrides says that it is quantized already",
+    ),
+}
+
+
+@pytest.mark.parametrize(("name", "explicit", "says"), CONTRADICTIONS.values(), ids=CONTRADICTIONS)
+def test_a_contradicting_argument_is_refused(
+    bf16: Path, name: str, explicit: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(ConfigError, match=says):
+        configured(bf16, RolloutConfig(fn=name), **explicit)
+
+
+def test_what_agrees_with_the_scheme_is_no_contradiction(bf16: Path) -> None:
+    same = {"linear": "fp8_per_tensor", "ignore": ["lm_head"]}
+
+    args = configured(bf16, RolloutConfig(fn="fp8_vllm"), quantization_config=same)
+
+    assert args.quantization_config.ignore == ["lm_head"]
+
+
+DOWN = "re:.*down_proj.*"
+ANEW = {
+    "by vLLM's own argument": {"quantization_config": {"ignore": [DOWN]}},
+    "by hf_overrides": {"hf_overrides": {"quantization_config": {**W8A8, "ignore": [DOWN]}}},
+}
+
+
+@pytest.mark.parametrize("explicit", ANEW.values(), ids=ANEW)
+def test_what_a_quantized_checkpoint_leaves_in_bf16_cannot_be_said_anew(
+    w8a8: Path, explicit: dict[str, Any]
+) -> None:
+    """Its codes have no bf16; vLLM says so in words of its own, or looks for scales in vain."""
+    with pytest.raises(ConfigError, match=r"is quantized already, and says itself.*lm_head.*bf16"):
+        configured(w8a8, RolloutConfig(fn="int8"), **explicit)
+
+
+def test_the_ignore_of_a_quantized_checkpoint_may_be_repeated(w8a8: Path) -> None:
+    own = json.loads((w8a8 / "config.json").read_text())["quantization_config"]
+
+    configured(w8a8, RolloutConfig(fn="int8"), hf_overrides={"quantization_config": own})
 
 
 def test_ranks_that_would_scale_their_own_shards_are_refused(

@@ -73,9 +73,13 @@ def test_there_is_no_digest_of_a_policy_that_is_half_there():
     session.push(only("q.weight"))
     assert Deltas(session).manifest().digest is None
     session.push(only("k.weight"))
-    assert Deltas(session).manifest().digest is not None
+    whole = Deltas(session).manifest().digest
+    assert whole is not None
     session.begin()
     assert Deltas(session).manifest().digest is None
+    with pytest.raises(ReloadError):
+        session.push([("nobody.weight", NEW["norm.weight"])])
+    assert Deltas(session).manifest().digest == whole  # rolled back, though nobody has closed it
 
 
 def test_there_is_no_digest_where_a_loader_does_more_than_copy():

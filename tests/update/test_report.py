@@ -96,6 +96,14 @@ def test_a_status_says_which_layer_waits_for_what(status):
     assert "model.layers.0.qkv_proj waits for k_proj.weight" in str(waiting)
 
 
+def test_a_status_says_that_an_update_was_begun_and_not_finished(status):
+    """Of several workers, that of the one into which something came last."""
+    told = [replace(status, quiet=quiet) for quiet in (None, 312.4, 298.9)]
+
+    assert "an update is open, nothing has come of it for 299 s" in str(Status.of_workers(told))
+    assert "open" not in str(Status.of_workers([status, status]))
+
+
 def test_a_torn_model_says_so(status):
     assert "refuses to serve" in str(replace(status, torn=True))
 

@@ -5,6 +5,7 @@ KV connector        the same, outside the engine   told to drop them; one that c
 encoder cache       embeddings of images, sounds   reset in scheduler and workers, together
 late interaction    embeddings of queries          reset with the encoder cache
 EC connector        embeddings outside the engine  cannot be dropped: a warning
+KV cache scales     of the first batch, if asked   stay: a warning (vLLM up to 0.27)
 a draft             a model of its own             a warning; `status` tells its version
 a shared head       the target's, in a draft       the same memory: updated with it
 LoRA adapters       nothing: low-rank, beside the layers
@@ -69,6 +70,12 @@ def warn(core: Any) -> None:
             "images that it holds are answered from embeddings of the old weights. Empty its "
             "storage after each update, or serve without it.",
             type(outside).__name__,
+        )
+    if getattr(core.vllm_config.cache_config, "calculate_kv_scales", False):
+        logger.warning(
+            "calculate_kv_scales makes the scales of the KV cache of the first batch, and keeps "
+            "them: after an update they are still those of the old weights, and a restart would "
+            "make others. Serve without it: vLLM then takes them from the checkpoint, or 1.0."
         )
 
 

@@ -7,7 +7,6 @@ the process that creates the engine. What was decided travels inside vLLM's
 
 from __future__ import annotations
 
-import fnmatch
 import logging
 import os
 from collections.abc import Mapping
@@ -15,14 +14,13 @@ from typing import Any
 
 import vllm
 from transformers import PretrainedConfig
-from vllm.config.quantization import resolve_quantization_config
 
 from flashquant.config import env
 from flashquant.config.checks import Checks, checks_from_env
 from flashquant.config.locate import Located, split_revision
-from flashquant.config.resolve import check_same_scheme, profile_of
+from flashquant.config.resolve import profile_of
 from flashquant.config.schema import FlashConfig, RolloutConfig, config_from_env
-from flashquant.config.schemes import COMPRESSED, SCHEMES, Scheme
+from flashquant.config.schemes import SCHEMES, Scheme
 from flashquant.errors import ConfigError
 from flashquant.patches.channels import ENTRY
 from flashquant.patches.decided import (
@@ -36,8 +34,8 @@ from flashquant.patches.guard import vllm_is
 from flashquant.patches.point import PatchPoint
 from flashquant.patches.seams.kept import keep_in_bf16
 from flashquant.patches.seams.logprobs import configure_logprobs
+from flashquant.patches.seams.quantization_args import choose_quantization, held_as
 from flashquant.profiles import load_profile
-from flashquant.update import some_of
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +92,7 @@ def configure(args: Any, config: RolloutConfig, checks: Checks) -> None:
     profile = _profile_of(config)
     _check_profile(profile, config, args.model, is_quantized=own is not None)
     kept = keep_in_bf16(args, config, checkpoint)
-    _choose_quantization(args, config, own)
+    choose_quantization(args, config, own)
     if config.params_to_ignore:
         logger.warning(
             "params_to_ignore has no effect, as in FlashRL, which never reads it: what a reload "
@@ -145,42 +143,12 @@ def _check_profile(
         )
 
 
-def _choose_quantization(args: Any, config: RolloutConfig, own: Mapping[str, Any] | None) -> None:
-    """Let vLLM quantize as the scheme asks, or check that the checkpoint is quantized so already.
-
-    Args:
-        args: vLLM's `EngineArgs`, changed in place.
-        config: which scheme is asked for.
-        own: the `quantization_config` of the checkpoint, if it has one.
-
-    """
-    asked = SCHEMES[config.scheme]
-    scheme = _held_as(asked)
-    if own is not None:
-        check_same_scheme(own, scheme, args.model)
-        if config.quantize_towers:
-            raise ConfigError(
-                f"quantize_towers is for bf16 checkpoints, and {args.model} is quantized already: "
-                "it says itself which layers are. Leave quantize_towers out."
-            )
-    elif scheme in COMPRESSED:
-        _serve_as_compressed(args, scheme)
-    elif asked.online is not None:
-        _refuse_overrides(args, config.scheme)
-        _set_quantization(args, asked.online, asked.name)
-        # vLLM makes settings of the name when the arguments are created, which is over; where
-        # they are missing, only 0.30 and later would make them once more.
-        args.quantization_config = resolve_quantization_config(
-            args.quantization, args.quantization_config
-        )
-
-
 def _decided(
     config: RolloutConfig, checks: Checks, profile: Located | None, *, starts_on_floats: bool
 ) -> dict[str, Any]:
     """What travels to the workers, in vLLM's `additional_config`."""
     decided: dict[str, Any] = {
-        "scheme": _held_as(SCHEMES[config.scheme]),
+        "scheme": held_as(SCHEMES[config.scheme]),
         STARTS_ON_FLOATS: starts_on_floats,
         "checks": checks.model_dump(),
     }
@@ -195,11 +163,6 @@ def _decided(
             "prunes": config.scheme == "int8_prune",
         }
     return decided
-
-
-def _held_as(scheme: Scheme) -> str:
-    """The scheme as which the engine's memory is written."""
-    return scheme.held_as or scheme.name
 
 
 def _refuse_what_is_not_served(config: RolloutConfig) -> None:
@@ -245,78 +208,6 @@ def _profile_of(config: RolloutConfig) -> Located | None:
             "%s needs no profile; %s is not read, as in FlashRL", config.fn, config.profile
         )
     return profile_of(config)
-
-
-def _set_quantization(args: Any, quantization: str, scheme: str) -> None:
-    same = {quantization, "fp8"} if scheme == "fp8_vllm" else {quantization}
-    if args.quantization is not None and args.quantization not in same:
-        raise ConfigError(
-            f"FLASHRL_CONFIG asks for {scheme} (quantization={quantization!r}), but the engine was "
-            f"given quantization={args.quantization!r}. Drop one of the two."
-        )
-    args.quantization = quantization
-
-
-def _refuse_overrides(args: Any, scheme: str) -> None:
-    """A quantization config in hf_overrides would make vLLM take the checkpoint for quantized."""
-    if isinstance(args.hf_overrides, Mapping) and args.hf_overrides.get("quantization_config"):
-        raise ConfigError(
-            f"FLASHRL_CONFIG asks for {scheme}, which quantizes while it loads, and hf_overrides "
-            "says that the checkpoint is quantized already. Leave its quantization_config out; to "
-            "keep layers in bf16, give the engine quantization_config={'ignore': [...]}."
-        )
-
-
-def _serve_as_compressed(args: Any, scheme: str) -> None:
-    """Give a bf16 checkpoint the quantization config of its compressed-tensors twin.
-
-    vLLM has no online int8 for dense layers, and none by tensor with scales of channels. A bf16
-    checkpoint is therefore served as if it were one that holds codes, and quantized on its way in.
-    """
-    twin = COMPRESSED[scheme]
-    if callable(args.hf_overrides):
-        raise ConfigError(
-            f"{scheme} on a bf16 checkpoint adds a quantization_config to hf_overrides, which was "
-            "given as a function. Pass hf_overrides as a dict, or serve a checkpoint that is "
-            "quantized already."
-        )
-    overrides = dict(args.hf_overrides or {})
-    theirs = overrides.get("quantization_config") or {}
-    if theirs.keys() - {"ignore"}:
-        check_same_scheme({**twin, **theirs}, scheme, "the model of hf_overrides")
-    asked = [*(theirs.get("ignore") or ()), *_ignored_by_arguments(args, scheme)]
-    if ignored := [pattern for pattern in asked if pattern not in twin["ignore"]]:
-        logger.info("layers that match %s are not quantized", some_of(ignored))
-    ours = {**twin, **theirs, "ignore": [*twin["ignore"], *ignored]}
-    args.hf_overrides = {**overrides, "quantization_config": ours}
-    _set_quantization(args, "compressed-tensors", scheme)
-
-
-def _ignored_by_arguments(args: Any, scheme: str) -> list[str]:
-    """What vLLM's own argument leaves in bf16; it is taken over from there.
-
-    Raises:
-        ConfigError: it asks for something else, of which the scheme knows nothing.
-
-    """
-    theirs = vars(args).get("quantization_config")
-    if theirs is None:
-        return []
-    settings = theirs if isinstance(theirs, Mapping) else vars(theirs)
-    if odd := sorted(name for name, value in settings.items() if value and name != "ignore"):
-        raise ConfigError(
-            f"FLASHRL_CONFIG asks for {scheme}, and the engine was given a quantization_config "
-            f"with {', '.join(odd)}, which vLLM has for its online schemes only. Leave it out; "
-            "`ignore` names layers that stay in bf16."
-        )
-    args.quantization_config = None
-    return [_as_regex(pattern) for pattern in settings.get("ignore") or ()]
-
-
-def _as_regex(pattern: str) -> str:
-    """vLLM's online schemes know wildcards, compressed-tensors does not."""
-    wild = not pattern.startswith("re:") and any(sign in pattern for sign in "*?[")
-    return f"re:{fnmatch.translate(pattern)}" if wild else pattern
 
 
 POINTS = (
