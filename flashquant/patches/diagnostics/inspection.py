@@ -52,7 +52,7 @@ from flashquant.patches.layers import (
     packed_once,
 )
 from flashquant.patches.seams.blame import naming_the_layer
-from flashquant.patches.seams.loading import engine_of
+from flashquant.patches.seams.loading import engine_of, note_in_bf16
 from flashquant.plan import Fill, Planner, Replay, Step, Write, named_forms
 from flashquant.schemes import holds_codes
 from flashquant.update import Layer
@@ -86,6 +86,7 @@ def inspect_model(path: Path, scheme: str) -> Inspection:
         model = _created(config)
         engine = engine_of(model)
         planner, refused = _planned(engine, forms)
+        note_in_bf16(model, {n: planner.plan[n].targets for n in forms if n not in refused})
         groups = engine.blueprint.groups()
         chosen = {_kind_of(group): group for group in reversed(groups)}  # the first of each kind
         with _as_while_loading(config):
@@ -102,6 +103,7 @@ def inspect_model(path: Path, scheme: str) -> Inspection:
                 _layer(group, chosen[_kind_of(group)], live, planner.replayed) for group in groups
             ),
             unfilled=_unfilled(planner, engine.targets),
+            in_bf16=engine.in_bf16,
             looked_at=tuple(group[0].name for group in reversed(chosen.values())),
         )
 
