@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from benchmarks.results import described, machine, markdown, save_json, save_plot, save_text
 from flashquant.config.checks import Checks
 from flashquant.schemes import int8_channel
-from flashquant.update import Session
+from flashquant.update import Session, WhyInBf16
 
 ROWS, COLUMNS = 8, 64
 LIMIT = 10.0  # microseconds a tensor: the acceptance
@@ -48,7 +48,7 @@ class Engine:
 
     device, shares_scales = torch.device("cpu"), False
     tied: Mapping[str, str] = MappingProxyType({})
-    in_bf16: tuple[str, ...] = ()
+    in_bf16: Mapping[str, WhyInBf16] = MappingProxyType({})
 
     def __init__(self, tensors: int, shards: int, dtype: torch.dtype) -> None:
         self.scheme, self.shards = "int8" if dtype == torch.int8 else "bf16", shards

@@ -260,6 +260,8 @@ def _quantized_or_not(inspection: Inspection) -> dict[str, tuple[str, ...]]:
     names: dict[str, list[str]] = {"quantized": [], "not quantized": []}
     for layer in inspection.layers:
         names["quantized" if layer.quantized else "not quantized"].append(layer.name)
+    for module, why in inspection.in_bf16.items():
+        names.setdefault(f"in bf16 ({why})", []).append(module)
     return {title: tuple(names_together(found)) for title, found in names.items()}
 
 

@@ -14,7 +14,7 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,6 +48,12 @@ _MEANING = {
     "processed": "packed, transposed or quantized by vLLM, on a copy of the one layer",
     "loader": "vLLM's loader does more than copy, and runs at every push",
 }
+_LEFT = (
+    ("keep", "in bf16 because the entry keeps it"),
+    ("tower", "in bf16 as towers of a multimodal model (quantize_towers: true quantizes them)"),
+    ("router", "in bf16 as routers of a mixture"),
+    ("vllm", "left in bf16 by vLLM"),
+)
 
 
 def add_to(commands: argparse._SubParsersAction[Any]) -> None:
@@ -132,7 +138,6 @@ def _table(lines: Sequence[Line]) -> Table:
 
 
 def _summarize(console: Console, inspection: Inspection) -> None:
-    from flashquant.patches.diagnostics import names_together
 
     counts = Counter(layer.how for layer in inspection.layers)
     quantized = sum(layer.quantized for layer in inspection.layers)
@@ -145,9 +150,9 @@ def _summarize(console: Console, inspection: Inspection) -> None:
     for how, count in counts.items():
         console.print(f"  [{STYLES[how]}]{how}[/] {count}: {_MEANING[how]}", highlight=False)
     for title, names in (
+        *_left_in_bf16(inspection),
         ("dropped by vLLM's loader", inspection.ignored),
         ("filled by no tensor", inspection.unfilled),
-        ("kept in bf16, as was asked for", names_together(inspection.in_bf16)),
     ):
         if names:
             console.print(f"  {title}: {escape(', '.join(names))}", highlight=False)
@@ -159,6 +164,15 @@ def _summarize(console: Console, inspection: Inspection) -> None:
         "with random values to see what becomes of them.",
         style="dim",
     )
+
+
+def _left_in_bf16(inspection: Inspection) -> Iterator[tuple[str, list[str]]]:
+    """Why something is, and what."""
+    from flashquant.patches.diagnostics import names_together
+
+    for why, title in _LEFT:
+        names = [name for name, because in inspection.in_bf16.items() if because == why]
+        yield title, names_together(names)
 
 
 def _tell_layers(console: Console, inspection: Inspection, targets: set[str]) -> None:

@@ -12,6 +12,7 @@ ADDITIONAL_CONFIG_KEY: Final = "flashquant"
 PROFILE_KEY: Final = "profile"  # in it, where pushes are quantized by one
 STARTS_ON_FLOATS: Final = "starts_on_floats"  # in it: the load makes the codes
 KEPT_KEY: Final = "kept"  # in it: the modules of the checkpoint that stay in bf16
+LISTED_KEY: Final = "listed"  # in it, where they are those that FlashRL's list leaves out
 TOWERS_KEY: Final = "quantize_towers"  # in it, where they are: towers of multimodal models
 
 
@@ -39,6 +40,13 @@ def kept_by(vllm_config: VllmConfig) -> frozenset[str]:
     if not asks_for_session(vllm_config):
         return frozenset()
     return frozenset(vllm_config.additional_config[ADDITIONAL_CONFIG_KEY].get(KEPT_KEY, ()))
+
+
+def lists_layers(vllm_config: VllmConfig) -> bool:
+    """Whether a profile of FlashRL's lists what is quantized."""
+    if not asks_for_session(vllm_config):
+        return False
+    return LISTED_KEY in vllm_config.additional_config[ADDITIONAL_CONFIG_KEY]
 
 
 def keeps_towers(vllm_config: VllmConfig) -> bool:

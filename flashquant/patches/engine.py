@@ -29,7 +29,7 @@ from flashquant.patches.layers import (
 from flashquant.plan import NamedTensors
 from flashquant.profiles import Calibration, load_profile
 from flashquant.schemes import DEFINITIONS, WHOLE, resolved, warm
-from flashquant.update import digests
+from flashquant.update import WhyInBf16, digests
 
 # vLLM warns of a bf16 tensor on its way into an int8 parameter; while we watch
 # its loader, on meta tensors, that is just what we want to see.
@@ -69,7 +69,7 @@ class LiveEngine:
         _refuse_own_processing(model)
         self.layers: tuple[LiveLayer, ...] = ()
         self.stored: dict[str, Tensor] = {}
-        self.in_bf16: tuple[str, ...] = ()
+        self.in_bf16: Mapping[str, WhyInBf16] = {}
         self.model = model
         self._vllm_config = vllm_config
         self._blueprint = ModelBlueprint(model)

@@ -17,7 +17,7 @@ from flashquant.plan.loader import Loader
 from flashquant.plan.trace import trace, trace_one
 from flashquant.plan.weights import NamedTensors
 from flashquant.plan.wrappers import hint
-from flashquant.plan.writes import Replay, TensorPlan, WritePlan, beside
+from flashquant.plan.writes import Replay, TensorPlan, WritePlan, beside, elements_of
 
 
 class Planner:
@@ -29,13 +29,14 @@ class Planner:
         self._checkpoint: dict[str, tuple[torch.Size, torch.dtype]] = {}
         self._made: dict[str, tuple[torch.Size, torch.dtype]] = {}  # of it: scales, most of all
         self._wanted: dict[str, None] | None = None
+        self._elements: dict[str, int] | None = None
         self._ties: dict[str, TensorPlan] = {}
 
     def open(self) -> None:
         """The engine serves; what became one parameter while it loaded, has one name now."""
         entries = (self.plan[name] for name in self.plan.names)
         kept = (entry for entry in entries if self._loader.targets.keys() >= set(entry.targets))
-        self.plan, self._wanted = WritePlan(kept), None
+        self.plan, self._wanted, self._elements = WritePlan(kept), None, None
 
     def note(self, name: str, tensor: Tensor) -> None:
         """The checkpoint that the engine starts on holds this tensor."""
@@ -179,6 +180,18 @@ class Planner:
         if self._wanted is None:
             self._wanted = self._filled()
         return self._wanted
+
+    @property
+    def filled(self) -> Mapping[str, int]:
+        """How many elements of each parameter the checkpoint filled, of those where that is known.
+
+        The rest is padding: vLLM rounds the width of experts up to what their kernel multiplies.
+        """
+        if self._elements is None:
+            stored = {**self._checkpoint, **self._made}
+            self._learn_forms(stored)
+            self._elements = elements_of(self.plan[name] for name in stored if name in self.plan)
+        return self._elements
 
     def _filled(self) -> dict[str, None]:
         return dict.fromkeys(target for targets in self.landed.values() for target in targets)

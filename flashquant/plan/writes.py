@@ -169,6 +169,18 @@ def _first_row(window: View) -> int:
     return window.offset // row if column == 1 else window.offset % column
 
 
+def elements_of(plans: Iterable[TensorPlan]) -> dict[str, int]:
+    """How many elements of each parameter these fill, of those that only windows are written to."""
+    windows: dict[str, set[View]] = {}
+    replayed: set[str] = set()
+    for step in (step for plan in plans for step in plan.steps):
+        if isinstance(step, Replay):
+            replayed.add(step.target)
+        else:
+            windows.setdefault(step.target, set()).add(step.target_view)
+    return {t: sum(v.numel for v in w) for t, w in windows.items() if t not in replayed}
+
+
 class WritePlan:
     """The plans of all names seen so far, in the order in which they were first seen."""
 

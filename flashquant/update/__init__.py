@@ -22,7 +22,7 @@ from flashquant.update.deltas import Deltas
 from flashquant.update.engine import Engine, Layer, Reach
 from flashquant.update.integrity import footprints
 from flashquant.update.members import Member
-from flashquant.update.report import Drift, Refusal, ReloadReport, Status, some_of
+from flashquant.update.report import Drift, Refusal, ReloadReport, Status, WhyInBf16, some_of
 from flashquant.update.session import Session
 from flashquant.update.staging import Stage, write
 from flashquant.update.undo import UndoLog
@@ -41,6 +41,7 @@ __all__ = [
     "Stage",
     "Status",
     "UndoLog",
+    "WhyInBf16",
     "digests",
     "footprints",
     "some_of",

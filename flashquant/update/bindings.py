@@ -190,6 +190,8 @@ class Bindings:
             for step in plan.steps
             for layer in (self._homes[step.target],)
         )
+        for step, _, stage in steps:
+            stage.expect(self._planner.filled.get(step.target, stage.numel))
         layers = tuple(dict.fromkeys(layer for _, layer, _ in steps))
         return Destination(plan, steps, layers, _lands_by_rows(plan))
 

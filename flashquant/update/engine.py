@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from flashquant.plan import Fill, Loader, Write
+from flashquant.update.report import WhyInBf16
 from flashquant.update.staging import Stage
 from flashquant.update.undo import UndoLog
 
@@ -108,8 +109,8 @@ class Engine(Loader, Protocol):
     @property
     def layers(self) -> Sequence[Layer]: ...
     @property
-    def in_bf16(self) -> tuple[str, ...]:
-        """The modules of the checkpoint that stay in bf16 because it was asked for."""
+    def in_bf16(self) -> Mapping[str, WhyInBf16]:
+        """The linear layers and experts of the checkpoint that stay in bf16, and why."""
         ...
 
     @property

@@ -12,8 +12,17 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from flashquant.schemes import digest
+
+WhyInBf16 = Literal["keep", "tower", "router", "vllm"]
+_IN_BF16: Mapping[WhyInBf16, str] = {
+    "keep": "kept in bf16",
+    "tower": "of towers in bf16",
+    "router": "routers in bf16",
+    "vllm": "left in bf16 by vLLM",
+}
 
 _NAMES_SHOWN = 3
 _DIGEST_SHOWN = 12
@@ -211,8 +220,9 @@ class Status:
         refused: tensors of pushes outside a bracket that failed, and have not come again: the
             engine serves what it had of them, beside the new weights of others.
         refusal: the last push, or end of an update, that was refused; None if none ever was.
-        in_bf16: the linear layers and experts, by their names in the checkpoint, that stay in bf16
-            because the configuration keeps them.
+        in_bf16: the linear layers and experts that stay in bf16 in an engine of codes, by their
+            names in the checkpoint, and why: `keep` (the configuration keeps them), `tower` (of a
+            multimodal model), `router` (of a mixture), or `vllm` (it leaves them by itself).
         quiet: of an update that was begun and is not finished, the seconds since anything came of
             it; None where none is open. Until it is over, `digest` and `parameters` are of what
             it has written so far.
@@ -235,7 +245,7 @@ class Status:
     dropped: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     refused: tuple[str, ...] = ()
     refusal: Refusal | None = None
-    in_bf16: tuple[str, ...] = ()
+    in_bf16: Mapping[str, WhyInBf16] = field(default_factory=dict)
     quiet: float | None = None
 
     @classmethod
@@ -281,8 +291,9 @@ class Status:
             f"{len(self.staged)} staged",
             fallback,
         ]
-        if self.in_bf16:
-            parts.append(f"{len(self.in_bf16)} kept in bf16 ({some_of(self.in_bf16)})")
+        for why, said in _IN_BF16.items():
+            if names := [name for name, because in self.in_bf16.items() if because == why]:
+                parts.append(f"{len(names)} {said} ({some_of(names)})")
         if self.torn:
             parts.append("TORN, refuses to serve until a complete reload")
         if self.foreign:

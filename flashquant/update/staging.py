@@ -27,11 +27,18 @@ class Stage:
         self._memory: Tensor | None = None
         self._arrived: dict[View, Tensor | None] = {}
         self._elements = 0  # of these windows, which never overlap
+        self._padding = 0
         self.numel = shape.numel()
 
     def blank(self) -> Stage:
         """One more of its form, in which nothing has arrived."""
-        return Stage(self._shape, self._stride, self._dtype)
+        fresh = Stage(self._shape, self._stride, self._dtype)
+        fresh._padding = self._padding
+        return fresh
+
+    def expect(self, elements: int) -> None:
+        """Say how many elements tensors fill; the rest is padding, which is zero."""
+        self._padding = max(0, self.numel - elements)
 
     @property
     def shape(self) -> torch.Size:
@@ -63,8 +70,8 @@ class Stage:
 
     @property
     def complete(self) -> bool:
-        """Whether every element has arrived."""
-        return self._elements >= self.numel
+        """Whether every element has arrived that tensors fill."""
+        return self._elements + self._padding >= self.numel
 
     def holds(self, view: View) -> bool:
         """Whether this window has arrived."""
@@ -76,6 +83,8 @@ class Stage:
             self._memory = torch.empty_strided(
                 self._shape, self._stride, dtype=self._dtype, device=device
             )
+            if self._padding:
+                self._memory.zero_()
         return self._memory
 
     def adopt(self, memory: Tensor) -> None:

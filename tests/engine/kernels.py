@@ -14,6 +14,7 @@ from unittest import mock
 import pytest
 import torch
 
+WORKER_KERNELS = "WORKER_KERNELS"  # for `choosing`, in the workers of a program
 NO_AMX_KERNELS = "vLLM has no AMX kernels in its build for CPUs without AVX512-BF16"
 
 
@@ -134,3 +135,39 @@ class _TorchCpu:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch.cpu, name)
+
+
+def mind_the_map_of_experts() -> None:
+    """Let vLLM's CPU kernels serve the experts of one rank, in this process.
+
+    They take the numbers that all ranks know experts by for places in what this rank holds, and
+    read beyond its end: with expert parallelism, the first batch ends the process or is answered
+    from whatever lies there. Here they are handed the places, and a weight of 0 for others'.
+    """
+    from vllm.model_executor.layers.fused_moe.experts import cpu_moe
+
+    if not hasattr(cpu_moe, "CPUUnquantizedExperts"):  # until 0.29: a router of their own
+        return
+    for name in ("CPUUnquantizedExperts", "CPUExpertsInt8", "CPUExpertsFp8"):
+        experts = getattr(cpu_moe, name)
+        experts.apply = _by_place(experts.apply)
+
+
+def _by_place(apply: Any) -> Any:
+    @functools.wraps(apply)
+    def by_place(
+        self: Any, *, topk_ids: Any, topk_weights: Any, expert_map: Any, **others: Any
+    ) -> None:
+        if expert_map is not None:
+            places = expert_map[topk_ids.long()]
+            topk_weights = topk_weights.masked_fill(places < 0, 0)
+            topk_ids = places.clamp(min=0).to(topk_ids.dtype)
+        apply(
+            self,
+            topk_ids=topk_ids,
+            topk_weights=topk_weights,
+            expert_map=expert_map,
+            **others,
+        )
+
+    return by_place

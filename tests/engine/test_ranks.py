@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from tests.engine.kernels import want_int4
-from tests.engine.processes import CORES, TORCHRUN, assert_lost, run_program
+from tests.engine.kernels import NO_AMX_KERNELS, WORKER_KERNELS, has_amx_kernels, want_int4
+from tests.engine.processes import CORES, TORCHRUN, assert_lost, run, run_program
 from tests.engine.serving import FP8_CHANNEL, needs
 from tools.models.policies import Policies
 
 pytestmark = pytest.mark.engine
 WHOLE_ROWS = needs(">=0.28", "scales of whole rows over ranks")
+BY_EXPERTS = needs(">=0.30", "kernel of experts on a CPU that can be told which experts it has")
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +53,54 @@ def test_two_workers_commit_together_or_not_at_all(policies: Policies, scheme: s
     assert "rank 1 did not commit this update (MemoryError" in answer["refused"][1]
     assert steps["rank 1 failed in vLLM's reload"] == steps["started on a"]
     assert steps["pushed b by vLLM's reload"] == steps["pushed b"]
+    assert_lost(answer["lost"], rank=1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "scheme", "cut", "expert", "more"),
+    [
+        pytest.param(
+            *("qwen3-moe", "int8", "experts", "mlp.experts.7.up_proj", ("stacked_experts",)),
+            marks=BY_EXPERTS,
+        ),
+        ("mixtral", "bf16", "tensors", "block_sparse_moe.experts.7.w3", ("stacked_experts",)),
+        pytest.param(
+            *("deepseek-v2", "fp8_block", "experts", "mlp.experts.7.up_proj", ()),
+            marks=BY_EXPERTS,
+        ),
+    ],
+)
+def test_two_ranks_of_a_mixture_hold_what_a_fresh_start_does(
+    tmp_path: Path, kind: str, scheme: str, cut: str, expert: str, more: tuple[str, ...]
+) -> None:
+    """However they are pushed to, with parts of all experts or all of some; or they stay old."""
+    if scheme != "bf16" and not has_amx_kernels():
+        pytest.skip(NO_AMX_KERNELS)
+    name, mixture = f"model.layers.1.{expert}.weight", Policies(tmp_path, kind)
+    answer = run(
+        *("mixtures", mixture.bf16("a"), mixture.bf16("b"), cut, name, *more),
+        FLASHRL_CONFIG=scheme,
+        **{WORKER_KERNELS: "native" if scheme == "bf16" else "amx"},
+        VLLM_ENABLE_V1_MULTIPROCESSING="1",
+        VLLM_ALLOW_INSECURE_SERIALIZATION="1",  # to send the workers a fault
+        VLLM_CPU_OMP_THREADS_BIND=CORES,
+    )
+
+    start, pushes, failures = answer["start"], answer["pushes"], answer["failures"]
+    (b, _), *_ = pushes.values()
+    assert {held for rank in answer["experts"] for held in rank} == {8 if cut == "experts" else 16}
+    assert len(set(b[0])) == 2  # each rank holds a shard of its own
+    assert b[0] != start[0]
+    assert b[1] != start[1]
+    assert [way for way, held in pushes.items() if held != [b, start]] == []
+    assert len(pushes) == 8 + len(more)
+    assert {way: ranks for way, (_, ranks) in failures.items()} == dict.fromkeys(failures, start[0])
+    raised = {way: (error, says) for way, ((error, says, _), _) in failures.items()}
+    assert raised.pop("rank 1 fails") == ("ReloadError", "rank 1: MemoryError: injected")
+    assert len(raised) == 3
+    assert all(f"{name} holds NaN" in says for _, says in raised.values())
+    assert all(seconds < 30 for ((_, _, seconds), _) in failures.values())
+    assert answer["afterwards"] == b
     assert_lost(answer["lost"], rank=1)
 
 

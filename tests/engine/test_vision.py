@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,12 @@ import pytest
 import torch
 
 import flashquant
+from flashquant.errors import UnsupportedEngine
 from flashquant.patches.seams.loading import session_of
 from tests.engine import processes, sights
 from tests.engine.programs import seen
-from tests.engine.serving import FP8_CHANNEL
+from tests.engine.serving import FP8_CHANNEL, choosing
+from tools.models.tiny_models import tensors
 
 pytestmark = pytest.mark.engine
 
@@ -112,6 +115,61 @@ def test_a_tower_stays_in_bf16_and_the_log_says_so(
     (line,) = [r.message for r in caplog.records if r.name.endswith("towers")]
     assert "stay in bf16: visual (" in line
     assert "quantize_towers: true" in line
+
+
+@pytest.mark.parametrize("scheme", SCHEMES[1:])
+def test_status_lists_the_layers_of_towers_and_why(policies: dict[str, Path], scheme: str) -> None:
+    """By their names in the checkpoint; what is no linear layer is not among them."""
+    others = re.compile(r"norm|ln_q|pos_embed|patch_embed")
+    names = {name.rpartition(".")[0] for name in tensors(policies["a"])}
+    linear = [name for name in names if "visual." in name and not others.search(name)]
+
+    status = flashquant.status(started(policies["a"], scheme))
+
+    assert status.in_bf16 == dict.fromkeys(linear, "tower")
+    assert f"{len(status.in_bf16)} of towers in bf16 (" in str(status)
+
+
+def test_flashrls_list_does_not_quantize_the_towers_that_it_lists(
+    policies: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It lists every linear layer; and what it lists of towers is quantized where that is asked."""
+    listed = [n for n in tensors(policies["a"]) if ".mlp." in n and n.endswith("_proj.weight")]
+    listed += [n for n in tensors(policies["a"]) if "visual" in n and ".attn.proj.weight" in n]
+    torch.save(listed, tmp_path / "profile.pt")
+    config = tmp_path / "list.yaml"
+    entry = f"fn: fp8_channel, profile: {tmp_path / 'profile.pt'}"
+    config.write_text(f"configs:\n  - {{{entry}}}\n")
+
+    with caplog.at_level(logging.WARNING, "flashquant"):
+        left = flashquant.status(started(policies["a"], str(config))).in_bf16
+    config.write_text(f"configs:\n  - {{{entry}, quantize_towers: true}}\n")
+    asked = flashquant.status(started(policies["a"], str(config))).in_bf16
+
+    assert {why for name, why in left.items() if "visual" in name} == {"keep", "tower"}
+    assert "quantize_towers: true" in caplog.text
+    assert left.keys() - asked.keys() == {n.removesuffix(".weight") for n in listed} & left.keys()
+    assert set(asked.values()) == {"keep"}
+
+
+def test_a_width_that_no_kernel_holds_is_refused_by_layer_or_kept(
+    policies: dict[str, Path], tmp_path: Path
+) -> None:
+    """Blocks of fp8 are multiplied 32 rows at a time here, and the tower has layers of 108."""
+    file = tmp_path / "towers.yaml"
+    entry = "fn: fp8_block, quantize_towers: true"
+
+    with choosing("amx"):
+        file.write_text(f"configs:\n  - {{{entry}}}\n")
+        with pytest.raises(
+            UnsupportedEngine, match=r"^visual\.blocks\.0\.mlp\.\w+ .* rows.*`keep`"
+        ):
+            started(policies["a"], str(file))
+        file.write_text(f"configs:\n  - {{{entry}, keep: ['*visual.blocks.*.mlp.*']}}\n")
+        status = flashquant.status(started(policies["a"], str(file)))
+
+    assert set(status.in_bf16.values()) == {"keep"}
+    assert all(".mlp." in name for name in status.in_bf16)
 
 
 def test_a_tower_is_quantized_where_that_is_asked(

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flashquant.plan import Fill, Replay, TensorPlan, View, Write, WritePlan
-from flashquant.plan.writes import beside
+from flashquant.plan.writes import beside, elements_of
 
 K_PROJ = TensorPlan(
     name="k_proj.weight",
@@ -155,3 +155,14 @@ def test_scales_go_where_the_rows_of_a_transposed_weight_went():
     assert step.target_view.into(torch.arange(8.0).view(8, 1)).flatten().tolist() == [5, 6]
     assert step.target == "fused_scale"
     assert beside("w_scale", codes).shape == (4, 1)
+
+
+def test_the_elements_that_plans_fill_are_counted_once_each():
+    """And not where a loader does more than copy."""
+    again = TensorPlan("k_proj.weight_loader", K_PROJ.shape, K_PROJ.dtype, K_PROJ.steps)
+    computed = TensorPlan(
+        "a", (2,), torch.float32, (Replay("a", "computed", View((2,), (1,), 0), "exponential"),)
+    )
+    padding = TensorPlan("b", (1,), torch.float32, (Fill("bias", View((3,), (1,), 0), 0.0),))
+
+    assert elements_of([K_PROJ, again, computed, padding]) == {"qkv_proj.weight": 8, "bias": 3}

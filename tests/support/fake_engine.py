@@ -9,7 +9,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from flashquant.update import Session, Stage, write
+from flashquant.update import Session, Stage, WhyInBf16, write
 
 CPU = torch.device("cpu")
 
@@ -83,7 +83,7 @@ class FakeEngine:
     """
 
     scheme, device, shares_scales, tied = "int8", CPU, False, MappingProxyType({})
-    in_bf16 = ()
+    in_bf16: Mapping[str, WhyInBf16] = MappingProxyType({})
 
     def __init__(self, dtype: torch.dtype = torch.bfloat16, norm=lambda loaded: loaded) -> None:
         qkv = {"qkv.weight": torch.zeros(6, 4, dtype=dtype)}

@@ -150,6 +150,21 @@ def test_a_zero_row_parameter_is_complete_from_the_start():
     assert Stage(torch.Size((0, 4)), (4, 1), torch.bfloat16).complete
 
 
+def test_padding_is_not_waited_for_and_is_zero(stage):
+    """As vLLM's own processing makes it; what is there by chance is not served."""
+    fresh = stage.blank()
+    fresh.expect(20)  # of 24
+
+    for one in (fresh, fresh.blank()):
+        write(step("q"), shard("q"), one, CPU)
+        assert not one.complete
+        write(step("k"), shard("k"), one, CPU)
+
+        assert one.complete
+        assert one.memory(CPU)[5].tolist() == [0, 0, 0, 0]
+    assert not stage.blank().complete
+
+
 def test_the_windows_of_a_stage_are_those_that_arrived(stage):
     for name in ("q", "v"):
         write(step(name), shard(name), stage, CPU)

@@ -45,6 +45,14 @@ MOE: dict[str, Callable[[], PreTrainedConfig]] = {
     "qwen3-moe": lambda: shaped(
         Qwen3MoeConfig, **_EXPERTS, num_experts=EXPERTS, decoder_sparse_step=1, mlp_only_layers=[]
     ),
+    # As wide as what a rank has of 1408 (DeepSeek-V2-Lite): vLLM pads experts to whole blocks.
+    "qwen3-moe-narrow": lambda: shaped(
+        Qwen3MoeConfig,
+        **{**_EXPERTS, "moe_intermediate_size": 192},
+        num_experts=EXPERTS,
+        decoder_sparse_step=1,
+        mlp_only_layers=[],
+    ),
     "mixtral": lambda: shaped(
         MixtralConfig,
         num_local_experts=EXPERTS,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
+
+from flashquant.update import WhyInBf16
 
 What = Literal["copy", "fill", "loader"]
 How = Literal["in place", "whole", "copied", "processed", "loader"]
@@ -103,8 +105,7 @@ class Inspection:
     Attributes:
         unfilled: parameters that no tensor of the checkpoint fills.
         looked_at: the layers that were processed to know the others by, one a kind.
-        in_bf16: the linear layers and experts, by their names in the checkpoint, that stay in bf16
-            because the configuration keeps them.
+        in_bf16: as of a `Status`: what stays in bf16 in an engine of codes, and why.
 
     """
 
@@ -116,7 +117,7 @@ class Inspection:
     layers: tuple[InspectedLayer, ...]
     unfilled: tuple[str, ...]
     looked_at: tuple[str, ...]
-    in_bf16: tuple[str, ...] = ()
+    in_bf16: Mapping[str, WhyInBf16] = field(default_factory=dict)
 
     @property
     def ignored(self) -> tuple[str, ...]:

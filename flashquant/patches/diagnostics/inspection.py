@@ -30,7 +30,6 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 
 from flashquant.errors import ConfigError, FlashquantError, ReloadError, UnsupportedEngine
 from flashquant.patches import is_patched, patch, unpatch
-from flashquant.patches.decided import kept_by
 from flashquant.patches.diagnostics.bench import flashrl_config, room_for_others
 from flashquant.patches.diagnostics.inspected import (
     Destination,
@@ -53,8 +52,7 @@ from flashquant.patches.layers import (
     packed_once,
 )
 from flashquant.patches.seams.blame import naming_the_layer
-from flashquant.patches.seams.kept import check_kept
-from flashquant.patches.seams.loading import engine_of
+from flashquant.patches.seams.loading import engine_of, note_in_bf16
 from flashquant.plan import Fill, Planner, Replay, Step, Write, named_forms
 from flashquant.schemes import holds_codes
 from flashquant.update import Layer
@@ -89,6 +87,7 @@ def inspect_model(path: Path, scheme: str) -> Inspection:
         model = _created(config)
         engine = engine_of(model)
         planner, refused = _planned(engine, forms)
+        note_in_bf16(model, {n: planner.plan[n].targets for n in forms if n not in refused})
         groups = engine.blueprint.groups()
         chosen = {_kind_of(group): group for group in reversed(groups)}  # the first of each kind
         with _as_while_loading(config):
@@ -105,10 +104,8 @@ def inspect_model(path: Path, scheme: str) -> Inspection:
                 _layer(group, chosen[_kind_of(group)], live, planner.replayed) for group in groups
             ),
             unfilled=_unfilled(planner, engine.targets),
+            in_bf16=engine.in_bf16,
             looked_at=tuple(group[0].name for group in reversed(chosen.values())),
-            in_bf16=check_kept(
-                model, kept_by(config), {n: planner.plan[n].targets for n in planner.plan.names}
-            ),
         )
 
 

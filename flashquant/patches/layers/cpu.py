@@ -165,7 +165,7 @@ def _refuse_left_over_rows(original: Any, kernel: Any, layer: Any) -> None:
         raise UnsupportedEngine(
             f"{layer.prefix} ({type(layer).__name__}) has {rows} rows, and vLLM's CPU kernel for "
             f"blocks of fp8 computes {_ROWS_AT_A_TIME} at a time: the rest would end the process. "
-            "Serve this model in another scheme."
+            "Leave it in bf16 (`keep` in the entry), or serve this model in another scheme."
         )
     original(kernel, layer)
 

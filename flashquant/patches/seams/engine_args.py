@@ -26,6 +26,7 @@ from flashquant.patches.channels import ENTRY
 from flashquant.patches.decided import (
     ADDITIONAL_CONFIG_KEY,
     KEPT_KEY,
+    LISTED_KEY,
     PROFILE_KEY,
     STARTS_ON_FLOATS,
     TOWERS_KEY,
@@ -101,6 +102,8 @@ def configure(args: Any, config: RolloutConfig, checks: Checks) -> None:
     decided = _decided(config, checks, profile, starts_on_floats=own is None)
     if kept:
         decided[KEPT_KEY] = kept
+    if config.profile is not None and SCHEMES[config.scheme].lists_layers:
+        decided[LISTED_KEY] = True
     args.additional_config = {**(args.additional_config or {}), ADDITIONAL_CONFIG_KEY: decided}
     by = f", {len(kept)} modules kept in bf16" if kept else ""
     by += "" if profile is None else f" by {profile.reference}, scales {config.scales}"

@@ -22,8 +22,6 @@ from typing import Any
 
 from torch import nn
 from vllm.config import VllmConfig
-from vllm.model_executor.layers.fused_moe import UnquantizedFusedMoEMethod
-from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.layers.quantization.online.base import OnlineQuantizationConfig
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
@@ -34,11 +32,11 @@ from flashquant.config.locate import locate_in_model
 from flashquant.config.schema import RolloutConfig
 from flashquant.config.schemes import SCHEMES
 from flashquant.errors import ConfigError, ReloadError
+from flashquant.patches.seams.in_bf16 import QUANTIZABLE
 from flashquant.plan import stored_names
 from flashquant.profiles import load_names
 
-_QUANTIZABLE = (UnquantizedLinearMethod, UnquantizedFusedMoEMethod)
-_IN_BF16 = (*_QUANTIZABLE, UnquantizedEmbeddingMethod)
+_IN_BF16 = (*QUANTIZABLE, UnquantizedEmbeddingMethod)
 # On the Hub: the index, or the one file of a model that has none.
 _WITH_NAMES = ("model.safetensors.index.json", "model.safetensors")
 
@@ -96,16 +94,13 @@ def name_as_vllm(vllm_config: VllmConfig, kept: AbstractSet[str]) -> None:
 
 def check_kept(
     model: nn.Module, kept: AbstractSet[str], landed: Mapping[str, tuple[str, ...]]
-) -> tuple[str, ...]:
+) -> None:
     """Hold the engine to what was asked of it.
 
     Args:
         model: vLLM's, loaded.
         kept: modules of the checkpoint.
         landed: the parameters in which each tensor of the checkpoint landed, by its name.
-
-    Returns:
-        Those that are linear layers or experts, and stay in bf16.
 
     Raises:
         ConfigError: one is quantized all the same, or shares its layer with one that is not kept.
@@ -116,7 +111,6 @@ def check_kept(
         for target in targets:
             modules = layers.setdefault(target.rpartition(".")[0], {})
             modules.update(dict.fromkeys(modules_of([name])))
-    found: list[str] = []
     for path, modules in layers.items():
         mine = [module for module in modules if module in kept]
         method = getattr(model.get_submodule(path), "quant_method", None)
@@ -128,10 +122,8 @@ def check_kept(
                 f"({type(method).__name__}). Keep all that is computed in this layer, or leave "
                 f"{mine[0]} out."
             )
-        if isinstance(method, _QUANTIZABLE):
+        if isinstance(method, QUANTIZABLE):
             _refuse_parts(path, mine, [module for module in modules if module not in kept])
-            found += mine
-    return tuple(found)
 
 
 def _refuse_parts(path: str, kept: list[str], others: list[str]) -> None:

@@ -9,7 +9,7 @@ the same, on a live model      -> the trainer says that it has sent everything
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from flashquant.patches.engine import LiveEngine
 from flashquant.patches.layers import packed_once
 from flashquant.patches.point import PatchPoint
 from flashquant.patches.seams.blame import naming_the_layer
+from flashquant.patches.seams.in_bf16 import leaves_any, why_in_bf16
 from flashquant.patches.seams.kept import check_kept, name_as_vllm
 from flashquant.patches.seams.peers import ballot_for
 from flashquant.patches.seams.towers import in_bf16
@@ -32,10 +33,10 @@ logger = logging.getLogger(__name__)
 class _Attached:
     """A model's `load_weights` while flashquant looks after it: an instance attribute."""
 
-    def __init__(self, model: nn.Module, vllm_config: Any, own: Any) -> None:
+    def __init__(self, model: nn.Module, vllm_config: Any, own: Any, towers: Sequence[str]) -> None:
         self.engine = LiveEngine(model, vllm_config, quantized=own.quantization is not None)
         self.is_draft = _is_draft(own, vllm_config)
-        self.kept = kept_by(vllm_config) if self.engine.scheme != "bf16" else frozenset()
+        self._vllm_config, self._towers = vllm_config, towers
         self.session = Session(
             self.engine,
             checks=self.engine.checks,
@@ -53,6 +54,29 @@ class _Attached:
             return self.session.push(weights)
         with naming_the_layer(self.engine.scheme, self.engine.model):  # online, they process here
             return self.session.first_load(weights)
+
+    def note_in_bf16(self, landed: Callable[[], Mapping[str, tuple[str, ...]]]) -> None:
+        """Find out what stays in bf16 of a model of codes.
+
+        Args:
+            landed: says where each tensor of the checkpoint lands, which costs a run of the loader.
+
+        Raises:
+            ConfigError: what was to be kept is quantized all the same.
+
+        """
+        model, config = self.engine.model, self._vllm_config
+        kept = kept_by(config)
+        if self.engine.scheme == "bf16" or not (kept or leaves_any(model)):
+            return
+        try:
+            found = landed()
+        except ReloadError:  # the first push will say it of the name that it is about
+            if kept:
+                raise
+            return
+        check_kept(model, kept, found)
+        self.engine.in_bf16 = why_in_bf16(model, found, config, self._towers)
 
     def note_version(self) -> int:
         """The scheduler asks, and will drop what it has cached of older weights."""
@@ -90,6 +114,21 @@ def find_session(model: nn.Module) -> Session | None:
     """The session of a serving model, if it has one."""
     attached = _attached(model)
     return attached.session if attached is not None and attached.session.live else None
+
+
+def note_in_bf16(model: nn.Module, landed: Mapping[str, tuple[str, ...]]) -> None:
+    """Find out what stays in bf16 of a model that has been planned for, and does not serve.
+
+    Args:
+        model: vLLM's.
+        landed: the parameters in which each tensor of the checkpoint lands, by its name.
+
+    Raises:
+        ConfigError: what was to be kept is quantized all the same.
+
+    """
+    if (attached := _attached(model)) is not None:
+        attached.note_in_bf16(lambda: landed)
 
 
 def engine_of(model: nn.Module) -> LiveEngine:
@@ -198,7 +237,7 @@ def _initialize_model(original: Any, vllm_config: Any, **kwargs: Any) -> nn.Modu
         model: nn.Module = original(vllm_config, **kwargs)
     towers.tell(model)
     own = kwargs.get("model_config") or vllm_config.model_config  # a draft has its own
-    vars(model)["load_weights"] = _Attached(model, vllm_config, own)
+    vars(model)["load_weights"] = _Attached(model, vllm_config, own, towers.names)
     return model
 
 
@@ -220,8 +259,7 @@ def _process_weights_after_loading(
             original(model, model_config, target_device)
         attached.engine.note_processed()
     attached.session.open()
-    if attached.kept:
-        attached.engine.in_bf16 = check_kept(model, attached.kept, attached.session.landed)
+    attached.note_in_bf16(lambda: attached.session.landed)
     logger.info("flashquant looks after %s: %s", type(model).__name__, attached.session.status())
     if attached.is_draft:
         logger.warning(

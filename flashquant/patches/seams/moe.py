@@ -18,6 +18,7 @@ from vllm.model_executor.layers.fused_moe.router.gate_linear import GateLinear
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
     UnquantizedFusedMoEMethod,
 )
+from vllm.model_executor.layers.linear import ReplicatedLinear
 
 from flashquant.errors import UnsupportedEngine
 from flashquant.patches.decided import ADDITIONAL_CONFIG_KEY, STARTS_ON_FLOATS
@@ -37,7 +38,7 @@ def _init_replicated(
     prefix: str = "",
     **kwargs: Any,
 ) -> None:
-    if _is_router(layer, output_size):
+    if _is_router(layer, output_size, get_current_vllm_config_or_none()):
         quant_config = None
     original(
         layer,
@@ -52,12 +53,16 @@ def _init_replicated(
     )
 
 
-def _is_router(layer: nn.Module, rows: int) -> bool:
+def is_router(layer: nn.Module, config: VllmConfig) -> bool:
+    """Whether a layer is in bf16 because it routes tokens."""
+    return isinstance(layer, ReplicatedLinear) and _is_router(layer, layer.output_size, config)
+
+
+def _is_router(layer: nn.Module, rows: int, config: VllmConfig | None) -> bool:
     """Whether an unsharded layer routes tokens: a row an expert, or one for the shared one.
 
     Since 0.31, vLLM has a class of its own for the former.
     """
-    config = get_current_vllm_config_or_none()
     if config is None or not _decided(config).get(STARTS_ON_FLOATS):
         return False  # a checkpoint of codes says itself what it holds
     experts = config.model_config.get_num_experts()
