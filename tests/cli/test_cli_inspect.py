@@ -63,7 +63,7 @@ def inspection(monkeypatch: pytest.MonkeyPatch) -> Inspection:
         layers=(fused(0), fused(1)),
         unfilled=("model.bias",),
         looked_at=("model.layers.0.qkv_proj",),
-        in_bf16=("model.layers.0.down_proj", "model.layers.1.down_proj"),
+        in_bf16=dict.fromkeys(("model.layers.0.down_proj", "model.layers.1.down_proj"), "keep"),
     )
     monkeypatch.setattr(diagnostics, "inspect_model", lambda path, scheme: made)
     monkeypatch.setenv("COLUMNS", "160")
@@ -93,7 +93,7 @@ def test_the_table_says_where_each_tensor_lands_and_what_goes_nowhere(
     assert "in place 2" in said
     assert "dropped by vLLM's loader: lm_head.weight" in said
     assert "filled by no tensor: model.bias" in said
-    assert "kept in bf16, as was asked for: model.layers.{0-1}.down_proj" in said
+    assert "in bf16 because the entry keeps it: model.layers.{0-1}.down_proj" in said
     assert "refused: the engine's loader knows no weight 'odd'" in said
     assert "No weight was loaded" in said
 

@@ -104,7 +104,7 @@ def test_what_is_kept_is_said_beforehand(
     said = inspected["inspections"][-1]
     live = serve(policies["qwen2"].bf16("a"), keeps)
 
-    assert tuple(said["in_bf16"]) == flashquant.status(live.llm).in_bf16 != ()
+    assert said["in_bf16"] == flashquant.status(live.llm).in_bf16 != {}
     whole = [layer["name"] for layer in said["layers"] if not layer["quantized"]]
     assert "model.layers.1.mlp.down_proj" in whole
     assert "model.layers.1.mlp.gate_up_proj" not in whole
