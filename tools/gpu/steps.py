@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-_DENSE = ("fp8_channel", "int8", "fp8_vllm", "fp8_tensor", "fp8_block", "bf16")
+_DENSE = ("fp8_channel", "int8", "fp8_vllm", "fp8_tensor", "fp8_block", "int4", "bf16")
 _V1 = {"VLLM_USE_V2_MODEL_RUNNER": "0"}
 _TRITON = ("--attention", "TRITON_ATTN")
 _IMPORT = 20  # seconds of a doctor's own, before it looks at a scheme
