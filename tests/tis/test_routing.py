@@ -197,8 +197,10 @@ def test_rows_of_any_length_lie_where_their_tokens_are() -> None:
     ]
 
     ran: list[Tensor] = []
+    likes: list[Tensor] = []
     for layer in model.model.layers:
         layer.mlp.gate.register_forward_hook(lambda gate, args, output: ran.append(output[-1]))
+        layer.mlp.gate.register_forward_hook(lambda gate, args, output: likes.append(output[0]))
 
     with replay_routing(model, rows, mask):
         padded = model(tokens, attention_mask=mask).logits
@@ -212,6 +214,8 @@ def test_rows_of_any_length_lie_where_their_tokens_are() -> None:
         laid = chosen.view(2, 7, K)
         assert laid[0, 2:6].tolist() == rows[0][:, number].tolist()
         assert laid[1, :6].tolist() == rows[1][:, number].tolist()
+        own = likes[number].view(2, 7, EXPERTS)[:, 6].topk(K).indices
+        assert laid[:, 6].tolist() == own.tolist()
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flashquant.errors import CorrectionError
 from flashquant.tis import Truncation, masked_logprobs, sampling
@@ -149,8 +150,49 @@ def test_min_p_is_cut_before_top_k_and_top_p():
     assert kept(top_p=0.6, min_p=0.5).tolist() == [True, False, False]
 
 
-def test_without_a_cut_it_is_the_log_softmax():
-    logits, tokens = torch.randn(2, 3, 50), torch.randint(50, (2, 3))
+def test_the_most_likely_token_stays_under_any_cut():
+    """1 less such a top_p is 1 in float32, which all of them together do not exceed."""
+    logits = torch.tensor([[1.0, 3.0, 2.0]])
+
+    assert Truncation(top_p=1e-9).floor(logits).item() == 3
+    assert Truncation(top_k=1, min_p=1.0, top_p=1e-9).floor(logits).item() == 3
+
+
+class Largest(TorchDispatchMode):
+    """Elements of the largest tensors that operations made, by dtype."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements: dict[torch.dtype, int] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            for tensor in made if isinstance(made, tuple) else (made,):
+                if isinstance(tensor, Tensor):
+                    before = self.elements.get(tensor.dtype, 0)
+                    self.elements[tensor.dtype] = max(before, tensor.numel())
+        return made
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_nothing_of_the_logits_size_is_made_but_their_gradient(monkeypatch, listed):
+    """`python -m benchmarks.sampling_mask --memory` measures it."""
+    monkeypatch.setattr(sampling, "_CHUNK", 4000)
+    logits = torch.randn(2, 64, 1000).bfloat16().requires_grad_()
+    tokens = torch.randint(1000, (2, 64))
+    kept = tokens.unsqueeze(-1).tolist() if listed else Truncation(top_k=50, top_p=0.9)
+
+    with Largest() as largest:
+        masked_logprobs(logits, tokens, kept).sum().backward()
+
+    assert largest.elements.pop(torch.bfloat16) == logits.numel()
+    assert max(largest.elements.values()) <= 4000
+
+
+@pytest.mark.parametrize("length", [3, 8192])
+def test_without_a_cut_it_is_the_log_softmax(length):
+    logits, tokens = torch.randn(2, length, 50), torch.randint(50, (2, length))
 
     values = masked_logprobs(logits, tokens, Truncation())
 

@@ -235,6 +235,8 @@ def test_areals_settings():
     assert weights(from_areal(action="clamp", upper=5.0, lower=0.5), [0.1, 6.0])[0] == near(0.5, 5)
     assert weights(from_areal(level="sequence", upper=2.5), [1.0, 4.0])[0] == near(2, 2)
     assert weights(from_areal(level="sequence", upper=1.5), [1.0, 4.0])[1] == [[False, False]]
+    pasted = {"level": "token", "action": "clamp", "metric": "ratio", "upper": 2.0, "lower": 0.0}
+    assert from_areal(**pasted) == Correction(cap=2.0)  # as in examples/areal.yaml
     k1 = from_areal(metric="kl_k1", upper=math.log(3), lower=-math.log(2))
     assert weights(k1, [2.9, 3.1, 0.6, 0.4])[1] == [[True, False, True, False]]
     k3 = from_areal(metric="kl_k3", upper=0.4)
