@@ -228,6 +228,9 @@ class Engine:
         are as they were."""
         status, right = self.status, self.right[trainer.policy]
         sent = {name for name, _ in self.tensors(trainer)}
+        if HEAD in sent and not _waits(status, HEAD):
+            assert trainer.head == "equal"
+            assert status.parameters[EMBEDDINGS] == right[EMBEDDINGS] or _names(status, "lm_head")
         for layer, (things, names) in self.layers.items():
             wanted = before.parameters if names.isdisjoint(sent) else right
             same = all(status.parameters[thing] == wanted[thing] for thing in things)
@@ -268,6 +271,12 @@ def _names(status: Status, layer: str) -> bool:
     of_all = status.torn or status.quiet is not None
     written = any(name.rpartition(".")[0] == layer for name in status.foreign)
     return of_all or written or layer in status.pending or layer in status.dropped
+
+
+def _waits(status: Status, name: str) -> bool:
+    """Whether a status says that something came under this name which is not live."""
+    of_all = status.torn or status.quiet is not None
+    return of_all or any(name in waiting for waiting in status.pending.values())
 
 
 def _place(name: str) -> tuple[int, str]:

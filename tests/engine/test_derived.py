@@ -16,6 +16,7 @@ import flashquant
 from flashquant.patches.seams import derived
 from tests.engine import processes, sounds
 from tests.engine.programs import heard
+from tests.engine.programs.keeping import connected
 from tests.engine.serving import serve
 from tools.models.policies import Policies
 
@@ -93,24 +94,29 @@ def connectors() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("connectors")
+@pytest.mark.parametrize("where", ["in this process", "in another process"])
 def test_a_connector_that_cannot_drop_old_keys_is_warned_of_as_the_engine_starts(
-    tmp_path_factory: pytest.TempPathFactory, caplog: pytest.LogCaptureFixture
+    where: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """vLLM takes its silence for a yes; one that can is told to, and there is no warning."""
-    policies = Policies(tmp_path_factory.mktemp("policies"), "qwen2")
-    storage = {"shared_storage_path": str(tmp_path_factory.mktemp("keys"))}
-    keeps = {
-        "kv_connector": "ExampleConnector",
-        "kv_role": "kv_both",
-        "kv_connector_extra_config": storage,
-    }
+    checkpoint, log = Policies(tmp_path, "qwen2").bf16("a"), tmp_path / "log"
+    if where == "in this process":
+        with caplog.at_level(logging.WARNING, "flashquant"):
+            serve(checkpoint, "bf16", kv_transfer_config=connected(str(tmp_path / "keys")))
+        said = caplog.text
+    else:
+        processes.run(
+            "keeping",
+            checkpoint,
+            tmp_path / "keys",
+            FLASHRL_CONFIG="bf16",
+            FLASHRL_LOGGING_FILE=str(log),
+            VLLM_ENABLE_V1_MULTIPROCESSING="1",
+        )
+        said = log.read_text()
 
-    with caplog.at_level(logging.WARNING, "flashquant"):
-        serve(policies.bf16("a"), "bf16", kv_transfer_config=keeps)
-
-    (warning,) = [r.message for r in caplog.records if r.name.endswith("derived")]
-    assert "ExampleConnector cannot be told to drop" in warning
-    assert "Empty its storage after each update" in warning
+    assert said.count("ExampleConnector cannot be told to drop") == 1
+    assert "Empty its storage after each update" in said
 
 
 def test_a_connector_that_can_is_told_to_drop_old_keys() -> None:

@@ -80,8 +80,15 @@ def _collective_rpc(
 
 def _init(original: Any, core: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
     original(core, vllm_config, *args, **kwargs)
-    if asks_for_session(vllm_config):
+    if asks_for_session(vllm_config) and not isinstance(core, EngineCoreProc):
         derived.warn(core)
+
+
+def _run_busy_loop(original: Any, core: Any) -> None:
+    """In a process of its own, plugins are loaded when the core is being made already."""
+    if asks_for_session(core.vllm_config):
+        derived.warn(core)
+    original(core)
 
 
 def _add_request(original: Any, core: Any, request: Any, request_wave: int = 0) -> None:
@@ -220,6 +227,12 @@ POINTS = (
         "vllm.v1.engine.core:EngineCore.__init__",
         expects=("self", "vllm_config", ...),
         wrapper=_init,
+    ),
+    *(
+        PatchPoint(
+            f"vllm.v1.engine.core:{kind}.run_busy_loop", expects=("self",), wrapper=_run_busy_loop
+        )
+        for kind in ("EngineCoreProc", "DPEngineCoreProc")
     ),
     PatchPoint(
         "vllm.v1.engine.core:EngineCore.collective_rpc",
