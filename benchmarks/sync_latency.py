@@ -35,7 +35,10 @@ from tools.models import tiny_models
 if TYPE_CHECKING:
     from flashquant.patches.diagnostics import Sync, Timing
 
-SCHEMES = ("bf16", "int8", "int8 frozen", "int8 refreshed", "fp8_vllm", "fp8_channel")
+SCHEMES = (
+    *("bf16", "int8", "int8 frozen", "int8 refreshed"),
+    *("fp8_vllm", "fp8_channel", "fp8_tensor", "int4", "int4_g32"),
+)
 
 
 @dataclass(frozen=True)
