@@ -101,15 +101,15 @@ def flashquants(llm: Any) -> dict[str, Sync]:
 
 def without_digest(llm: Any, sync: Sync) -> Sync:
     """As with FLASHQUANT_DIGEST=0, which is read when an engine starts: this saves a second one."""
-    own = session(llm)
-    kept = own._checks
+    proofs = session(llm).proofs
+    kept = proofs.checks
 
     def undigested(weights: Mapping[str, Tensor]) -> object:
-        own._checks = Checks(ledger=kept.ledger, digest=False)
+        proofs.checks = Checks(ledger=kept.ledger, digest=False)
         try:
             return sync(weights)
         finally:
-            own._checks = kept
+            proofs.checks = kept
 
     return undigested
 

@@ -32,9 +32,9 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 import flashquant
 from benchmarks import arms
 from examples.demo import smollm2
+from flashquant.config.schemes import W8A8
 from flashquant.profiles import save_profile
 from flashquant.profiles.making import (
-    W8A8,
     Checkpoint,
     Factors,
     factors_of_twins,
@@ -169,11 +169,27 @@ def start_engines(
         "int8, make (a), refreshed": entry(twin, "a.safetensors", "refreshed"),
         "int8, make (b), frozen": entry(ours, "b.safetensors", "frozen"),
         "int8, make (b), refreshed": entry(ours, "b.safetensors", "refreshed"),
+        "int8, make (b), down_proj kept": (path, keeping(scratch, ["*.down_proj"])),
+        "int8, make (b), 2 blocks of each end kept": (
+            path,
+            keeping(scratch, [{"first": 2}, {"last": 2}]),
+        ),
         "fp8_channel": (path, "fp8_channel"),
+        "fp8_tensor": (path, "fp8_tensor"),
         "fp8_vllm": (path, "fp8_vllm"),
+        "int4_g32": (path, "int4_g32"),
+        "int4_channel": (path, "int4_channel"),
     }
     wanted = {name: how for name, how in made_of.items() if only is None or name in only}
     return {name: start(*how) for name, how in {"bf16": (path, "bf16"), **wanted}.items()}
+
+
+def keeping(scratch: Path, keep: list[Any]) -> str:
+    """A configuration of the bf16 checkpoint through profile (b), with some layers in bf16."""
+    profile = str(scratch / "b.safetensors")
+    file = scratch / f"keep-{len(keep)}.yaml"
+    file.write_text(json.dumps({"configs": [{"fn": "int8", "profile": profile, "keep": keep}]}))
+    return str(file)
 
 
 def smoothquant(source: Checkpoint, model: nn.Module, windows: list[Tensor], folder: Path) -> Path:

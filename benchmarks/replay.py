@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -49,6 +49,7 @@ class Engine:
     device, shares_scales = torch.device("cpu"), False
     tied: Mapping[str, str] = MappingProxyType({})
     in_bf16: Mapping[str, WhyInBf16] = MappingProxyType({})
+    cache_scales = SimpleNamespace(contents=lambda: iter(()), set=lambda scales, undo: None)
 
     def __init__(self, tensors: int, shards: int, dtype: torch.dtype) -> None:
         self.scheme, self.shards = "int8" if dtype == torch.int8 else "bf16", shards

@@ -33,7 +33,10 @@ from tools.models import tiny_models
 if TYPE_CHECKING:
     from flashquant.patches.diagnostics import Sync
 
-SCHEMES = ("bf16", "int8", "int8 frozen", "int8 refreshed", "fp8_vllm", "fp8_channel")
+SCHEMES = (
+    *("bf16", "int8", "int8 frozen", "int8 refreshed"),
+    *("fp8_vllm", "fp8_channel", "fp8_tensor", "int4", "int4_g32"),
+)
 
 
 def measure(model: str, scheme: str, rounds: int) -> Result:

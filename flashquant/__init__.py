@@ -15,7 +15,7 @@ Importing this imports neither torch nor vLLM; both wait until something is aske
 from __future__ import annotations
 
 import os
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol, overload
 
 if TYPE_CHECKING:
@@ -156,6 +156,7 @@ def reload_weights(  # type: ignore[overload-overlap]
     atomic: bool = True,
     strict: bool = True,
     prepare: bool = False,
+    kv_scales: Mapping[str, tuple[float, float]] | None = None,
 ) -> Awaitable[ReloadReport]: ...
 @overload
 def reload_weights(
@@ -165,6 +166,7 @@ def reload_weights(
     atomic: bool = True,
     strict: bool = True,
     prepare: bool = False,
+    kv_scales: Mapping[str, tuple[float, float]] | None = None,
 ) -> ReloadReport: ...
 def reload_weights(
     target: Any,
@@ -173,6 +175,7 @@ def reload_weights(
     atomic: bool = True,
     strict: bool = True,
     prepare: bool = False,
+    kv_scales: Mapping[str, tuple[float, float]] | None = None,
 ) -> ReloadReport | Awaitable[ReloadReport]:
     """Bring one complete set of bf16 weights into a serving engine, in place.
 
@@ -208,6 +211,10 @@ def reload_weights(
             and pause it only to swap the new weights in. Costs memory for a second set of
             quantized weights on the engine's device (two sets, with `atomic`), and more time in
             all; `report.pause_seconds` is what requests see of it.
+        kv_scales: of an engine whose KV cache is in fp8 (`kv_cache: fp8`): the scale of keys and
+            that of values, finite and above 0, by attention layers of the checkpoint
+            (`model.layers.0.self_attn`). They go live with the weights, or not at all; layers that
+            are not named keep theirs.
 
     Returns:
         A `ReloadReport`: `version`, `tensors`, `bytes_in` and `bytes_out`, `seconds` and `phases`
@@ -219,8 +226,8 @@ def reload_weights(
     Raises:
         UnknownWeight: the engine's own loader knows no such name; says which one is near.
         MisfitTensor: wrong shape or dtype, a sharded, sparse or meta tensor, NaN or infinity,
-            a value that the stored dtype cannot hold, a name that came twice, or a tied head
-            that differs from its embeddings.
+            a value that the stored dtype cannot hold, a name that came twice, a tied head
+            that differs from its embeddings, or a KV scale that is not finite and above 0.
         IncompleteUpdate: with `strict`, something did not arrive; without, half a layer did.
         PeerFailed: another worker refused the update; says which rank, and why.
         WorkerLost: a worker's process ended. vLLM's engine does not survive that: restart it.
@@ -248,7 +255,7 @@ def reload_weights(
     from flashquant.patches.remote import target as targets
 
     report: ReloadReport = targets.reload_weights(
-        target, weights, atomic=atomic, strict=strict, prepare=prepare
+        target, weights, atomic=atomic, strict=strict, prepare=prepare, kv_scales=kv_scales
     )
     return report
 

@@ -45,7 +45,6 @@ _SHOULD_BE: Final[Mapping[str, str]] = MappingProxyType(
     {
         "bool_type": "must be true or false",
         "invalid_key": "a key must be text; put it in quotes",
-        "literal_error": "must be frozen or refreshed",
         "model_type": "must be a mapping; write it as lines of `key: value`",
         "string_type": "must be text; put it in quotes if YAML reads it as something else",
         "tuple_type": "must be a list; write it as [first, second]",
@@ -66,6 +65,8 @@ class RolloutConfig(BaseModel):
     `keep` lists the modules that stay in bf16, at the first load and at every push
     (`flashquant.config.keep`).
 
+    `kv_cache` has keys and values cached in fp8 (e4m3), whatever the weights are in.
+
     `scales` says what a reload through a profile does with the weight scales of the
     checkpoint: `refreshed` makes each anew from its channel, and keeps only the smoothing
     of the profile; `frozen` keeps them, as FlashRL does. `clipped_warning` is the
@@ -83,6 +84,7 @@ class RolloutConfig(BaseModel):
     scales: Literal["frozen", "refreshed"] = "refreshed"
     clipped_warning: float = Field(default=0.001, ge=0, le=1)
     keep: tuple[Kept, ...] = ()
+    kv_cache: Literal["fp8"] | None = None
     quantize_towers: bool = Field(default=False, strict=True)
     load_format: str | None = None
     quantization: str | None = None
@@ -307,6 +309,9 @@ def _sentence(problem: ErrorDetails, source: str) -> str:
     found = f"is {reprlib.repr(value)[:_SHOWN]} ({type(value).__name__})"
     if kind == "value_error":
         return f"{_place(source, loc)}: {problem['ctx']['error']}"
+    if kind == "literal_error":
+        words = problem["ctx"]["expected"].replace("'", "")
+        return f"{_place(source, loc)}: {found}, but must be {words}"
     if kind == "missing":
         return f"{source}: has no key 'configs'; put the entries in a list under it"
     if kind == "extra_forbidden":

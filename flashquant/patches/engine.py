@@ -16,6 +16,7 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 from flashquant.config.checks import Checks
 from flashquant.config.schemes import ONLINE
 from flashquant.errors import UnsupportedEngine
+from flashquant.patches.cache_scales import CacheScales
 from flashquant.patches.decided import ADDITIONAL_CONFIG_KEY, PROFILE_KEY, kept_by
 from flashquant.patches.layers import (
     LayerBlueprint,
@@ -70,6 +71,8 @@ class LiveEngine:
         self.layers: tuple[LiveLayer, ...] = ()
         self.stored: dict[str, Tensor] = {}
         self.in_bf16: Mapping[str, WhyInBf16] = {}
+        eager = self.device.type == "cpu" or vllm_config.model_config.enforce_eager
+        self.cache_scales = CacheScales(model, captured=not eager)
         self.model = model
         self._vllm_config = vllm_config
         self._blueprint = ModelBlueprint(model)

@@ -99,6 +99,23 @@ class Layer(Protocol):
     def contents(self) -> Iterator[tuple[str, Tensor | str]]: ...
 
 
+KVScales = Mapping[str, tuple[float, float]]
+"""Of keys and of values, by the name of an attention layer."""
+
+
+class CacheScales(Protocol):
+    """The scales of a KV cache in fp8, which belong to a policy as its weights do."""
+
+    def contents(self) -> Iterator[tuple[str, Tensor]]: ...
+    def check(self, scales: KVScales) -> None:
+        """Raise ReloadError where they could not be set."""
+        ...
+
+    def set(self, scales: KVScales, undo: UndoLog) -> None:
+        """Write scales that have been checked."""
+        ...
+
+
 class Engine(Loader, Protocol):
     """The serving model: its own loader, its checkpoint-format parameters, its layers."""
 
@@ -111,6 +128,11 @@ class Engine(Loader, Protocol):
     @property
     def in_bf16(self) -> Mapping[str, WhyInBf16]:
         """The linear layers and experts of the checkpoint that stay in bf16, and why."""
+        ...
+
+    @property
+    def cache_scales(self) -> CacheScales:
+        """Those of its KV cache."""
         ...
 
     @property

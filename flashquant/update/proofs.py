@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -116,7 +117,8 @@ class Proofs:
 
     def digests(self) -> dict[str, str]:
         """The same for each thing they read, by name."""
-        taken = digests(item for layer in self._engine.layers for item in layer.contents())
+        contents = (item for layer in self._engine.layers for item in layer.contents())
+        taken = digests(chain(contents, self._engine.cache_scales.contents()))
         if not self._transactions.under_way:
             self._foreign_writes.compare(taken)
         return taken
@@ -130,6 +132,7 @@ class Proofs:
         for layer in self._engine.layers:
             fingerprints.add(layer.contents())
             yield None
+        fingerprints.add(self._engine.cache_scales.contents())
         if self._transactions.version == version and not self._transactions.under_way:
             taken = fingerprints.read()
             self._foreign_writes.compare(taken)

@@ -33,7 +33,7 @@ from flashquant.update.bindings import Bindings
 from flashquant.update.checkpoint import Checkpoint
 from flashquant.update.code_statistics import CodeStatistics
 from flashquant.update.completeness import Completeness
-from flashquant.update.engine import Engine
+from flashquant.update.engine import Engine, KVScales
 from flashquant.update.first_load import FirstLoad
 from flashquant.update.pipeline import Pipeline
 from flashquant.update.proofs import Proofs
@@ -170,7 +170,9 @@ class Session:
             self._pipeline.finish(update)
             return written
 
-    def begin(self, *, atomic: bool = True, prepares: bool = False) -> None:
+    def begin(
+        self, *, atomic: bool = True, prepares: bool = False, kv_scales: KVScales | None = None
+    ) -> None:
         """Open a bracket: nothing is committed until `finish`. What waits is dropped, and said so.
 
         A bracket that is still open, because whoever began it went away, is rolled back.
@@ -179,12 +181,19 @@ class Session:
             atomic: keep what it takes to put the old weights back.
             prepares: make everything beside the live layers, which costs the memory of a second
                 set of weights (two, if `atomic`), so that the engine may generate until `finish`.
+            kv_scales: of the KV cache, from `finish` on.
+
+        Raises:
+            ReloadError: these scales could not be set.
 
         """
+        if kv_scales:
+            with self._reporter.refusing():
+                self._engine.cache_scales.check(kv_scales)
         self.proofs.look()
         self.proofs.audit()
         undo = UndoLog(keep=atomic, reserve=self.transactions.reserve)
-        update = Update(undo, bracket=True, prepares=prepares)
+        update = Update(undo, bracket=True, prepares=prepares, kv_scales=dict(kv_scales or {}))
         with self._reporter.refusing(), self.transactions.begin(update):
             if not atomic:
                 update.at_stake = frozenset(self._planner.wanted)
@@ -215,6 +224,7 @@ class Session:
             wanted = self._planner.wanted if update.wanted is None else update.wanted
             self._completeness.check_complete(update, wanted, strict=strict, keeps=keeps)
             self._pipeline.swap_in(update)
+            self._engine.cache_scales.set(update.kv_scales, update.undo)
             if update.prepares:
                 self.proofs.audit_later(update.before)
             else:
@@ -241,11 +251,17 @@ class Session:
         self.transactions.abandon()
 
     def reload(
-        self, weights: Weights, *, atomic: bool = True, strict: bool = True, prepare: bool = False
+        self,
+        weights: Weights,
+        *,
+        atomic: bool = True,
+        strict: bool = True,
+        prepare: bool = False,
+        kv_scales: KVScales | None = None,
     ) -> ReloadReport:
         """One whole update: `begin`, push everything, `finish`, and a report of it."""
         start = time.perf_counter()
-        self.begin(atomic=atomic, prepares=prepare)
+        self.begin(atomic=atomic, prepares=prepare, kv_scales=kv_scales)
         try:
             tensors = named_tensors(weights)
             try:

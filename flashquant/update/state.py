@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from flashquant.plan import View
 from flashquant.schemes import Doubts
 from flashquant.update.code_statistics import Noted
-from flashquant.update.engine import Layer, Reach
+from flashquant.update.engine import KVScales, Layer, Reach
 from flashquant.update.integrity import Footprint
 from flashquant.update.report import Drift
 from flashquant.update.staging import Stage
@@ -90,6 +90,7 @@ class Update:
     offered: set[str] = field(default_factory=set)  # of a push by itself: all of its names
     dropped: dict[str, tuple[str, ...]] = field(default_factory=dict)  # layer -> what it lacked
     statistics: Statistics = field(default_factory=Statistics)
+    kv_scales: KVScales = field(default_factory=dict)  # that go live when it is finished
 
     @property
     def reach(self) -> Reach:

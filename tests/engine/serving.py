@@ -25,7 +25,7 @@ from flashquant.patches.layers import kernel_state
 from flashquant.patches.seams.loading import session_of
 from flashquant.update import Session
 from tests.engine.kernels import choosing as choosing
-from tests.engine.kernels import multiply_fp8_as_everywhere
+from tests.engine.kernels import multiply_fp8_as_everywhere, want_int4
 from tests.support.groups import make_experts_group
 
 _KEPT: list[Any] = []  # of every Serving, those that a test drops included
@@ -246,6 +246,7 @@ def serve(
     """
     if scheme in ("fp8_channel", "fp8_tensor") and BY_ROW != "fp8_channel":
         pytest.skip(FP8_CHANNEL.kwargs["reason"])
+    want_int4(scheme)
     key = (checkpoint, scheme, kernels, tokens, repr(sorted(options.items())))
     if key not in _STARTED:
         serving = Serving(checkpoint, scheme, options, tokens)

@@ -36,6 +36,7 @@ CASES = [
     ("int8", "portable"),
     ("fp8_vllm", "native"),
     ("fp8_channel", "native"),
+    ("int4", "native"),
 ]
 
 CALLS_EACH = 9  # of one function in one scheme, spread over an update

@@ -23,6 +23,7 @@ CASES = [
     ("int8", "portable"),
     ("fp8_vllm", "native"),
     ("fp8_channel", "native"),
+    ("int4", "native"),
 ]
 
 

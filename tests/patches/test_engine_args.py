@@ -15,6 +15,7 @@ from flashquant.config.checks import Checks
 from flashquant.config.schema import FlashConfig, RolloutConfig
 from flashquant.config.schemes import COMPRESSED, W8A8
 from flashquant.errors import ConfigError, ProfileError
+from flashquant.patches.decided import ADDITIONAL_CONFIG_KEY, KEPT_KEY, PROFILE_KEY
 from flashquant.patches.seams import engine_args
 from flashquant.patches.seams import kept as kept_seam
 from flashquant.patches.seams.engine_args import configure, rank_of
@@ -435,14 +436,17 @@ def test_what_a_checkpoint_holds_as_codes_cannot_be_kept(bf16: Path, tmp_path: P
     configured(stored, RolloutConfig(fn="int8", keep=("lm_head",)))
 
 
-def test_what_a_profile_scales_cannot_be_kept(bf16: Path, tmp_path: Path) -> None:
+def test_what_a_profile_scales_is_kept_beside_it(bf16: Path, tmp_path: Path) -> None:
+    """Its bf16 weights are scaled, too: `profiles.Calibration`."""
     one = torch.ones(1)
     entries = {"model.layers.0.mlp.down_proj.weight": Entry(torch.int8, one, one, one)}
     save_profile(Profile(entries, "made"), tmp_path / "profile.safetensors")
     entry = RolloutConfig(fn="int8", keep=KEEP_DOWN, profile=str(tmp_path / "profile.safetensors"))
 
-    with pytest.raises(ConfigError, match=r"down_proj stays in bf16, but the profile .* scales it"):
-        configured(bf16, entry)
+    decided = configured(bf16, entry).additional_config[ADDITIONAL_CONFIG_KEY]
+
+    assert "model.layers.0.mlp.down_proj" in decided[KEPT_KEY]
+    assert decided[PROFILE_KEY]["starts_on_floats"]
 
 
 def test_without_safetensors_nothing_can_be_kept(bf16: Path, tmp_path: Path) -> None:

@@ -128,9 +128,9 @@ def test_a_gpu_that_vllm_does_not_serve_on_is_said_too(monkeypatch: pytest.Monke
 
 
 def test_a_scheme_that_is_none_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["doctor", "--engine", "--scheme", "int4"]) == 1
+    assert main(["doctor", "--engine", "--scheme", "int3"]) == 1
 
-    assert "there is no scheme int4; choose from bf16, int8" in capsys.readouterr().err
+    assert "there is no scheme int3; choose from bf16, int8" in capsys.readouterr().err
 
 
 @pytest.fixture(params=["vllm", "start", "import"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -84,6 +84,7 @@ class FakeEngine:
 
     scheme, device, shares_scales, tied = "int8", CPU, False, MappingProxyType({})
     in_bf16: Mapping[str, WhyInBf16] = MappingProxyType({})
+    cache_scales = SimpleNamespace(contents=lambda: iter(()), set=lambda scales, undo: None)
 
     def __init__(self, dtype: torch.dtype = torch.bfloat16, norm=lambda loaded: loaded) -> None:
         qkv = {"qkv.weight": torch.zeros(6, 4, dtype=dtype)}

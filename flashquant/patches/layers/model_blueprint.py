@@ -55,6 +55,12 @@ class ModelBlueprint:
             for path, module in model.named_modules()
             if is_deferred_attention_layer(module)
         ]
+        # A checkpoint may hold their own parameters: loaders that are watched find them on meta.
+        self._of_caches = [
+            (module, {name: on_meta(p) for name, p in module._parameters.items() if p is not None})
+            for module in model.modules()
+            if is_deferred_attention_layer(module) and module._parameters
+        ]
         self._aliases = tuple(aliases(model, names))
         self._model = model
         self._places = [
@@ -164,7 +170,8 @@ class ModelBlueprint:
         self, parameter: Callable[[LayerBlueprint, str, Tensor], Tensor]
     ) -> Iterator[None]:
         """Put other parameters under the model, each made of its layer, name and form."""
-        kept = [(layer.module, layer.module._parameters) for layer in self.layers]
+        modules = [*(layer.module for layer in self.layers), *(m for m, _ in self._of_caches)]
+        kept = [(module, module._parameters) for module in modules]
         exchanged = self._dropped_children()
         children = [(parent, dict(parent._modules)) for parent, _, _ in exchanged]
         try:
@@ -175,6 +182,8 @@ class ModelBlueprint:
                     name: None if meta is None else parameter(layer, name, meta)
                     for name, meta in layer.parameters.items()
                 }
+            for module, scales in self._of_caches:
+                module.__dict__["_parameters"] = {**module._parameters, **scales}
             yield
         finally:
             for module, parameters in kept:

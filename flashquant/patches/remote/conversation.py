@@ -23,7 +23,7 @@ from pydantic import TypeAdapter
 from flashquant import errors
 from flashquant.errors import PeerFailed, ReloadError, WorkerLost
 from flashquant.patches.seams import worker
-from flashquant.update import Member, ReloadReport
+from flashquant.update import KVScales, Member, ReloadReport
 
 _T = TypeVar("_T")
 _REPORT = TypeAdapter(ReloadReport)  # a worker's answer comes as plain data
@@ -45,7 +45,14 @@ class Call(NamedTuple):
 Conversation = Generator[Call, Sequence[Any], ReloadReport]
 
 
-def conversation(path: str, *, atomic: bool, strict: bool, prepare: bool = False) -> Conversation:
+def conversation(
+    path: str,
+    *,
+    atomic: bool,
+    strict: bool,
+    prepare: bool = False,
+    kv_scales: KVScales | None = None,
+) -> Conversation:
     """What is said to the workers in one update, from safetensors at a path.
 
     Prepared, it is many short calls, between which the engine takes its steps; only one of them,
@@ -57,10 +64,11 @@ def conversation(path: str, *, atomic: bool, strict: bool, prepare: bool = False
 
     """
     if not prepare:
-        options = {"atomic": atomic, "strict": strict}
+        options = {"atomic": atomic, "strict": strict, "kv_scales": kv_scales}
         return _report(answers_of((yield Call(worker.TRY_RELOAD, (path,), options))))
+    begun = {"atomic": atomic, "kv_scales": kv_scales}
     try:
-        answers_of((yield Call(worker.PREPARE, (path,), {"atomic": atomic})))
+        answers_of((yield Call(worker.PREPARE, (path,), begun)))
         while any(answers_of((yield Call(worker.FEED, (_SLICE,))))):
             pass
         report = _report(answers_of((yield Call(worker.SWAP, (), {"strict": strict}))))

@@ -22,7 +22,7 @@ from flashquant.patches.seams import worker
 from flashquant.patches.seams.loading import deltas_of, session_of
 from flashquant.plan import NamedTensors, Weights, named_tensors
 from flashquant.sender import Delta, Manifest, TensorSpec
-from flashquant.update import ReloadReport, Status
+from flashquant.update import KVScales, ReloadReport, Status
 
 _STATUS = TypeAdapter(Status)  # a worker's answer comes as plain data
 
@@ -34,6 +34,7 @@ def reload_weights(
     atomic: bool = True,
     strict: bool = True,
     prepare: bool = False,
+    kv_scales: KVScales | None = None,
 ) -> Any:
     """What `flashquant.reload_weights` documents, for any target.
 
@@ -44,7 +45,13 @@ def reload_weights(
         ReloadError: and, with `atomic`, every live tensor is what it was.
 
     """
-    options = {"atomic": atomic, "strict": strict, "prepare": prepare}
+    scales = None if kv_scales is None else {name: tuple(p) for name, p in kv_scales.items()}
+    options: dict[str, Any] = {
+        "atomic": atomic,
+        "strict": strict,
+        "prepare": prepare,
+        "kv_scales": scales,
+    }
     if (model := _model_of(target)) is not None:
         return session_of(model).reload(weights, **options)
     if _is_async(target):
@@ -162,7 +169,7 @@ async def _apply_async(engine: Any, delta: Delta | str | os.PathLike[str]) -> Re
         return await remote.carry_out_async(engine, remote.delta_conversation(path))
 
 
-async def _reload_async(engine: Any, weights: Weights, **options: bool) -> ReloadReport:
+async def _reload_async(engine: Any, weights: Weights, **options: Any) -> ReloadReport:
     with ExitStack() as stack:
         # Writing a model's tensors takes a while, in which the event loop serves others.
         path = await asyncio.to_thread(stack.enter_context, _stored(weights))

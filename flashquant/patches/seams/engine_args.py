@@ -88,6 +88,7 @@ def configure(args: Any, config: RolloutConfig, checks: Checks) -> None:
     _refuse_moving_experts(args)
     _refuse_scales_of_shards(args, config)
     _apply_defaults(args, config)
+    _cache_as_asked(args, config)
     checkpoint, _ = PretrainedConfig.get_config_dict(args.model, revision=args.revision)
     own = checkpoint.get("quantization_config")
     profile = _profile_of(config)
@@ -119,6 +120,29 @@ def _apply_defaults(args: Any, config: RolloutConfig) -> None:
         args.load_format = config.load_format
     if args.distributed_executor_backend is None:
         args.distributed_executor_backend = config.distributed_executor_backend
+
+
+def _cache_as_asked(args: Any, config: RolloutConfig) -> None:
+    """The format of the KV cache, which an explicit argument may name, too.
+
+    Raises:
+        ConfigError: the two differ, or scales would be computed of the first prompt.
+
+    """
+    if config.kv_cache is None:
+        return
+    if args.kv_cache_dtype not in ("auto", config.kv_cache, f"{config.kv_cache}_e4m3"):
+        raise ConfigError(
+            f"FLASHRL_CONFIG asks for kv_cache {config.kv_cache!r}, but the engine was given "
+            f"kv_cache_dtype={args.kv_cache_dtype!r}. Drop one of the two."
+        )
+    if getattr(args, "calculate_kv_scales", False):  # before vLLM has dropped it
+        raise ConfigError(
+            "calculate_kv_scales=True takes the scales of the KV cache from the first prompt, so "
+            "that no two engines have the same. Leave it out, and send scales by "
+            "flashquant.reload_weights(..., kv_scales=...)."
+        )
+    args.kv_cache_dtype = config.kv_cache
 
 
 def _check_profile(

@@ -29,7 +29,7 @@ from flashquant.patches.seams.loading import (
     take_forgotten,
 )
 from flashquant.plan import Weights, named_tensors, naming_the_file
-from flashquant.update import Member, ReloadReport
+from flashquant.update import KVScales, Member, ReloadReport
 
 logger = logging.getLogger(__name__)
 
@@ -40,10 +40,13 @@ def _reload(
     atomic: bool = True,
     strict: bool = True,
     prepare: bool = False,
+    kv_scales: KVScales | None = None,
 ) -> Any:
     """One whole update of this worker's model; `flashquant.ReloadReport`, or raises."""
     session = session_of(worker.get_model())
-    return session.reload(weights, atomic=atomic, strict=strict, prepare=prepare)
+    return session.reload(
+        weights, atomic=atomic, strict=strict, prepare=prepare, kv_scales=kv_scales
+    )
 
 
 def _answering(method: Callable[..., Any]) -> Callable[..., dict[str, Any]]:
@@ -61,10 +64,12 @@ def _answering(method: Callable[..., Any]) -> Callable[..., dict[str, Any]]:
     return answer
 
 
-def _prepare(worker: Any, weights: Weights, atomic: bool = True) -> bool:
+def _prepare(
+    worker: Any, weights: Weights, atomic: bool = True, kv_scales: KVScales | None = None
+) -> bool:
     """Begin an update that is prepared in slices, while the engine generates."""
     session = session_of(worker.get_model())
-    session.begin(atomic=atomic, prepares=True)
+    session.begin(atomic=atomic, prepares=True, kv_scales=kv_scales)
     channels.FEED.put(worker, named_tensors(weights))
     return True
 

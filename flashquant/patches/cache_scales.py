@@ -1,0 +1,113 @@
+"""The scales of a KV cache in fp8: a number for the keys of each layer, and one for its values.
+
+A key is cached as e4m3(key / k_scale), and read as what is cached times k_scale. vLLM takes scales
+from the checkpoint, or 1.0, and keeps each three times: in a tensor on the device, in one on the
+host, and as a number that kernels are called with.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flashquant.errors import MisfitTensor, ReloadError, UnknownWeight
+from flashquant.patches.layers import is_deferred_attention_layer
+from flashquant.update import KVScales, UndoLog
+
+_SIDES = ("_k_scale", "_v_scale")
+_SUFFIX = ".attn"  # vLLM's own module in that of the checkpoint
+
+
+class CacheScales:
+    """Those of one model; empty where its cache holds what the model computes.
+
+    Args:
+        model: vLLM's.
+        captured: whether numbers that kernels are called with are captured in CUDA graphs.
+
+    """
+
+    def __init__(self, model: nn.Module, *, captured: bool) -> None:
+        self._captured = captured
+        self._layers: dict[str, Any] = {
+            name.removesuffix(_SUFFIX): module
+            for name, module in model.named_modules()
+            if is_deferred_attention_layer(module) and _caches_in_fp8(module)
+        }
+
+    def contents(self) -> Iterator[tuple[str, Tensor]]:
+        """Every scale, by the name of its layer."""
+        for name, layer in self._layers.items():
+            for side in _SIDES:
+                yield f"{name}.{side[1:]}", getattr(layer, side).detach()
+
+    def check(self, scales: KVScales) -> None:
+        """Refuse scales before anything is touched.
+
+        Raises:
+            MisfitTensor: one is not finite and positive, or not one number a layer.
+            UnknownWeight: there is no such layer.
+            ReloadError: the cache is not in fp8, or the numbers are in CUDA graphs.
+
+        """
+        if not self._layers:
+            raise ReloadError(
+                "kv_scales are for a KV cache in fp8, and this engine caches what the model "
+                "computes. Write `kv_cache: fp8` in the entry, or leave kv_scales out."
+            )
+        if self._captured:
+            raise ReloadError(
+                "kv_scales are numbers that CUDA graphs have captured, which would go on with the "
+                "old ones. Start the engine with enforce_eager=True, or leave kv_scales out."
+            )
+        for name, pair in scales.items():
+            if (layer := self._layers.get(name.removesuffix(_SUFFIX))) is None:
+                raise UnknownWeight(f"kv_scales: no attention layer is {name!r}{self._near(name)}")
+            if any(getattr(layer, side).numel() != 1 for side in _SIDES):
+                raise MisfitTensor(
+                    f"kv_scales of {name} are a number for each head in this checkpoint; one a "
+                    "layer cannot take their place. Leave it out."
+                )
+            _check_pair(name, pair)
+
+    def set(self, scales: KVScales, undo: UndoLog) -> None:
+        """Write scales that have been checked; an undo log keeps what was there."""
+        for name, pair in scales.items():
+            layer = self._layers[name.removesuffix(_SUFFIX)]
+            for side, value in zip(_SIDES, pair, strict=True):
+                for tensor in (getattr(layer, side), getattr(layer, f"{side}_cpu", None)):
+                    if isinstance(tensor, Tensor):
+                        undo.remember(tensor)
+                        tensor.detach().fill_(value)
+                number = f"{side}_float"
+                undo.remember_how(functools.partial(setattr, layer, number, getattr(layer, number)))
+                setattr(layer, number, torch.tensor(value, dtype=torch.float32).item())
+
+    def _near(self, name: str) -> str:
+        near = difflib.get_close_matches(name, self._layers, n=1, cutoff=0.3)
+        return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _caches_in_fp8(layer: Any) -> bool:
+    """With scales that stay as they are; others are computed for every token."""
+    dtype = str(getattr(layer, "kv_cache_dtype", "auto"))
+    fixed = dtype.startswith("fp8") and not dtype.endswith("per_token_head")
+    return fixed and all(isinstance(getattr(layer, side, None), Tensor) for side in _SIDES)
+
+
+def _check_pair(name: str, pair: object) -> None:
+    values = pair if isinstance(pair, tuple | list) else ()
+    numbers = [float(value) for value in values if isinstance(value, int | float)]
+    # As float32: a scale is stored so.
+    fits = [n for n in numbers if math.isfinite(n) and torch.tensor(n, dtype=torch.float32) > 0]
+    if len(fits) != 2 or len(values) != 2 or any(n > torch.finfo(torch.float32).max for n in fits):
+        raise MisfitTensor(
+            f"kv_scales of {name} are {pair!r}; write two numbers, of keys and of values, finite "
+            "and above 0. The engine still serves the weights and scales it had."
+        )
