@@ -64,6 +64,7 @@ def main(arguments: Sequence[str]) -> None:
     from unittest import mock
 
     import torch.distributed
+    from vllm.distributed.device_communicators import cpu_communicator
     from vllm.model_executor.models import registry
 
     from tests.engine.kernels import mind_the_map_of_experts
@@ -73,7 +74,12 @@ def main(arguments: Sequence[str]) -> None:
     verb, folder, answers, *flat = arguments
     if verb == "judge":
         mind_the_map_of_experts()
-    with mock.patch.object(registry, "_run_in_subprocess", lambda ask: ask()):
+    named = staticmethod(lambda group: f"{os.environ['MASTER_PORT']}-{group.unique_name}")
+    with (
+        mock.patch.object(registry, "_run_in_subprocess", lambda ask: ask()),
+        # vLLM names the memory that ranks share alike in all pairs of a machine.
+        mock.patch.object(cpu_communicator._CPUSHMDistributed, "make_group_name", named),
+    ):
         for asked in zip(flat[::2], flat[1::2], strict=True):
             cell = {"judge": judge, "blame": blame}[verb](*asked, Path(folder))
             ranks: list[Cell] = [cell, cell]
