@@ -43,6 +43,11 @@ def run(verb: str, asked: Sequence[Asked], folder: Path) -> Iterator[Cell]:
 
 def _run_pair(verb: str, asked: Sequence[Asked], folder: Path, answers: Path) -> str:
     """How it ended."""
+    from tools.compatibility.trial import policy
+
+    for architecture, _ in asked:  # not by both ranks at once
+        for which in "ab":
+            policy(folder, architecture, which)
     flat = [part for cell in asked for part in cell]
     program = [sys.executable, *_PAIR, __spec__.name, verb, str(folder), str(answers), *flat]
     environ = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
