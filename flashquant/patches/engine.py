@@ -27,7 +27,7 @@ from flashquant.patches.layers import (
     is_deferred_attention_layer,
     is_processor,
 )
-from flashquant.plan import NamedTensors
+from flashquant.plan import NamedTensors, TensorPlan, Write
 from flashquant.profiles import Calibration, load_profile
 from flashquant.schemes import DEFINITIONS, WHOLE, resolved, warm
 from flashquant.update import WhyInBf16, digests
@@ -103,6 +103,13 @@ class LiveEngine:
     def load(self, weights: NamedTensors) -> object:
         """The model's own `load_weights`."""
         return self._load(weights)
+
+    def place(self, plan: TensorPlan, values: Tensor) -> None:
+        """Write a tensor into the parameters that are being loaded, where its plan says."""
+        for step in plan.steps:
+            if isinstance(step, Write):
+                parameter = self.model.get_parameter(step.target)
+                step.target_view.into(parameter.data).copy_(step.source_view.into(values))
 
     @contextmanager
     def laid_out(self, values: Mapping[str, Tensor] | None = None) -> Iterator[None]:

@@ -30,6 +30,7 @@ class Planner:
         self._made: dict[str, tuple[torch.Size, torch.dtype]] = {}  # of it: scales, most of all
         self._wanted: dict[str, None] | None = None
         self._elements: dict[str, int] | None = None
+        self._beside: set[str] = set()  # scales that the loader does not know
         self._ties: dict[str, TensorPlan] = {}
 
     def open(self) -> None:
@@ -47,6 +48,28 @@ class Planner:
         """A tensor of the checkpoint was stored as this one, or as several; so will pushes be."""
         if name not in self._checkpoint:
             self._made[name] = (tensor.shape, tensor.dtype)
+
+    def beside_codes(self, name: str, scales: Tensor) -> TensorPlan | None:
+        """The plan of scales that the loader knows by no name, beside their codes.
+
+        A loader that renames by the end of a name (GraniteMoE) takes a weight, and no scale of it.
+
+        Args:
+            name: of the scales, that was made of the weight's.
+            scales: `[E, N, 1]`.
+
+        Returns:
+            None where the loader knows the name: it places them itself.
+
+        Raises:
+            ReloadError: as `beside`.
+
+        """
+        self.learn_together([(name, scales)])
+        if name not in self.plan:
+            self.plan.add({name: beside(name, self.plan[name.removesuffix("_scale")])})
+            self._beside.add(name)
+        return self.plan[name] if name in self._beside else None
 
     def refused_of_made(self) -> str | None:
         """The first name made of the checkpoint that the engine's loader does not take."""

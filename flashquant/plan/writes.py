@@ -134,7 +134,8 @@ class TensorPlan:
 def beside(name: str, codes: TensorPlan) -> TensorPlan:
     """The plan of the scales `[N, 1]` of a weight `[N, K]`: a scale goes where its row went.
 
-    Of a weight that the loader transposes, `[K, N]`, the rows are those that come out.
+    Of experts `[E, N, K]` they are `[E, N, 1]`. Of a weight that the loader transposes, `[K, N]`,
+    the rows are those that come out.
 
     Args:
         name: of the scales.
@@ -146,7 +147,7 @@ def beside(name: str, codes: TensorPlan) -> TensorPlan:
     """
     return TensorPlan(
         name,
-        (codes.shape[1 if codes.turns_rows else 0], 1),
+        (*(codes.shape[1:] if codes.turns_rows else codes.shape[:-1]), 1),
         torch.float32,
         tuple(_scale_step(name, codes, step) for step in codes.steps),
     )
@@ -154,6 +155,9 @@ def beside(name: str, codes: TensorPlan) -> TensorPlan:
 
 def _scale_step(name: str, codes: TensorPlan, step: Step) -> Write:
     views = (step.source_view, step.target_view) if isinstance(step, Write) else ()
+    if views and len(codes.shape) == 3 and all(map(_has_whole_rows, views)):
+        source, target = map(_row_by_row, views)
+        return Write(name, source, f"{step.target}_scale", target)
     if not views or any(len(view.shape) != 2 or 1 not in view.stride for view in views):
         raise ReloadError(
             f"the engine's loader does more with {codes.name} than to put rows somewhere, so there "
@@ -161,6 +165,19 @@ def _scale_step(name: str, codes: TensorPlan, step: Step) -> Write:
         )
     source, target = (View((v.shape[0], 1), (1, 1), _first_row(v)) for v in views)
     return Write(name, source, f"{step.target}_scale", target)
+
+
+def _has_whole_rows(window: View) -> bool:
+    """Whether a window of stacked matrices is made of parts of their rows."""
+    *outer, last = window.stride
+    return len(outer) > 0 and last == 1 and all(stride % outer[-1] == 0 for stride in outer)
+
+
+def _row_by_row(window: View) -> View:
+    """The same window of what has one element a row."""
+    row = window.stride[-2]
+    strides = tuple(stride // row for stride in window.stride[:-1])
+    return View((*window.shape[:-1], 1), (*strides, 1), window.offset // row)
 
 
 def _first_row(window: View) -> int:

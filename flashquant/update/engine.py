@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from flashquant.plan import Fill, Loader, Write
+from flashquant.plan import Fill, Loader, TensorPlan, Write
 from flashquant.update.report import WhyInBf16
 from flashquant.update.staging import Stage
 from flashquant.update.undo import UndoLog
@@ -118,6 +118,10 @@ class CacheScales(Protocol):
 
 class Engine(Loader, Protocol):
     """The serving model: its own loader, its checkpoint-format parameters, its layers."""
+
+    def place(self, plan: TensorPlan, values: Tensor) -> None:
+        """While the checkpoint is loaded: write a tensor where its plan says, by no loader."""
+        ...
 
     @property
     def scheme(self) -> str: ...

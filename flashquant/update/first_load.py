@@ -66,4 +66,17 @@ class FirstLoad:
                 quantizes.note_stored(stored, values)
             self._code_statistics.start(stored, values)
             self._planner.note_made(stored, values)
-            yield stored, values
+            if not self._placed_beside(recipe, stored, values):
+                yield stored, values
+
+    def _placed_beside(self, recipe: Recipe, stored: str, values: Tensor) -> bool:
+        """Put the scales of stacked experts beside their codes, if the loader does not know them.
+
+        Of a loader that takes single experts, their number is in every name, and it knows all.
+        """
+        if stored != recipe.scale_name or values.dim() != 3:
+            return False
+        plan = self._planner.beside_codes(stored, values)
+        if plan is not None:
+            self._engine.place(plan, values)
+        return plan is not None

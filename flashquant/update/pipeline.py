@@ -186,10 +186,11 @@ class Pipeline:
         target, *others = destination.plan.targets  # of a tensor that is cut up, each has its own
         held = self._engine.targets.get(target)  # None for the scales that codes bring along
         # Codes have their scales already, and those are of whole rows.
-        if others or held is None or not (tensor.dim() == 2 and is_float(tensor)):
+        if others or held is None or not (tensor.dim() in (2, 3) and is_float(tensor)):
             return None
+        rows = tensor.mT if destination.plan.turns_rows else tensor
         # Of what the parameter will hold: rounding keeps the order of magnitudes.
-        return row_absmax(tensor).to(held.dtype).float()
+        return row_absmax(rows).to(held.dtype).float()
 
     def _run_loader(self, destination: Destination, tensor: Tensor) -> None:
         """The loader does more than copy: run it for real, on staged memory."""

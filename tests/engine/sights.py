@@ -14,11 +14,13 @@ from unittest import mock
 import numpy as np
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor
 
+from flashquant.plan import stored_names
 from tests.support import vision
 
 vision.make_ready()
@@ -54,11 +56,20 @@ class Sight:
     Attributes:
         config: of a tiny model.
         files: what `save_pretrained` of its processor would write, by name.
+        hub: a part of the names of transformers 5, and what stands there in checkpoints on the
+            Hub, where vLLM knows only the latter.
 
     """
 
     config: Callable[[], transformers.PreTrainedConfig]
     files: dict[str, dict[str, Any]]
+    hub: tuple[str, str] | None = None
+
+    def as_on_the_hub(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The same weights by names that vLLM takes."""
+        return (
+            weights if self.hub is None else {n.replace(*self.hub): t for n, t in weights.items()}
+        )
 
 
 def _qwen25() -> transformers.PreTrainedConfig:
@@ -106,6 +117,51 @@ def _qwen3() -> transformers.PreTrainedConfig:
     )
 
 
+def _llava() -> transformers.PreTrainedConfig:
+    vision = {
+        "model_type": "siglip_vision_model",
+        "hidden_size": 64,
+        "intermediate_size": 108,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+        "vision_use_head": False,
+    }
+    return transformers.LlavaOnevisionConfig(
+        text_config={"model_type": "qwen2", **_TEXT, "tie_word_embeddings": False},
+        vision_config=vision,
+        image_token_index=_IDS["image_token_id"],
+        video_token_index=_IDS["video_token_id"],
+        image_grid_pinpoints=[[28, 28], [28, 56], [56, 28]],
+        vision_feature_layer=-1,
+        tie_word_embeddings=False,
+    )
+
+
+def _llava_files() -> dict[str, dict[str, Any]]:
+    looks = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": {"height": 28, "width": 28}}
+    return {
+        "processor_config.json": {
+            "processor_class": "LlavaOnevisionProcessor",
+            "image_token": _SPECIAL[2],
+            "video_token": _SPECIAL[3],
+            "num_image_tokens": 4,
+            "vision_feature_select_strategy": "full",
+        },
+        "preprocessor_config.json": {
+            "image_processor_type": "LlavaOnevisionImageProcessor",
+            "processor_class": "LlavaOnevisionProcessor",
+            "image_grid_pinpoints": [[28, 28], [28, 56], [56, 28]],
+            **looks,
+        },
+        "video_preprocessor_config.json": {
+            "video_processor_type": "LlavaOnevisionVideoProcessor",
+            **looks,
+        },
+    }
+
+
 def _files(processor: str, video: str, patch: int) -> dict[str, dict[str, Any]]:
     sizes = {"patch_size": patch, "temporal_patch_size": 2, "merge_size": 2}
     area = {"shortest_edge": (2 * patch) ** 2 * 4, "longest_edge": (2 * patch) ** 2 * 16}
@@ -129,6 +185,9 @@ SIGHTS = {
     "qwen3-vl": Sight(
         _qwen3,
         _files("Qwen3VLProcessor", "Qwen3VLVideoProcessor", 16),
+    ),
+    "llava-onevision": Sight(
+        _llava, _llava_files(), hub=("vision_tower.", "vision_tower.vision_model.")
     ),
 }
 
@@ -173,6 +232,9 @@ def make(name: str, path: Path, seed: int) -> Path:
         with torch.no_grad():
             parameter.copy_(values)
     model.save_pretrained(path)
+    if sight.hub is not None:
+        saved = sight.as_on_the_hub(load_file(path / "model.safetensors"))
+        save_file(saved, path / "model.safetensors", metadata={"format": "pt"})
     words = {f"w{number}": number for number in range(_WORDS)}
     words |= {word: _WORDS + number for number, word in enumerate(_SPECIAL)}
     tokenizer = Tokenizer(WordLevel(words, unk_token="w0"))
@@ -189,9 +251,16 @@ def make(name: str, path: Path, seed: int) -> Path:
 
 
 def live(path: Path) -> dict[str, Tensor]:
-    """The weights of a checkpoint as a trainer's model holds them, by the names it has there."""
+    """The weights of a checkpoint as a trainer's model holds them, by the names it has there.
+
+    Where vLLM does not take those, with the part of them that it knows from the Hub.
+    """
     model = transformers.AutoModelForImageTextToText.from_pretrained(path, dtype=torch.bfloat16)
-    return dict(model.state_dict())
+    weights = dict(model.state_dict())
+    for sight in SIGHTS.values():
+        if sight.hub is not None and any(sight.hub[1] in name for name in stored_names(path)):
+            weights = sight.as_on_the_hub(weights)
+    return weights
 
 
 def prompt() -> dict[str, Any]:

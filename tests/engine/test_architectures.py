@@ -11,14 +11,14 @@ import pytest
 
 from tests.engine.kernels import NO_AMX_KERNELS, has_amx_kernels, want_int4
 from tests.engine.serving import needs
-from tools.compatibility.__main__ import PAGE, has_experts
-from tools.compatibility.cell import EXACT, SCHEMES, Cell
-from tools.compatibility.table import read
+from tools.compatibility.__main__ import ALONE, PAGE, PARTS, has_experts
+from tools.compatibility.cell import EXACT, NO_EXPERTS, SCHEMES, Cell
+from tools.compatibility.table import Part
 from tools.compatibility.workers import Asked, Worker
 
 pytestmark = [pytest.mark.engine, needs(">=0.32", "layers like those of the table")]
 
-TABLE = read(PAGE.read_text())
+TABLE = ALONE.read(PAGE.read_text())
 
 
 def _two_of(row: int, cells: dict[str, str]) -> list[str]:
@@ -65,8 +65,11 @@ def test_a_reload_equals_a_restart(worker: Worker, cell: Asked) -> None:
     assert worker.look(cell) == Cell(*cell, EXACT)
 
 
-def test_no_cell_of_the_table_is_blank_or_wrong() -> None:
-    verdicts = {verdict.split()[0] for cells in TABLE.values() for verdict in cells.values()}
+@pytest.mark.parametrize("part", PARTS, ids=lambda part: part.name)
+def test_no_cell_of_the_tables_is_blank_or_wrong(part: Part) -> None:
+    table = part.read(PAGE.read_text())
+    verdicts = {verdict.split(" (")[0] for cells in table.values() for verdict in cells.values()}
 
-    assert verdicts <= {EXACT, "engine", "refused"}
-    assert all(set(cells) == set(SCHEMES) for cells in TABLE.values())
+    assert verdicts <= {EXACT, "engine", "refused", NO_EXPERTS}
+    assert all(set(cells) == set(part.columns) for cells in table.values())
+    assert set(table) == set(part.rows)

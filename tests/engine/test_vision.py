@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import shutil
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ from unittest import mock
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import flashquant
-from flashquant.errors import UnsupportedEngine
+from flashquant.errors import IncompleteUpdate, UnknownWeight, UnsupportedEngine
 from flashquant.patches.seams.loading import session_of
 from tests.engine import processes, sights
 from tests.engine.programs import seen
@@ -92,6 +94,51 @@ def test_an_engine_in_another_process_sees_as_a_fresh_one(
 
     for caching in (False, True):
         assert told[str(caching)] == expected(policies, scheme, caching)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES[:2])
+def test_the_text_tower_alone_is_a_part_and_says_so(
+    policies: dict[str, Path], scheme: str, tmp_path: Path
+) -> None:
+    """By the names of a live model; the tower that sees, and nothing else, stays as it was."""
+    live = sights.live(policies["b"])
+    text = {n: t for n, t in live.items() if "language_model" in n or n.startswith("lm_head")}
+    assert 0 < len(text) < len(live)
+    mixed = tmp_path / "mixed"
+    shutil.copytree(policies["a"], mixed)
+    both = tensors(policies["a"]) | {
+        name: tensor for name, tensor in tensors(policies["b"]).items() if not sees(name)
+    }
+    save_file(both, mixed / "model.safetensors", metadata={"format": "pt"})
+    llm = started(policies["a"], scheme)
+    a = seen.stands(llm)
+
+    with pytest.raises(IncompleteUpdate, match=r"without \d+ of the engine's parameters: .*v"):
+        flashquant.reload_weights(llm, text)
+    assert seen.stands(llm) == a
+    report = flashquant.reload_weights(llm, text, strict=False)
+
+    assert report.tensors == len(text)
+    assert seen.stands(llm) == seen.stands(started(mixed, scheme))
+
+
+def sees(name: str) -> bool:
+    return any(part in name for part in ("visual", "vision", "projector", "image_newline"))
+
+
+def test_names_that_vllm_does_not_take_are_refused_with_the_nearest(
+    policies: dict[str, Path],
+) -> None:
+    """Of the text tower by itself, as a trainer of that alone has it."""
+    llm = started(policies["a"], "int8")
+    before = flashquant.status(llm).digest
+    name = "layers.0.self_attn.q_proj.weight"
+    tensor = next(t for n, t in tensors(policies["b"]).items() if n.endswith(name))
+
+    with pytest.raises(UnknownWeight, match=rf"'{name}'.*Did you mean '.*{name}'"):
+        flashquant.reload_weights(llm, {name: tensor})
+
+    assert flashquant.status(llm).digest == before
 
 
 def linears(llm: Any) -> dict[str, torch.dtype]:

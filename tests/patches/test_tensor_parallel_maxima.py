@@ -119,6 +119,30 @@ def test_a_scale_a_row_of_an_expert_is_the_maximum_of_the_whole_row() -> None:
     assert answer_of_experts([stacked(*OTHERS), down], mine) == [8.0, 3.0, 16.0, 6.0]
 
 
+def test_experts_that_come_in_one_tensor_have_maxima_of_their_own() -> None:
+    """Gate above up, of which this rank has two of three columns; and one tensor of the rest."""
+    sent = torch.tensor([[row for _, row in GATE_AND_UP[at : at + 2]] for at in (0, 2)])
+    both, halves = (Stage(torch.Size((2, 2, 2)), (4, 2, 1), torch.float32) for _ in range(2))
+    whole = Write("e", View((2, 2, 2), (6, 3, 1), 0), "w13", View((2, 2, 2), (4, 2, 1), 0))
+    write(whole, sent, both, CPU, row_absmax(sent))
+    for row in (0, 1):  # vLLM's loader takes the gates of all experts, then what is beside them
+        source, target = View((2, 1, 2), (6, 3, 1), 3 * row), View((2, 1, 2), (4, 2, 1), 2 * row)
+        write(Write("e", source, "w13", target), sent, halves, CPU, row_absmax(sent))
+
+    for stage in (both, halves):
+        assert answer_of_experts([stacked(*OTHERS), stage], torch.tensor([2.0, 5.0])) == [3.0, 9.0]
+
+
+def test_rows_of_experts_that_come_in_one_tensor_have_maxima_of_their_own() -> None:
+    sent = torch.stack([WHOLE, WHOLE * 2])
+    down = Stage(torch.Size((2, 2, 1)), (2, 1, 1), torch.float32)
+    step = Write("e", View((2, 2, 1), (4, 2, 1), 0), "w2", View((2, 2, 1), (2, 1, 1), 0))
+    write(step, sent, down, CPU, row_absmax(sent))
+    mine = torch.tensor([[[1.0], [2.0]], [[2.0], [4.0]]])
+
+    assert answer_of_experts([stacked(*OTHERS), down], mine) == [8.0, 3.0, 16.0, 6.0]
+
+
 @pytest.mark.parametrize(
     "stages",
     [[stacked(*OTHERS)], [stacked(*GATE_AND_UP[:3])], [stacked(*GATE_AND_UP)] * 2],

@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from tools.compatibility.cell import DIED, EXACT, Cell
+from tools.compatibility import ranks
+from tools.compatibility.cell import DIED, ENGINE, EXACT, REFUSED, WRONG, Cell
+from tools.compatibility.table import Part
 from tools.compatibility.workers import Worker
+from tools.versions.table import put_into
 
 # Instead of two engines: the scheme says what happens to the process.
 _PROGRAM = """
@@ -72,3 +75,46 @@ def test_a_cell_that_is_late_costs_nobody_else(worker: Fake) -> None:
 def test_a_process_that_cannot_work_is_no_cell(worker: Fake) -> None:
     with pytest.raises(RuntimeError, match="at llama-broken: no such module"):
         worker.look(("llama", "broken"))
+
+
+PART = Part("part", ("llama", "qwen2"), ("bf16", "int8"))
+PAGE = f"""before
+{PART.begin}
+{PART.end}
+after"""
+
+
+def test_a_part_is_merged_into_the_page_and_the_rest_stays(tmp_path: Path) -> None:
+    """In the order of the rows, whichever came first; reasons are told apart again."""
+    page = tmp_path / "page.md"
+    page.write_text(PAGE)
+    long = f"ValueError: {'a kernel of many words ' * 8}. In the end, none."
+    for found in (
+        [Cell("qwen2", "int8", ENGINE, long), Cell("qwen2", "bf16", EXACT)],
+        [Cell("llama", "int8", REFUSED, "model.x: no kernel"), Cell("qwen2", "bf16", WRONG, "b")],
+        [Cell("llama", "bf16", EXACT), Cell("qwen2", "bf16", EXACT)],
+    ):
+        put_into(page, PART.merged(page.read_text(), found), PART.begin, PART.end)
+
+    assert PART.read(page.read_text()) == {
+        "llama": {"bf16": "exact", "int8": "refused (1)"},
+        "qwen2": {"bf16": "exact", "int8": "engine (2)"},
+    }
+    assert f"1. model.x: no kernel\n2. {long[:40]}" in page.read_text()
+    assert long in " ".join(page.read_text().split())
+    assert page.read_text().startswith("before\n")
+    assert page.read_text().endswith("\nafter")
+
+
+def test_what_was_not_run_is_said(tmp_path: Path) -> None:
+    text = PART.merged(PAGE, [Cell("llama", "bf16", EXACT), Cell("qwen2", "int8", EXACT)])
+
+    assert PART.read(f"{PART.begin}\n{text}\n{PART.end}")["llama"]["int8"] == "not run"
+
+
+def test_a_cell_over_ranks_is_what_it_is_on_the_rank_where_least_is_right() -> None:
+    exact, wrong, died = (Cell("llama", "int8 TP=2", v) for v in (EXACT, WRONG, DIED))
+
+    assert ranks._worst([exact, exact]) == exact
+    assert ranks._worst([exact, died]) == died
+    assert ranks._worst([died, wrong]) == wrong

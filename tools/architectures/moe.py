@@ -12,6 +12,7 @@ from transformers import (
     DeepseekV2Config,
     DeepseekV3Config,
     GptOssConfig,
+    GraniteMoeConfig,
     MixtralConfig,
     OlmoeConfig,
     PreTrainedConfig,
@@ -55,6 +56,12 @@ MOE: dict[str, Callable[[], PreTrainedConfig]] = {
     ),
     "mixtral": lambda: shaped(
         MixtralConfig,
+        num_local_experts=EXPERTS,
+        num_experts_per_tok=CHOSEN,
+        intermediate_size=EXPERT_INNER,
+    ),
+    "granite-moe": lambda: shaped(
+        GraniteMoeConfig,
         num_local_experts=EXPERTS,
         num_experts_per_tok=CHOSEN,
         intermediate_size=EXPERT_INNER,

@@ -11,13 +11,31 @@ from pathlib import Path
 
 from rich.console import Console
 
+import tests.conftest  # noqa: F401  (first: what transformers finds)
+from tests.engine.sights import SIGHTS
 from tools.architectures import ARCHITECTURES
-from tools.compatibility import table, workers
-from tools.compatibility.cell import DIED, ENGINE, REFUSED, SCHEMES, WRONG, Cell
+from tools.compatibility import ranks, table, workers
+from tools.compatibility.cell import (
+    COLUMNS,
+    DIED,
+    ENGINE,
+    NO_EXPERTS,
+    RANKED,
+    REFUSED,
+    SCHEMES,
+    WRONG,
+    Cell,
+)
+from tools.compatibility.table import Part
 from tools.compatibility.workers import Asked
 from tools.versions.table import put_into
 
 PAGE = Path(__file__).parents[2] / "docs" / "compatibility.md"
+
+ALONE = Part("compatibility", tuple(ARCHITECTURES), SCHEMES)
+SIGHTED = Part("images", tuple(SIGHTS), SCHEMES)
+PARALLEL = Part("ranks", tuple(ARCHITECTURES), RANKED)
+PARTS = (ALONE, SIGHTED, PARALLEL)
 
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
@@ -27,20 +45,30 @@ console = Console()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run what was asked for; 0 when nothing is wrong."""
     parser = argparse.ArgumentParser(prog="python -m tools.compatibility", description=__doc__)
-    parser.add_argument("--only", nargs="+", choices=list(ARCHITECTURES), metavar="ARCHITECTURE")
-    parser.add_argument("--scheme", nargs="+", choices=SCHEMES, default=SCHEMES)
+    known = [*ARCHITECTURES, *SIGHTS]
+    parser.add_argument("--only", nargs="+", choices=known, metavar="ARCHITECTURE")
+    parser.add_argument("--scheme", nargs="+", choices=COLUMNS, default=COLUMNS, metavar="COLUMN")
+    parser.add_argument("--write", action="store_true", help="merge what comes out into the page")
     chosen = parser.parse_args(arguments)
-    asked = [(name, scheme) for name in chosen.only or ARCHITECTURES for scheme in chosen.scheme]
+    rows, columns = chosen.only or known, chosen.scheme
+    asked = [(r, c) for p in PARTS for r in p.rows for c in p.columns if r in rows and c in columns]
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         found = _look(asked, Path(folder))
     cells = [found[one] for one in asked]
     console.print(table.markdown(cells), markup=False, soft_wrap=True)
+    if chosen.write or not (chosen.only or chosen.scheme is not COLUMNS):
+        write(cells)
     console.print(f"{len(cells)} cells in {(time.monotonic() - began) / 60:.1f} min")
-    if len(cells) == len(ARCHITECTURES) * len(SCHEMES):
-        put_into(PAGE, table.markdown(cells), table.BEGIN, table.END)
-        console.print(f"the table in {PAGE} is written")
     return 1 if any(cell.verdict == WRONG for cell in cells) else 0
+
+
+def write(cells: Sequence[Cell], page: Path = PAGE) -> None:
+    """Put cells into the tables of the page; what else they say stays."""
+    for part in PARTS:
+        mine = [c for c in cells if c.architecture in part.rows and c.scheme in part.columns]
+        if mine:
+            put_into(page, part.merged(page.read_text(), mine), part.begin, part.end)
 
 
 def _look(asked: Sequence[Asked], folder: Path) -> dict[Asked, Cell]:
@@ -67,12 +95,19 @@ def _verdict(cell: Cell, alone: Cell) -> Cell:
 def _run(verb: str, asked: Sequence[Asked], folder: Path) -> Iterable[Cell]:
     """Experts apart: vLLM has an expert-parallel group where the first engine has experts."""
     for experts in (False, True):
-        yield from workers.run(verb, [a for a in asked if has_experts(a[0]) == experts], folder)
+        mine = [a for a in asked if has_experts(a[0]) == experts]
+        yield from workers.run(verb, [a for a in mine if a[1] not in RANKED], folder)
+        over = [a for a in mine if a[1] in RANKED]
+        none = [a for a in over if not experts and a[1].endswith("EP=2")]
+        yield from (Cell(*one, NO_EXPERTS) for one in none)
+        yield from ranks.run(verb, [a for a in over if a not in none], folder)
 
 
 def has_experts(architecture: str) -> bool:
     """Whether vLLM takes it for a mixture of experts."""
-    config = ARCHITECTURES[architecture]()
+    config = (ARCHITECTURES | {name: sight.config for name, sight in SIGHTS.items()})[
+        architecture
+    ]()
     return any(hasattr(config, name) for name in _EXPERTS)
 
 

@@ -12,13 +12,13 @@ from typing import Any
 
 from flashquant.config.schemes import COMPRESSED, ONLINE
 from flashquant.patches.layers import cpu
-from tools.compatibility.cell import ENGINE, WRONG, Cell
+from tools.compatibility.cell import ENGINE, WRONG, Cell, options_of, scheme_of
 from tools.compatibility.trial import kernels, policy
 
 _APPLIED: list[Any] = []
 
 
-def blame(architecture: str, scheme: str, folder: Path) -> Cell:
+def blame(architecture: str, column: str, folder: Path) -> Cell:
     """`engine` with its reason where vLLM alone cannot either; else flashquant is `WRONG`."""
     from vllm import LLM, SamplingParams
 
@@ -27,6 +27,7 @@ def blame(architecture: str, scheme: str, folder: Path) -> Cell:
     if not _APPLIED:
         cpu.allow_amx()
         _APPLIED.extend(point.apply() for point in cpu.POINTS)
+    scheme = scheme_of(column)
     options: dict[str, Any] = {"quantization": ONLINE.get(scheme)}
     if scheme in COMPRESSED:
         options = {
@@ -45,10 +46,11 @@ def blame(architecture: str, scheme: str, folder: Path) -> Cell:
                 max_model_len=128,
                 dtype="bfloat16",
                 **options,
+                **options_of(column),
             )
             prompt = {"prompt_token_ids": list(range(5, 45))}
             llm.generate([prompt], SamplingParams(max_tokens=2, ignore_eos=True), use_tqdm=False)
     except Exception as error:  # whatever an engine dies of
-        return Cell(architecture, scheme, ENGINE, f"{type(error).__name__}: {error}")
+        return Cell(architecture, column, ENGINE, f"{type(error).__name__}: {error}")
     _APPLIED.append(llm)  # an engine that is collected takes the others' parallel state along
-    return Cell(architecture, scheme, WRONG, "vLLM alone starts and generates")
+    return Cell(architecture, column, WRONG, "vLLM alone starts and generates")

@@ -8,7 +8,10 @@ update that is taken back leaves no trace, and no live tensor has moved.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 from torch import Tensor, nn
 
@@ -16,11 +19,12 @@ import tests.conftest  # noqa: F401  (the environment in which engines share a p
 from flashquant.errors import FlashquantError
 from flashquant.update import footprints
 from tools.architectures import write
-from tools.compatibility.cell import DIED, EXACT, REFUSED, WRONG, Cell
+from tools.compatibility.cell import DIED, EXACT, REFUSED, WRONG, Cell, options_of, scheme_of
 from tools.models import tiny_models
 
 # Most of a cell is generation: enough for the kernels that serve few rows.
 _TOKENS = 4
+_KEPT: list[Any] = []  # an engine that is collected takes the others' parallel state along
 
 
 def kernels() -> str:
@@ -36,28 +40,38 @@ def kernels() -> str:
 
 def policy(folder: Path, architecture: str, which: str) -> Path:
     """The checkpoint of policy `a` or `b`."""
-    return write(architecture, "ab".index(which), folder / architecture / which)
+    from tests.engine import sights
+
+    path, seed = folder / architecture / which, "ab".index(which)
+    if architecture in sights.SIGHTS:
+        return path if path.exists() else sights.make(architecture, path, seed)
+    return write(architecture, seed, path)
 
 
-def judge(architecture: str, scheme: str, folder: Path) -> Cell:
+def judge(architecture: str, column: str, folder: Path) -> Cell:
     """Start both engines, push, compare."""
+    from tests.engine import sights
     from tests.engine.serving import choosing
 
     try:
         with choosing(kernels()):
-            complaint = _differences(architecture, scheme, folder)
+            look = _differences_seen if architecture in sights.SIGHTS else _differences
+            complaint = look(architecture, column, folder)
     except FlashquantError as error:
-        return Cell(architecture, scheme, REFUSED, str(error))
+        return Cell(architecture, column, REFUSED, str(error))
     except Exception as error:  # whatever an engine dies of
-        return Cell(architecture, scheme, DIED, f"{type(error).__name__}: {error}")
-    return Cell(architecture, scheme, WRONG if complaint else EXACT, complaint)
+        return Cell(architecture, column, DIED, f"{type(error).__name__}: {error}")
+    return Cell(architecture, column, WRONG if complaint else EXACT, complaint)
 
 
-def _differences(architecture: str, scheme: str, folder: Path) -> str:
+def _differences(architecture: str, column: str, folder: Path) -> str:
     from tests.engine.serving import serve
 
     paths = {which: policy(folder, architecture, which) for which in "ab"}
-    live, fresh = (serve(paths[which], scheme, kernels(), tokens=_TOKENS) for which in "ab")
+    scheme, options = scheme_of(column), options_of(column)
+    live, fresh = (
+        serve(paths[which], scheme, kernels(), tokens=_TOKENS, **options) for which in "ab"
+    )
     if live.start.outputs == fresh.start.outputs:
         return "policies a and b say the same, so nothing is shown"
     before = footprints(live.tensors().items())
@@ -74,6 +88,37 @@ def _differences(architecture: str, scheme: str, folder: Path) -> str:
     after = footprints(live.tensors().items())
     moved = [name for name, where in after.items() if before.get(name) != where]
     return f"moved: {moved[:3]}" if moved else ""
+
+
+def _differences_seen(architecture: str, scheme: str, folder: Path) -> str:
+    """Of a model that is shown images: as `tests/engine/test_vision.py` looks at it."""
+    from tests.engine.programs import seen
+
+    a, b = (policy(folder, architecture, which) for which in "ab")
+    for caching in (False, True):
+        fresh = [seen.stands(_shown(path, scheme, caching)) for path in (a, b)]
+        if fresh[0][2] in (fresh[0][1], fresh[1][2]):
+            return "an image or a policy makes no difference, so nothing is shown"
+        told = seen.converse(_shown(a, scheme, caching), a, b)
+        wrong = [at for at, one in enumerate(told) if one != fresh[at % 2]]
+        if wrong:
+            return f"after pushes {wrong} of b, a, b, a ({caching=})"
+    return ""
+
+
+def _shown(path: Path, scheme: str, caching: bool) -> Any:
+    """An engine that takes images; it stays until the process ends."""
+    from vllm import LLM
+
+    import flashquant
+    from tests.engine import sights
+    from tests.engine.kernels import multiply_fp8_as_everywhere
+
+    flashquant.patch()
+    multiply_fp8_as_everywhere()
+    with mock.patch.dict(os.environ, FLASHRL_CONFIG=scheme), sights.understood():
+        _KEPT.append(LLM(str(path), **sights.options(enable_prefix_caching=caching)))
+    return _KEPT[-1]
 
 
 def _one_iterator(model: nn.Module, weights: dict[str, Tensor]) -> None:

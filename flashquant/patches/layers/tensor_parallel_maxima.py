@@ -89,7 +89,9 @@ def _by_expert(stage: Stage) -> list[list[Tensor | None]]:
     experts: list[list[Tensor | None]] = [[] for _ in range(stage.shape[0])]
     each = stage.shape[1:].numel()
     for view, rows in stage.maxima.items():
-        experts[view.offset // each].append(rows)
+        first, stacked = view.offset // each, len(view.shape) == 3
+        for at in range(view.shape[0] if stacked else 1):
+            experts[first + at].append(rows[at] if stacked and rows is not None else rows)
     return experts
 
 
