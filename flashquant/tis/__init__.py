@@ -9,7 +9,9 @@ the forms in use, with its metrics, and the policy loss with the ratio in its ri
 
 Log-probs are `[B, T]`, one sequence a row, of the tokens that were sampled, under the distribution
 that they were sampled from: where temperature, top-p or top-k is set, ask vLLM for
-`logprobs_mode="processed_logprobs"`. Pure torch, no engine: it runs in the trainer.
+`logprobs_mode="processed_logprobs"`. What no weight can mend has a remedy of its own: top-p and
+top-k `masked_logprobs`, experts chosen differently `replay_routing`; `report` says which it is.
+Pure torch, no engine: it runs in the trainer.
 """
 
 from __future__ import annotations

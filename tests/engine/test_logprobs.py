@@ -6,6 +6,7 @@ top-p written out here; vLLM's own code is not asked.
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import flashquant
+from flashquant import tis
+from flashquant.patches.seams import engine_core
 from tests.engine.serving import Serving
 from tools.models import tiny_models
 
@@ -104,6 +107,39 @@ def test_log_probs_are_of_the_distribution_that_was_sampled_from(
     plain = served.expected(tokens, temperature=1.0)
     if sampling != {"temperature": 1.0}:
         assert (said - plain).abs().median() > 5 * off.median()
+
+
+def test_sampling_that_cuts_tokens_off_is_warned_of_once(
+    served: Served, caplog: pytest.LogCaptureFixture
+) -> None:
+    core = served.engines["1"].llm.llm_engine.engine_core.engine_core
+    engine_core._noted(core).warned = False
+
+    with caplog.at_level(logging.WARNING, "flashquant"):
+        served.sampled("1", temperature=0.6)
+        assert caplog.messages == []
+        for top_p in (0.7, 0.8):
+            served.sampled("1", temperature=1.0, top_p=top_p)
+
+    (said,) = caplog.messages
+    assert "top_p=0.7" in said
+
+
+def test_a_renormalized_trainer_is_as_near_as_a_rollout_without_a_cut(served: Served) -> None:
+    """`masked_logprobs` of the reference, at SmolLM2's size in benchmarks/sampling_mask.py."""
+    sampling = {"temperature": 1.2, "top_k": 50, "top_p": 0.6}
+    tokens, said = served.sampled("1", **sampling)
+    with torch.no_grad():
+        logits = served.reference(input_ids=torch.tensor([PROMPT + tokens])).logits
+    predicting = logits[:, len(PROMPT) - 1 : -1]
+
+    found, whole = (
+        tis.masked_logprobs(predicting, torch.tensor([tokens]), cut, temperature=1.2)[0]
+        for cut in (tis.Truncation(top_k=50, top_p=0.6), tis.Truncation())
+    )
+
+    assert (said - found).abs().median() < 0.02
+    assert (said - whole).median() > 0.2
 
 
 def test_a_float32_head_is_nearer_to_the_trainer(served: Served) -> None:
