@@ -7,12 +7,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from flashquant.cli.main import main
 from flashquant.config.env import VARIABLES
+from flashquant.config.keep import Blocks
+from flashquant.config.schema import RolloutConfig, load_config
 from tests.support.hub import hub
 
 LLAMA = {"architectures": ["LlamaForCausalLM"], "dtype": "bfloat16", "tie_word_embeddings": True}
@@ -169,3 +172,28 @@ def test_neither_torch_nor_vllm_is_imported() -> None:
     )
 
     assert subprocess.run([sys.executable, "-c", program], timeout=120).returncode == 0
+
+
+def test_layers_are_those_of_the_entry_with_what_it_keeps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is inspected by a file that says of the entry what decides which are quantized."""
+    from flashquant.patches import diagnostics
+
+    asked: list[Any] = []
+
+    def look(path: Path, reference: str) -> SimpleNamespace:
+        asked.append((path, load_config(reference).configs))
+        return SimpleNamespace(layers=[SimpleNamespace(name="here", quantized=False)])
+
+    monkeypatch.setattr(diagnostics, "inspect_model", look)
+    checkpoint(tmp_path / "bf16")
+    (tmp_path / "keep.yaml").write_text(
+        "configs: [{fn: int8, model: bf16, keep: ['*.down_proj', {first: 2}]}]"
+    )
+
+    assert main(["config", str(tmp_path / "keep.yaml"), "--layers"]) == 0
+
+    wanted = RolloutConfig(fn="int8", keep=("*.down_proj", Blocks("first", 2)))
+    assert asked == [(tmp_path / "bf16", (wanted,))]
+    assert "here" in capsys.readouterr().out

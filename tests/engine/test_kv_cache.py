@@ -94,6 +94,30 @@ def test_scales_go_live_with_weights_and_stay_until_others_come(
     live.snapshot().assert_same(live.start)
 
 
+def test_a_request_in_flight_goes_on_by_the_new_scales(live: Serving, policies: Policies) -> None:
+    """What it has cached by the old ones is computed anew, though the weights are the same."""
+    from vllm import SamplingParams
+
+    engine, prompt = live.llm.llm_engine, list(range(5, 45))
+    greedy = SamplingParams(max_tokens=16, temperature=0, ignore_eos=True, logprobs=0)
+    engine.add_request("in flight", {"prompt_token_ids": prompt}, greedy)
+    for _ in range(6):
+        engine.step()
+    flashquant.reload_weights(live.llm, policies.tensors("a"), kv_scales=SCALES)
+    finished = []
+    while engine.has_unfinished_requests():
+        finished += [answer.outputs[0] for answer in engine.step() if answer.finished]
+    (output,) = finished
+
+    steps = zip(output.token_ids, output.logprobs, strict=True)
+    said = [[token, step[token].logprob] for token, step in steps]
+    assert said[6:] == live.continued(prompt + list(output.token_ids[:6]), 10)
+
+    ones = dict.fromkeys(SCALES, (1.0, 1.0))
+    flashquant.reload_weights(live.llm, policies.tensors("a"), kv_scales=ones)
+    live.snapshot().assert_same(live.start)
+
+
 BAD: dict[str, tuple[dict[str, Any], type[ReloadError], str]] = {
     "NaN": ({HERE.format(0): (1.0, math.nan)}, MisfitTensor, "two numbers, of keys and of values"),
     "zero": ({HERE.format(0): (0.0, 1.0)}, MisfitTensor, "finite and above 0"),
