@@ -85,6 +85,7 @@ CASES = [
     ("qwen3-moe-narrow", "fp8_block", "amx"),  # padded to whole blocks, which nobody sends
     ("qwen2-moe", "int8", "amx"),
     ("mixtral", "int8", "amx"),
+    ("granite-moe", "int8", "amx"),  # its loader knows its experts' names, and not their scales'
     ("gpt-oss", "bf16", "portable"),  # stacked and transposed in the checkpoint already
 ]
 

@@ -113,7 +113,7 @@ def test_the_text_tower_alone_is_a_part_and_says_so(
     llm = started(policies["a"], scheme)
     a = seen.stands(llm)
 
-    with pytest.raises(IncompleteUpdate, match=r"without \d+ of the engine's parameters: .*v"):
+    with pytest.raises(IncompleteUpdate, match=r"without \d+ of the engine's parameters: "):
         flashquant.reload_weights(llm, text)
     assert seen.stands(llm) == a
     report = flashquant.reload_weights(llm, text, strict=False)

@@ -166,3 +166,29 @@ def test_the_elements_that_plans_fill_are_counted_once_each():
     padding = TensorPlan("b", (1,), torch.float32, (Fill("bias", View((3,), (1,), 0), 0.0),))
 
     assert elements_of([K_PROJ, again, computed, padding]) == {"qkv_proj.weight": 8, "bias": 3}
+
+
+def test_scales_of_stacked_experts_go_where_their_rows_went():
+    """The second of two halves of each expert, of which this rank holds half the columns."""
+    codes = TensorPlan(
+        "gate_up_proj",
+        (3, 4, 8),
+        torch.int8,
+        (
+            Write(
+                "gate_up_proj",
+                View((3, 2, 4), (32, 8, 1), 16),
+                "w13",
+                View((3, 2, 4), (16, 4, 1), 8),
+            ),
+        ),
+    )
+    scales, held = torch.arange(12.0).view(3, 4, 1), torch.zeros(3, 4, 1)
+
+    plan = beside("gate_up_proj_scale", codes)
+    (step,) = plan.steps
+    step.target_view.into(held).copy_(step.source_view.into(scales))
+
+    assert (plan.shape, step.target) == ((3, 4, 1), "w13_scale")
+    assert held[:, 2:].equal(scales[:, 2:])
+    assert not held[:, :2].any()

@@ -1,4 +1,4 @@
-"""The groups of one worker, of which vLLM makes a process's once: for its first engine."""
+"""The groups of a worker, of which vLLM makes a process's once: for its first engine."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ def make_experts_group() -> None:
     with "expert parallel group is not initialized". Its engine cores have a process each.
     """
     if parallel_state.model_parallel_is_initialized() and parallel_state._EP is None:
+        world = parallel_state.get_world_group()
         parallel_state._EP = parallel_state.init_model_parallel_group(
-            [[0]], parallel_state.get_world_group().local_rank, "gloo", group_name="ep"
+            [world.ranks], world.local_rank, "gloo", group_name="ep"
         )

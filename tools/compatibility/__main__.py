@@ -13,7 +13,7 @@ from rich.console import Console
 
 import tests.conftest  # noqa: F401  (first: what transformers finds)
 from tests.engine.sights import SIGHTS
-from tools.architectures import ARCHITECTURES
+from tools.architectures import ARCHITECTURES, MOE
 from tools.compatibility import ranks, table, workers
 from tools.compatibility.cell import (
     COLUMNS,
@@ -34,7 +34,8 @@ PAGE = Path(__file__).parents[2] / "docs" / "compatibility.md"
 
 ALONE = Part("compatibility", tuple(ARCHITECTURES), SCHEMES)
 SIGHTED = Part("images", tuple(SIGHTS), SCHEMES)
-PARALLEL = Part("ranks", tuple(ARCHITECTURES), RANKED)
+# A few that are dense: what differs over ranks is how experts are cut up.
+PARALLEL = Part("ranks", ("llama", "qwen2-tied", "gemma3", *MOE), RANKED)
 PARTS = (ALONE, SIGHTED, PARALLEL)
 
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
