@@ -184,7 +184,9 @@ def test_layers_are_those_of_the_entry_with_what_it_keeps(
 
     def look(path: Path, reference: str) -> SimpleNamespace:
         asked.append((path, load_config(reference).configs))
-        return SimpleNamespace(layers=[SimpleNamespace(name="here", quantized=False)])
+        kept = {"model.layers.0.mlp.down_proj": "keep"}
+        layers = [SimpleNamespace(name="here", quantized=False)]
+        return SimpleNamespace(layers=layers, in_bf16=kept)
 
     monkeypatch.setattr(diagnostics, "inspect_model", look)
     checkpoint(tmp_path / "bf16")
@@ -196,4 +198,6 @@ def test_layers_are_those_of_the_entry_with_what_it_keeps(
 
     wanted = RolloutConfig(fn="int8", keep=("*.down_proj", Blocks("first", 2)))
     assert asked == [(tmp_path / "bf16", (wanted,))]
-    assert "here" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "here" in said
+    assert "in bf16 (keep)" in said

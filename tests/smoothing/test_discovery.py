@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 import pytest
@@ -78,11 +79,24 @@ ARCHITECTURES = [
 ]
 
 
+def as_transformers_has_it(config: Any) -> type[nn.Module]:
+    """The class of a model, from its source: vLLM wraps those that it serves as they are, for good,
+    and an engine of this process may have."""
+    known = transformers.AutoModelForCausalLM._model_mapping[type(config)]
+    spec = importlib.util.find_spec(known.__module__)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    found: type[nn.Module] = getattr(module, known.__name__)
+    return found
+
+
 def tiny(architecture: str, options: dict[str, Any]) -> Any:
     """A random decoder of transformers, its norms and biases random, too."""
     config = getattr(transformers, f"{architecture}Config")(**{**SMALL, **options})
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
+    model = as_transformers_has_it(config)(config).float().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.uniform_(0.5, 1.5) if parameter.dim() == 1 else parameter.normal_(0, 0.06)
