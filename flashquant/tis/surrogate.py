@@ -80,6 +80,14 @@ def _pooled(correction: Metrics, parts: Tensor) -> LossMetrics:
     )
 
 
+def _check_two(old_logprobs: Tensor | None, rollout_logprobs: Tensor) -> None:
+    if old_logprobs is rollout_logprobs:
+        raise CorrectionError(
+            "old_logprobs is rollout_logprobs itself, so PPO's ratio contains the correction "
+            "already, and this one would see no difference. Give old_logprobs=None."
+        )
+
+
 def loss(
     logprobs: Tensor,
     *,
@@ -119,11 +127,7 @@ def loss(
             number although weights are normalized.
 
     """
-    if old_logprobs is rollout_logprobs:
-        raise CorrectionError(
-            "old_logprobs is rollout_logprobs itself, so PPO's ratio contains the correction "
-            "already, and this one would see no difference. Give old_logprobs=None."
-        )
+    _check_two(old_logprobs, rollout_logprobs)
     _check_options(clip_low, clip_high, reduce)
     whole = _whole(denominator, correction)
     advantages = _spread(advantages.detach(), mask)
@@ -141,14 +145,17 @@ def loss(
     else:
         at_anchor = torch.where(unmasked, anchor.float(), 0.0)
         gain, held = dppo.gain(log_ratio, at_anchor, wanted, correction.safety_bound)
-    with torch.no_grad():
-        found = LossMetrics(
-            correction=metrics,
-            kept=keep_mask.sum().float(),
-            clip_fraction=mean(held.float(), keep_mask),
-            policy_k1=mean(-log_ratio, keep_mask),
-        )
+    found = _found(metrics, keep_mask, held, log_ratio.detach())
     return _reduced(-weights * gain, keep_mask, reduce, denominator), found
+
+
+def _found(metrics: Metrics, kept: Tensor, held: Tensor, log_ratio: Tensor) -> LossMetrics:
+    return LossMetrics(
+        correction=metrics,
+        kept=kept.sum().float(),
+        clip_fraction=mean(held.float(), kept),
+        policy_k1=mean(-log_ratio, kept),
+    )
 
 
 def _clipped(

@@ -48,7 +48,10 @@ def contents():
     yield from ((f"norm {i}", torch.full((7,), float(i))) for i in range(50))
 
 
-def test_all_fingerprints_on_a_device_are_read_at_once_and_are_those_of_the_host(monkeypatch):
+@pytest.mark.parametrize("at_a_time", [1, 7, 100])
+def test_all_fingerprints_on_a_device_are_read_at_once_and_are_those_of_the_host(
+    at_a_time, monkeypatch
+):
     on_the_host = digests.digests(contents())
     reads = []
     tolist = torch.Tensor.tolist
@@ -59,8 +62,9 @@ def test_all_fingerprints_on_a_device_are_read_at_once_and_are_those_of_the_host
     monkeypatch.setattr(torch.Tensor, "tolist", lambda t: reads.append(t.shape) or tolist(t))
 
     taken = digests.Fingerprints()
-    for item in contents():
-        taken.add([item])
+    items = list(contents())
+    for start in range(0, len(items), at_a_time):
+        taken.add(items[start : start + at_a_time])
     assert reads == []
 
     assert taken.read() == on_the_host
