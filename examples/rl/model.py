@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from examples.rl import task
 from examples.rl.settings import Settings
 from examples.rl.task import Problem
+from flashquant import tis
 
 _HEAD = 64
 _WARM_BATCH = 64
@@ -77,10 +78,15 @@ def rounded(weight: Tensor, bits: int) -> Tensor:
     return (weight / scale).round() * scale
 
 
-def logprobs(model: LlamaForCausalLM, tokens: Tensor) -> Tensor:
-    """`[B, T - 1]`: the log-prob of each token but the first, under those before it."""
-    predictions = model(input_ids=tokens[:, :-1]).logits.float().log_softmax(-1)
-    return predictions.gather(-1, tokens[:, 1:, None]).squeeze(-1)
+def logprobs(model: LlamaForCausalLM, tokens: Tensor, kept: tis.Truncation | None = None) -> Tensor:
+    """`[B, T - 1]`: the log-prob of each token but the first, under those before it.
+
+    Normalized over the tokens that the sampler kept, where a truncation says which.
+    """
+    logits = model(input_ids=tokens[:, :-1]).logits.float()
+    if kept is not None:
+        return tis.masked_logprobs(logits, tokens[:, 1:], kept)
+    return logits.log_softmax(-1).gather(-1, tokens[:, 1:, None]).squeeze(-1)
 
 
 def accuracy(model: LlamaForCausalLM, count: int, *, calculator: bool = False) -> float:

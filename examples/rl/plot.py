@@ -54,8 +54,9 @@ def _panel(axes: Any, arms: dict[str, list[tuple[int, list[float]]]]) -> None:
     for arm, points in arms.items():
         steps = [step for step, _ in points]
         middle = [sum(values) / len(values) for _, values in points]
-        # An arm without its correction is the dashed twin of the one with it.
-        (line,) = axes.plot(steps, middle, "-" if "+tis" in arm or arm == "bf16" else "--")
+        # An arm without its remedy is the dashed twin of the one with it.
+        remedied = arm == "bf16" or "+" in arm
+        (line,) = axes.plot(steps, middle, "-" if remedied else "--")
         line.set_label(arm)
         low, high = ([pick(v) for _, v in points] for pick in (min, max))
         axes.fill_between(steps, low, high, color=line.get_color(), alpha=0.15, linewidth=0)

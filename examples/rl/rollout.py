@@ -105,7 +105,13 @@ class Engine:
         return flashquant.reload_weights(self.llm, weights)
 
     def play(
-        self, asked: list[Problem], group: int, *, seed: int, calculator: bool = False
+        self,
+        asked: list[Problem],
+        group: int,
+        *,
+        seed: int,
+        calculator: bool = False,
+        top_p: float = 1.0,
     ) -> list[Episode]:
         """`group` sampled answers to each problem, neighbours in the list.
 
@@ -118,10 +124,10 @@ class Engine:
             open_ones = [episode for episode in episodes if not episode.ended]
             if not open_ones:
                 break
-            self._turn(open_ones, calculator)
+            self._turn(open_ones, calculator, top_p)
         return episodes
 
-    def _turn(self, episodes: list[Episode], calculator: bool) -> None:
+    def _turn(self, episodes: list[Episode], calculator: bool, top_p: float) -> None:
         """Let each policy write until it ends, calls, or has filled its room."""
         from vllm import SamplingParams
 
@@ -132,6 +138,7 @@ class Engine:
             samplings.append(
                 SamplingParams(
                     temperature=1.0,
+                    top_p=top_p,
                     max_tokens=task.ANSWER_LENGTH - episode.own_length + calculator,
                     logprobs=0,
                     detokenize=False,

@@ -22,6 +22,8 @@ class Arm:
         bits: the engine is pushed weights that were rounded to so few bits (a mismatch larger
             than any scheme's own); None for the trainer's weights.
         calculator: the policy may ask for the sum of a column; several turns an episode.
+        top_p: rollouts are sampled from the fewest tokens that hold this probability; 1 for all.
+        renormalize: the trainer's log-probs are over those tokens, too.
 
     """
 
@@ -30,6 +32,13 @@ class Arm:
     cap: float | None = None
     bits: int | None = None
     calculator: bool = False
+    top_p: float = 1.0
+    renormalize: bool = False
+
+    @property
+    def truncation(self) -> tis.Truncation | None:
+        """The cut that the trainer repeats; None where it normalizes over the vocabulary."""
+        return tis.Truncation(top_p=self.top_p) if self.renormalize else None
 
     @property
     def correction(self) -> tis.Correction:
@@ -44,8 +53,10 @@ ARMS = {
         Arm("int8", "int8"),
         Arm("fp8+tis", "fp8_vllm", cap=2.0),
         Arm("fp8", "fp8_vllm"),
-        Arm("coarse+tis", "bf16", cap=2.0, bits=2),
-        Arm("coarse", "bf16", bits=2),
+        Arm("coarse+tis", "bf16", cap=2.0, bits=3),
+        Arm("coarse", "bf16", bits=3),
+        Arm("top-p+mask", "bf16", cap=2.0, top_p=0.9, renormalize=True),
+        Arm("top-p", "bf16", cap=2.0, top_p=0.9),
         Arm("int8+tis+tool", "int8", cap=2.0, calculator=True),
     )
 }

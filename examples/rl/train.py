@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from examples.rl import dapo, task
@@ -68,7 +69,11 @@ class Run:
         dice = torch.Generator().manual_seed(chance)
         asked = task.problems(self.settings.prompts, dice)
         episodes = self._engine.play(
-            asked, self.settings.group, seed=chance, calculator=self.arm.calculator
+            asked,
+            self.settings.group,
+            seed=chance,
+            calculator=self.arm.calculator,
+            top_p=self.arm.top_p,
         )
         rolled = time.perf_counter()
         batch = dapo.batch(episodes, self.settings.group)
@@ -97,10 +102,10 @@ class Run:
     def _learn(self, batch: Batch) -> dict[str, float]:
         """A few optimizer steps on one batch; the metrics of the last."""
         with torch.no_grad():
-            old = logprobs(self._model, batch.tokens)
+            old = self._logprobs(batch)
         for _ in range(self.settings.updates):
             loss, metrics = tis.loss(
-                logprobs(self._model, batch.tokens),
+                self._logprobs(batch),
                 old_logprobs=old,
                 rollout_logprobs=batch.rollout_logprobs,
                 advantages=batch.advantages,
@@ -113,6 +118,9 @@ class Run:
             self._optimizer.zero_grad()
         found = {name: float(value) for name, value in metrics.to_dict().items()}
         return found | {"loss": loss.item(), "gradient_norm": float(norm)}
+
+    def _logprobs(self, batch: Batch) -> Tensor:
+        return logprobs(self._model, batch.tokens, self.arm.truncation)
 
     def _push(self) -> Any:
         return self._engine.push(pushed(self._model, self.arm.bits))

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from flashquant.tis.logged import Logged, gathered_from, read
+from flashquant.tis.picture import draw
 
 Cause = Literal["nothing", "sampling truncation", "stale weights", "routing", "quantization"]
 
@@ -76,9 +77,7 @@ def report(log: Path | str | Iterable[Mapping[str, Any]], png: Path | str | None
     logged = gathered_from(records)
     found = judged(logged)
     if png is not None:
-        from flashquant.tis.picture import draw
-
-        draw(logged, found, Path(png))
+        draw(logged, found.sentence, Path(png))
     return found
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,15 +12,12 @@ from torch import Tensor
 from flashquant.errors import CorrectionError
 from flashquant.tis.logged import Logged
 
-if TYPE_CHECKING:
-    from flashquant.tis.mismatch import Report
-
 _BANDS = (0.01, 0.1, 0.5, 0.9, 0.99)
 _BINS = 24
 
 
-def draw(logged: Logged, report: Report, path: Path) -> None:
-    """Draw into a PNG.
+def draw(logged: Logged, sentence: str, path: Path) -> None:
+    """Draw into a PNG, under the sentence that says what is to be seen.
 
     Raises:
         CorrectionError: matplotlib is not installed.
@@ -45,7 +42,7 @@ def draw(logged: Logged, report: Report, path: Path) -> None:
         by_entropy.set_title("no entropies were logged", fontsize="small")
     _sizes(sizes, logged)
     sizes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    figure.suptitle("\n".join(textwrap.wrap(report.sentence, 130)), fontsize="medium")
+    figure.suptitle("\n".join(textwrap.wrap(sentence, 130)), fontsize="medium")
     figure.savefig(path, dpi=110)
 
 
