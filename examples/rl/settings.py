@@ -95,7 +95,7 @@ class Settings:
     warm_accuracy: float = 0.4
     warm_steps: int = 3000
     warm_rate: float = 1e-3
-    steps: int = 80
+    steps: int = 150
     prompts: int = 32
     group: int = 8
     updates: int = 2
