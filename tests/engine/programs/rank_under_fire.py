@@ -28,7 +28,7 @@ POINTS = (
 )
 # KeyboardInterrupt would end the process of a worker, as SIGKILL does.
 _ERRORS = (MemoryError, RuntimeError, OSError)
-_PATIENCE = 1.0  # seconds; as it is, one would wait for another rank for ten minutes
+_PATIENCE = 1.0  # seconds that a rank waits for one that is too late, in place of ten minutes
 
 # Each breaks the promise, on the rank that does so.
 BROKEN: dict[str, tuple[type, str, Callable[..., Any]]] = {
@@ -40,13 +40,7 @@ BROKEN: dict[str, tuple[type, str, Callable[..., Any]]] = {
 class UnderFire(Pushed):
     """Methods of a worker (`worker_extension_cls`)."""
 
-    _armed: tuple[ExitStack, Callable[[], Any]] | None = None
-
-    def be_impatient(self: Any) -> int:
-        """Wait no longer for another rank than a test does; which rank this is."""
-        session = session_of(self.get_model())
-        session.transactions._ballot._patience = _PATIENCE
-        return int(session.rank)
+    _armed: tuple[ExitStack, Callable[[], Any]]
 
     def count(self: Any) -> None:
         """Count the calls of every function from now on; `disarm` tells them."""
@@ -61,29 +55,31 @@ class UnderFire(Pushed):
             rank: of all; the others do nothing.
             point: its place in `POINTS`.
             at: which call of it.
-            does: `raises`, `is late` or `dies`.
+            does: `raises`, `is late`, `is too late` or `dies`.
             seconds: by which it is late.
 
         """
-        if session_of(self.get_model()).rank != rank:
+        session, stack = session_of(self.get_model()), ExitStack()
+        self._armed = (stack, lambda: False)
+        if does == "is too late":
+            ballot = session.transactions._ballot
+            stack.enter_context(mock.patch.object(ballot, "_patience", _PATIENCE))
+        if session.rank != rank:
             return
 
         def strike() -> None:
             if does == "dies":
                 os.kill(os.getpid(), signal.SIGKILL)
-            if does == "is late":
+            if seconds:
                 time.sleep(seconds)
             else:
                 raise _ERRORS[at % len(_ERRORS)]("injected")
 
-        stack = ExitStack()
         self._armed = (stack, stack.enter_context(faults.struck(POINTS[point], at, strike)))
 
     def disarm(self: Any) -> Any:
-        """What was counted, or reached; None where nothing was armed."""
-        if self._armed is None:
-            return None
-        (stack, told), self._armed = self._armed, None
+        """What was counted, or whether it was reached."""
+        stack, told = self._armed
         stack.close()
         return told()
 

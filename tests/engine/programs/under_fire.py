@@ -18,7 +18,7 @@ from tests.engine.programs.engine import OPTIONS, print_result
 from tests.engine.programs.failing import raised_by
 from tests.engine.programs.rank_under_fire import BROKEN, POINTS
 
-_A_LITTLE, _TOO_LATE = 0.1, 2.5  # seconds; the other rank waits for one, and looks once a second
+_LATE = {"is late": 0.1, "is too late": 2.5}  # seconds; the other rank looks once a second
 _BROKEN_ON = 1  # the rank that does not keep the promise
 _TRIES = 12  # until that is seen
 
@@ -52,7 +52,6 @@ class UnderFire:
             enable_prefix_caching=False,
             worker_extension_cls="tests.engine.programs.rank_under_fire.UnderFire",
         )
-        self._ask("be_impatient")
         self._ways = _ways(self._llm)
         self._right = {"a": self._digests()}
         self._ways["reload_weights"](paths["b"])
@@ -85,9 +84,8 @@ class UnderFire:
 
     def any_fault(self) -> Fault:
         """One rank raises, or is late, as often in each way as in any other."""
-        does = self._dice.choice(("raises", "raises", "raises", "is late"))
-        late = self._dice.choice((_A_LITTLE, _A_LITTLE, _TOO_LATE))
-        return self._somewhere(self._dice.choice(tuple(self._ways)), does, late)
+        does = self._dice.choice((*["raises"] * 9, *["is late"] * 3, "is too late"))
+        return self._somewhere(self._dice.choice(tuple(self._ways)), does)
 
     def broken(self, how: str) -> bool:
         """Whether it is seen that a rank does not keep the promise."""
@@ -104,11 +102,13 @@ class UnderFire:
         self._ask("arm", *fault[1:])
         return fault, raised_by(lambda: self._ways[fault.way](self._paths[self._other]))
 
-    def _somewhere(self, way: str, does: str, late: float = 0.0, rank: int | None = None) -> Fault:
+    def _somewhere(self, way: str, does: str, rank: int | None = None) -> Fault:
         calls = self._calls[way]
         point = self._dice.choice([point for point, count in enumerate(calls) if count])
         rank = self._dice.randrange(2) if rank is None else rank
-        return Fault(way, rank, point, self._dice.randrange(calls[point]), does, late)
+        return Fault(
+            way, rank, point, self._dice.randrange(calls[point]), does, _LATE.get(does, 0.0)
+        )
 
     def _counted(self, way: str) -> list[int]:
         """How often each function is called in an update, on the rank where that is less often."""
