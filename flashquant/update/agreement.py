@@ -53,6 +53,11 @@ class Ballot:
         self._round = 0
         store.set(f"member/{rank}", json.dumps(Member.here(rank)))
 
+    @property
+    def next(self) -> int:
+        """The round that `open` enters, or an earlier one, where this worker has missed some."""
+        return self._round + 1
+
     def open(self) -> int:
         """Enter the next round; in lockstep, the one that others are in."""
         self._round += 1
@@ -83,10 +88,13 @@ class Ballot:
     def refuse(self, round: int, failure: BaseException) -> bool:
         """Vote to go back, unless all have agreed to commit already.
 
+        Also of a round that this worker could not enter: for it, too, that one is over then.
+
         Returns:
             Whether this worker must go back, as all others will.
 
         """
+        self._round = max(self._round, round)
         kind = "lost" if isinstance(failure, WorkerLost) else "refused"
         why = f"{type(failure).__name__}: {failure}" if str(failure) else type(failure).__name__
         try:

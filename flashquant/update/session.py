@@ -187,14 +187,16 @@ class Session:
             ReloadError: these scales could not be set.
 
         """
-        if kv_scales:
-            with self._reporter.refusing():
+
+        def first() -> None:
+            if kv_scales:
                 self._engine.cache_scales.check(kv_scales)
-        self.proofs.look()
-        self.proofs.audit()
+            self.proofs.look()
+            self.proofs.audit()
+
         undo = UndoLog(keep=atomic, reserve=self.transactions.reserve)
         update = Update(undo, bracket=True, prepares=prepares, kv_scales=dict(kv_scales or {}))
-        with self._reporter.refusing(), self.transactions.begin(update):
+        with self._reporter.refusing(), self.transactions.begin(update, first):
             if not atomic:
                 update.at_stake = frozenset(self._planner.wanted)
             self._completeness.drop()

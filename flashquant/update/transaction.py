@@ -73,19 +73,27 @@ class Transactions:
         return self.current is not None and self.in_bracket and not self.current.prepares
 
     @contextmanager
-    def begin(self, update: Update) -> Iterator[None]:
+    def begin(self, update: Update, first: Callable[[], None]) -> Iterator[None]:
         """Open a bracket; whatever was left of an earlier one is taken back first.
 
-        The block prepares it; if it fails, there is no bracket.
+        The block prepares it; if it fails, there is no bracket, and no other worker waits for it.
+
+        Args:
+            update: what it will hold.
+            first: called when no update is under way any more, and none yet.
+
         """
         self.take_back_what_was_cut_off()
         if self.current is not None and self.under_way:
             logger.warning("an update was begun and never finished; it is rolled back")
             self._roll_back(self.current, ReloadError("another update began"))
         update.busy = True
-        self.current = update
+        update.round = None if self._ballot is None else self._ballot.next
         try:
-            update.round = None if self._ballot is None else self._ballot.open()
+            if self._ballot is not None:
+                update.round = self._ballot.open()
+            first()
+            self.current = update
             self.serving.check_writable()
             yield
             update.busy = False

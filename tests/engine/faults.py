@@ -168,15 +168,26 @@ def counted(point: Point) -> Iterator[Callable[[], int]]:
 @contextmanager
 def failing(point: Point, at: int) -> Iterator[None]:
     """Let one call of a function raise: the one with this number, and no other."""
-    left = [at]
 
     def strike() -> None:
+        raise _ERRORS[at % len(_ERRORS)]("injected")
+
+    with struck(point, at, strike):
+        yield
+
+
+@contextmanager
+def struck(point: Point, at: int, strike: Callable[[], None]) -> Iterator[Callable[[], bool]]:
+    """Let something happen at one call of a function; yields whether it has been reached."""
+    left = [at]
+
+    def count() -> None:
         left[0] -= 1
         if left[0] == -1:
-            raise _ERRORS[at % len(_ERRORS)]("injected")
+            strike()
 
-    with _wrapped(point, strike):
-        yield
+    with _wrapped(point, count):
+        yield lambda: left[0] < 0
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -813,6 +814,49 @@ def test_one_worker_that_fails_takes_all_of_them_back(bad_weights):
 
     at_once([lambda s=session: s.reload(NEW) for _, session in ranks])
 
+    assert all(serves(engine, fresh(NEW)) for engine, _ in ranks)
+
+
+def cannot_enter(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session.transactions._ballot, "open", raising(MemoryError()))
+
+
+def fails_having_entered(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    ballot = session.transactions._ballot
+    enter, fail = ballot.open, raising(MemoryError())
+    monkeypatch.setattr(ballot, "open", lambda: (enter(), fail()))
+
+
+def finds_that_something_moved(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session.proofs, "audit", raising(MemoryError()))
+
+
+def raising(failure: Exception) -> Callable[[], None]:
+    def call() -> None:
+        raise failure
+
+    return call
+
+
+@pytest.mark.parametrize("way", [cannot_enter, fails_having_entered, finds_that_something_moved])
+@pytest.mark.parametrize("lockstep", [True, False])
+def test_one_worker_that_cannot_begin_is_not_waited_for(way, lockstep, monkeypatch):
+    """And they meet again in the next update, whoever comes first."""
+    ranks = workers(lockstep=lockstep)
+    calls = [lambda s=session: s.reload(NEW) for _, session in ranks]
+    began = time.monotonic()
+
+    with monkeypatch.context() as patch:
+        way(ranks[1][1], patch)
+        followed, failed = at_once(calls)
+
+    assert time.monotonic() - began < 5
+    assert isinstance(failed, MemoryError)
+    assert isinstance(followed, PeerFailed)
+    assert all(serves(engine, fresh(OLD)) for engine, _ in ranks)
+    ranks[1][1].begin()
+    ranks[0][1].begin()
+    at_once([lambda s=session: (s.push(NEW.items()), s.finish()) for _, session in ranks])
     assert all(serves(engine, fresh(NEW)) for engine, _ in ranks)
 
 
