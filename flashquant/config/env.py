@@ -18,7 +18,7 @@ from typing import Any, Final, Generic, Literal, TypeVar
 from flashquant.errors import ConfigError
 
 T = TypeVar("T")
-Place = Literal["host", "device"]
+Place = Literal["host", "cache"]
 
 _YES: Final = frozenset({"1", "true", "yes", "on", "y", "t"})
 _NO: Final = frozenset({"0", "false", "no", "off", "n", "f"})
@@ -99,9 +99,9 @@ def _place(said: str) -> Place:
     match said.strip().lower():
         case "host":
             return "host"
-        case "device":
-            return "device"
-    raise ValueError("is no place; set it to host or to device")
+        case "cache":
+            return "cache"
+    raise ValueError("is no place; set it to host or to cache")
 
 
 def _rank(said: str) -> int:
@@ -164,10 +164,11 @@ DIGEST: Final = Variable(
 UNDO: Final[Variable[Place]] = Variable(
     "FLASHQUANT_UNDO",
     "host",
-    "host or device",
-    "where the undo log of an update keeps what lies on a GPU: in pinned host memory, or, as far "
-    "as 2 GB of it stay free, on the GPU, at its bandwidth, until the update is over. For GPUs "
-    "that the engine has for itself: a trainer beside it may need that memory",
+    "host or cache",
+    "where the undo log of an update lies: in host memory (pinned, for a GPU), or, as far as it "
+    "can, in the KV cache, which an update makes stale anyway: no memory of its own, and the "
+    "device's bandwidth. Requests in flight are then computed anew also after an update that was "
+    "refused (docs/undo-log.md)",
     _place,
 )
 BRACKET_TIMEOUT: Final = Variable(

@@ -95,5 +95,8 @@ DIGESTING = Attribute[Iterator[str | None]]("_flashquant_digesting")
 # (seams/loading.py).
 FORGOT = Attribute[bool]("_flashquant_forgot")
 
+# Of a worker: its KV cache is asleep, or was discarded (seams/sleep.py).
+CACHE_AWAY = Attribute[bool]("_flashquant_cache_away")
+
 # Of an engine core: what it last learned of its workers' weights (seams/engine_core.py).
 NOTED = Attribute[Any]("_flashquant")

@@ -22,10 +22,9 @@ def asks_for_session(vllm_config: VllmConfig) -> bool:
     return isinstance(additional, dict) and ADDITIONAL_CONFIG_KEY in additional
 
 
-def bracket_timeout(vllm_config: VllmConfig) -> float:
-    """Seconds after which an update that its trainer has left is rolled back; 0 for never."""
-    decided = vllm_config.additional_config[ADDITIONAL_CONFIG_KEY]
-    return Checks(**decided["checks"]).bracket_timeout
+def checks_of(vllm_config: VllmConfig) -> Checks:
+    """What is looked at in every update of an engine that flashquant has configured."""
+    return Checks(**vllm_config.additional_config[ADDITIONAL_CONFIG_KEY]["checks"])
 
 
 def scheme_of(vllm_config: VllmConfig) -> str:

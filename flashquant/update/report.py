@@ -68,7 +68,8 @@ class ReloadReport:
         ranks: the digest of each worker, by rank; they hold different shards.
         drift: of each weight that arrived as codes or was made into them here, by name; fp8
             that vLLM itself quantizes is not among them.
-        undo_device_bytes: of `undo_bytes`, what it took of GPUs (`FLASHQUANT_UNDO=device`).
+        undo_cache_bytes: of `undo_bytes`, what lay in the KV cache (`FLASHQUANT_UNDO=cache`), so
+            that it took no memory of its own; the rest lay on the host.
         prepare_seconds: of `seconds`, those in which the engine could generate (`prepare`).
         pause_seconds: of `seconds`, those in which it could not.
 
@@ -90,7 +91,7 @@ class ReloadReport:
     prepare_seconds: float = 0.0
     pause_seconds: float = 0.0
     kept: tuple[str, ...] = ()
-    undo_device_bytes: int = 0
+    undo_cache_bytes: int = 0
 
     @property
     def changed(self) -> float | None:
@@ -120,7 +121,7 @@ class ReloadReport:
             reports[0],
             bytes_out=sum(report.bytes_out for report in reports),
             undo_bytes=sum(report.undo_bytes for report in reports),
-            undo_device_bytes=sum(report.undo_device_bytes for report in reports),
+            undo_cache_bytes=sum(report.undo_cache_bytes for report in reports),
             seconds=slowest.seconds,
             prepare_seconds=max(report.prepare_seconds for report in reports),
             pause_seconds=max(report.pause_seconds for report in reports),
@@ -148,8 +149,8 @@ class ReloadReport:
         if self.prepare_seconds:
             parts.append(f"paused for {_ms(self.pause_seconds)} of it")
         if self.undo_bytes:
-            near = f", {_mb(near)} of it on the GPU" if (near := self.undo_device_bytes) else ""
-            parts.append(f"undo log {_mb(self.undo_bytes)}{near}")
+            kept = f", {_mb(lent)} of it in the KV cache" if (lent := self.undo_cache_bytes) else ""
+            parts.append(f"undo log {_mb(self.undo_bytes)}{kept}")
         if self.changed is not None:
             parts.append(f"{self.changed:.1%} of codes changed")
         if self.clipped and self.peak is not None:

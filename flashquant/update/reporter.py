@@ -133,7 +133,7 @@ class Reporter:
             bytes_in=statistics.bytes_in,
             bytes_out=statistics.bytes_out,
             undo_bytes=update.undo.bytes,
-            undo_device_bytes=update.undo.device_bytes,
+            undo_cache_bytes=update.undo.cache_bytes,
             seconds=seconds,
             prepare_seconds=seconds - pause,
             pause_seconds=pause,

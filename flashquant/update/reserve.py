@@ -6,15 +6,16 @@ update has kept is therefore reserved for the next; as long as the engine sleeps
 
 From a GPU, copies go to pinned memory, so that nothing waits for them. torch rounds each block of
 that up to a power of two, and keeps it: so it is asked for powers of two only, which are
-carved up, and asked to give them back. Or, where the user says that the GPU is the engine's alone,
-they stay on the GPU, in memory that nobody has for as long as an update lasts.
+carved up, and asked to give them back.
+
+Or they take no memory at all: as long as no step can run, the engine lends that of its KV cache.
 """
 
 from __future__ import annotations
 
 import mmap
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -23,20 +24,19 @@ _CHUNK: Final = 64 << 20  # a power of two
 _PAGE: Final = 2 << 20  # a huge one: touched in one go
 _ALIGNMENT: Final = 64
 _SMALL: Final = 4 << 10  # the C library has room for as little between other blocks
-_NEARBY: Final = 1 << 30  # at a time, for to be given memory by a GPU's driver takes time
-_LEFT: Final = 2 << 30  # of a GPU, for whatever the engine and its libraries still ask for
 
 
 class Reserve:
     """Chunks of host memory between two updates; as many as the largest one took.
 
     Attributes:
-        nearby: whether copies of what lies on a GPU may stay there.
+        lent: memory that the engine does not need before the update under way is over, in bytes,
+            on the device of its weights.
 
     """
 
-    def __init__(self, *, nearby: bool = False) -> None:
-        self.nearby = nearby
+    def __init__(self) -> None:
+        self.lent: tuple[Tensor, ...] = ()
         self._chunks: dict[bool, list[Tensor]] = {False: [], True: []}  # by whether it is pinned
 
     @property
@@ -59,7 +59,8 @@ class Reserve:
         self._chunks[pinned][:0] = chunks
 
     def clear(self) -> None:
-        """Give everything back to the system."""
+        """Give everything back to the system, and to the engine."""
+        self.lent = ()
         was_pinned = bool(self._chunks[True])
         for chunks in self._chunks.values():
             chunks.clear()
@@ -91,6 +92,9 @@ class Copies:
             self.nbytes += tensor.nbytes
             if tensor.nbytes < _SMALL:
                 return tensor.clone()
+        return self._copy(tensor)
+
+    def _copy(self, tensor: Tensor) -> Tensor:
         flat = self._room(tensor.nbytes).view(tensor.dtype)
         if tensor.is_contiguous():
             return flat.view(tensor.shape).copy_(tensor, non_blocking=self._pinned)
@@ -129,46 +133,34 @@ class Copies:
             self._chunks, self._used = [], []
 
 
-class Nearby(Copies):
-    """Copies of what lies on a GPU in free memory of it, at its bandwidth.
-
-    The driver has it back with the last copy: an engine that wakes its KV cache asks the driver.
+class Borrowed(Copies):
+    """Copies in memory that is somebody else's, as long as an update lasts.
 
     Args:
-        device: the GPU.
+        chunks: bytes, on one device; zero where nothing is in them that anyone still needs.
 
     """
 
-    def __init__(self, device: torch.device) -> None:
-        super().__init__(Reserve(), pinned=True)
-        self._device = device
-        self._pool: Any = None
+    def __init__(self, chunks: Sequence[Tensor]) -> None:
+        super().__init__(Reserve())
+        for chunk in chunks:
+            self._add(chunk)
 
     def has_room(self, tensor: Tensor) -> bool:
-        """Whether there is, or could be had, room for a copy of a tensor."""
-        if tensor.device != self._device:
-            return False
-        if (
-            self._with_room(tensor.nbytes) is None
-            and (chunk := self._had(tensor.nbytes)) is not None
-        ):
-            self._add(chunk)
-        return self._with_room(tensor.nbytes) is not None
+        """Whether a copy of a tensor can lie there, on the same device."""
+        here = bool(self._chunks) and self._chunks[0].device == tensor.device
+        return here and self._with_room(tensor.nbytes) is not None
 
-    def _had(self, nbytes: int) -> Tensor | None:
-        """Free memory of the GPU, in a pool of its own; None where too little would be left."""
-        size = max(nbytes, _NEARBY)
-        if torch.cuda.mem_get_info(self._device)[0] < size + _LEFT:
-            return None
-        self._pool = self._pool or torch.cuda.MemPool()
-        try:
-            with torch.cuda.use_mem_pool(self._pool, self._device):
-                return torch.empty(size, dtype=torch.uint8, device=self._device)
-        except torch.OutOfMemoryError:  # somebody else was faster
-            return None
+    def of(self, tensor: Tensor) -> Tensor:
+        """A copy that is valid until `free`, on the same device."""
+        self.nbytes += tensor.nbytes
+        return self._copy(tensor)
 
     def free(self) -> None:
-        self._chunks, self._used, self._pool = [], [], None
+        """The copies are no longer read; the memory is zero again, as its owner has it."""
+        for place, chunk in enumerate(self._chunks):
+            chunk[: self._used[place]].zero_()
+            self._used[place] = 0
 
 
 def _pinned(size: int) -> Tensor:

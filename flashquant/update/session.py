@@ -69,8 +69,7 @@ class Session:
         self._calibration = calibration
         self._engine = engine
         checks = checks or Checks()
-        reserve = Reserve(nearby=checks.undo == "device")
-        self.transactions = Transactions(ballot, self._settle, checks.bracket_timeout, reserve)
+        self.transactions = Transactions(ballot, self._settle, checks.bracket_timeout, Reserve())
         self.proofs = Proofs(engine, checks, self.transactions)
         self._planner = Planner(engine)
         self._bindings = Bindings(engine, self._planner, calibration)
@@ -194,7 +193,7 @@ class Session:
             self.proofs.look()
             self.proofs.audit()
 
-        undo = UndoLog(keep=atomic, reserve=self.transactions.reserve)
+        undo = UndoLog(keep=atomic, borrows=not prepares, reserve=self.transactions.reserve)
         update = Update(undo, bracket=True, prepares=prepares, kv_scales=dict(kv_scales or {}))
         with self._reporter.refusing(), self.transactions.begin(update, first):
             if not atomic:
@@ -305,6 +304,10 @@ class Session:
             if self._calibration is not None:
                 self._calibration.forget_device()
             self.transactions.serving.tear(self._planner.wanted)
+
+    def give_back(self) -> None:
+        """The engine needs what it lent: an update whose undo log lies there is rolled back."""
+        self.transactions.give_back()
 
     def overwritten(self) -> None:
         """Everything was overwritten: the engine is torn until a complete update was pushed."""

@@ -160,6 +160,15 @@ class Transactions:
             self._roll_back(self.current, ReloadError("the update was abandoned"))
         self.current = None
 
+    def give_back(self) -> None:
+        """Roll back an update whose undo log lies in what the engine has lent; use no more of it.
+
+        What its trainer may still send of it is refused.
+        """
+        if self.current is not None and not self.current.over and self.current.undo.cache_bytes:
+            self._roll_back(self.current, ReloadError("the engine needs its KV cache"))
+        self.reserve.lent = ()
+
     @property
     def quiet(self) -> float | None:
         """Seconds since anything came into the bracket that is open; None where none is."""

@@ -1,7 +1,7 @@
 """What it takes to put the old weights back.
 
 An undo log is filled by whoever is about to overwrite something, and either
-played backwards or thrown away. It keeps copies, in host memory or on the GPU: the bytes that
+played backwards or thrown away. It keeps copies, in host memory or in the KV cache: the bytes that
 the kernels read (one byte a weight in an 8-bit scheme), never the bf16 source.
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from flashquant.update.reserve import Copies, Nearby, Reserve
+from flashquant.update.reserve import Borrowed, Copies, Reserve
 
 
 class UndoLog:
@@ -26,23 +26,25 @@ class UndoLog:
 
     Attributes:
         bytes: memory that the copies took, in bytes; stays after `forget`. Of what lives on a GPU,
-            that is all the memory that was pinned, or had of the GPU, for it.
-        device_bytes: of these, on the GPU.
+            that is all the memory that was pinned for it.
+        cache_bytes: of these, in the KV cache.
         touched: whether live weights have been, or were about to be, overwritten.
 
     """
 
-    def __init__(self, *, keep: bool = True, reserve: Reserve | None = None) -> None:
+    def __init__(
+        self, *, keep: bool = True, borrows: bool = True, reserve: Reserve | None = None
+    ) -> None:
         """Args:
         keep: whether there is to be a way back.
-        reserve: host memory for the copies; of its own if not given.
+        borrows: whether no step runs before it is over, so that what is lent may be used.
+        reserve: memory for the copies; of its own if not given.
 
         """
-        self._keep = keep
-        reserve = reserve or Reserve()
+        self._keep, self._borrows = keep, borrows
+        self._reserve = reserve = reserve or Reserve()
         self._copies, self._pinned = Copies(reserve), Copies(reserve, pinned=True)
-        self._is_near = reserve.nearby
-        self._nearby: Nearby | None = None  # of the GPU, once something on it is overwritten
+        self._borrowed: Borrowed | None = None  # once something was lent, and was needed
         self._steps: list[Callable[[], object]] = []
         self._held: list[object] = []
         self._held_bytes = 0  # of what actions hold themselves
@@ -51,11 +53,11 @@ class UndoLog:
     @property
     def bytes(self) -> int:
         copied = self._copies.nbytes + self._pinned.nbytes
-        return copied + self._held_bytes + self.device_bytes
+        return copied + self._held_bytes + self.cache_bytes
 
     @property
-    def device_bytes(self) -> int:
-        return 0 if self._nearby is None else self._nearby.nbytes
+    def cache_bytes(self) -> int:
+        return 0 if self._borrowed is None else self._borrowed.nbytes
 
     @property
     def can_restore(self) -> bool:
@@ -77,12 +79,12 @@ class UndoLog:
         self._steps.append(functools.partial(live.copy_, self._copies_for(live).of(live)))
 
     def _copies_for(self, live: Tensor) -> Copies:
-        if live.device.type == "cpu":
-            return self._copies
-        if self._is_near and self._nearby is None:
-            self._nearby = Nearby(live.device)
-        near = self._nearby
-        return self._pinned if near is None or not near.has_room(live) else near
+        lent = self._reserve.lent if self._borrows else ()
+        if lent and self._borrowed is None:
+            self._borrowed = Borrowed(lent)
+        if lent and self._borrowed is not None and self._borrowed.has_room(live):
+            return self._borrowed
+        return self._copies if live.device.type == "cpu" else self._pinned
 
     def hold(self, value: object) -> None:
         """Keep something alive as long as the log: to free it takes time, which may be dear now."""
@@ -124,5 +126,5 @@ class UndoLog:
     def _free(self) -> None:
         self._copies.free()
         self._pinned.free()
-        if self._nearby is not None:
-            self._nearby.free()
+        if self._borrowed is not None:
+            self._borrowed.free()

@@ -107,10 +107,13 @@ class Serving:
                 str(self.checkpoint),
                 skip_tokenizer_init=True,
                 enforce_eager=True,
-                kv_cache_memory_bytes=16 << 20,
                 max_model_len=128,
                 dtype="bfloat16",
-                **{"enable_prefix_caching": False, **self.options},
+                **{
+                    "enable_prefix_caching": False,
+                    "kv_cache_memory_bytes": 16 << 20,
+                    **self.options,
+                },
             )
         _KEPT.append(llm)
         _IN_USE.append(llm)

@@ -35,6 +35,7 @@ def test_the_runner_that_a_gpu_has_sees_the_new_weights(policies: Policies, sche
         "second_runner",
         policies,
         FLASHRL_CONFIG=scheme,
+        FLASHQUANT_UNDO="cache",
         VLLM_USE_V2_MODEL_RUNNER="1",
         TRITON_INTERPRET="1",
     )
@@ -48,4 +49,5 @@ def test_the_runner_that_a_gpu_has_sees_the_new_weights(policies: Policies, sche
     assert answer["on its way"]
     assert 0 < answer["out"] < 7
     assert answer["went on"] == answer["expected"]
+    assert answer["in the cache"] == 1.0  # the undo log, while that step was on its way
     assert answer["refused"][0] == "TornWeights"

@@ -40,6 +40,8 @@ def told(policies: Policies) -> dict[str, Any]:
         policies.bf16("b"),
         FLASHRL_CONFIG=SCHEME,
         FLASHQUANT_BRACKET_TIMEOUT="10",
+        FLASHQUANT_UNDO="cache",
+        VLLM_ALLOW_INSECURE_SERIALIZATION="1",  # to ask where the log lies
         VLLM_ENABLE_V1_MULTIPROCESSING="1",
     )
 
@@ -116,6 +118,12 @@ def test_a_trainer_that_was_taken_to_be_gone_cannot_go_on_in_the_middle(
     assert "this update failed and was rolled back" in pushed
     assert "start_weight_update" in finished
     assert told["after"] == told["a"]
+
+
+def test_the_undo_log_of_each_lay_in_the_kv_cache(told: dict[str, Any]) -> None:
+    """So all of the above is said of that, too: what comes next finds it empty, and intact."""
+    assert len(told["borrowed"]) == len(told["acts"]) + len(told["ways"])
+    assert all(told["borrowed"])
 
 
 def test_the_program_asks_for_more_than_comes_before_a_bracket_is_open() -> None:

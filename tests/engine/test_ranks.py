@@ -35,16 +35,19 @@ def policies(tmp_path_factory: pytest.TempPathFactory) -> Policies:
 def test_two_workers_commit_together_or_not_at_all(policies: Policies, scheme: str) -> None:
     """Tensor parallel: rank 1 fails alone, and is then killed in the middle of an update."""
     want_int4(scheme)
+    place = "cache" if scheme == "fp8_vllm" else "host"
     answer = run_program(
         "tensor_parallel",
         policies,
         FLASHRL_CONFIG=scheme,
+        FLASHQUANT_UNDO=place,
         VLLM_ENABLE_V1_MULTIPROCESSING="1",
         VLLM_ALLOW_INSECURE_SERIALIZATION="1",  # to send the workers a fault
         VLLM_CPU_OMP_THREADS_BIND=CORES,
     )
 
     steps = answer["steps"]
+    assert answer["borrowed"] == (place == "cache")  # where all of the undo log lay
     assert answer["reported"] == steps["pushed b"] != steps["started on a"]
     assert len(set(steps["pushed b"])) == 2  # each rank holds a shard of its own
     assert answer["failed"][:2] == ["ReloadError", "rank 1: MemoryError: injected"]

@@ -6,12 +6,14 @@ import queue
 import time
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.engine import EngineCoreRequestType
 from vllm.v1.engine.core import DPEngineCoreProc, EngineCore, EngineCoreProc
 
+from flashquant.errors import TornWeights
 from flashquant.patches.seams import engine_core
 
 
@@ -21,6 +23,9 @@ class Scheduler:
     def __init__(self, *, finished: bool = False) -> None:
         self._pause_state = PauseState.UNPAUSED
         self.finished = finished
+
+    def has_unfinished_requests(self) -> bool:
+        return not self.finished
 
     def has_requests(self) -> bool:
         return self.finished or self._pause_state is not PauseState.PAUSED_ALL
@@ -71,12 +76,45 @@ def test_without_one_a_step_is_vllms_own(kind: type[EngineCore]) -> None:
     assert seconds < 0.1
 
 
-def test_in_the_callers_own_process_a_step_refuses_by_itself() -> None:
+class Executor:
+    """One whose worker answers `flashquant_take_back`, and refuses while an update is under way."""
+
+    def __init__(self, *, refuses: bool) -> None:
+        self.refuses, self.asked = refuses, list[str]()
+
+    def collective_rpc(self, method: str) -> None:
+        self.asked.append(method)
+        if self.refuses:
+            raise TornWeights("an update is under way")
+
+
+def test_in_the_callers_own_process_a_step_is_refused_before_anything_is_scheduled() -> None:
     """Nobody could close the bracket while it waits."""
-    found, seconds = step(core_of(EngineCore, in_bracket=True))
+    core = core_of(EngineCore, in_bracket=True)
+    core.model_executor = Executor(refuses=True)
+
+    with pytest.raises(TornWeights):
+        engine_core._step(mock.Mock(side_effect=AssertionError), core)
+
+
+@pytest.mark.parametrize("in_bracket", [True, False])
+def test_a_step_that_may_run_takes_back_what_was_lent(in_bracket: bool) -> None:
+    core = core_of(EngineCore, in_bracket=in_bracket)
+    core.model_executor = Executor(refuses=False)
+    core._flashquant.lent = True
+
+    found, _ = step(core)
 
     assert found is PauseState.UNPAUSED
-    assert seconds < 0.1
+    assert core.model_executor.asked == ["flashquant_take_back"]
+    assert not core._flashquant.lent
+
+
+def test_a_step_that_only_tells_which_requests_are_over_asks_nobody() -> None:
+    core = core_of(EngineCore, in_bracket=True, finished=True)
+    core.model_executor = Executor(refuses=True)
+
+    assert step(core)[0] is PauseState.UNPAUSED
 
 
 def test_requests_that_wait_cost_no_time_until_the_next_call() -> None:
@@ -100,7 +138,6 @@ def test_data_parallel_ranks_go_on_with_dummy_batches() -> None:
 
 def test_a_step_of_no_tokens_is_let_through_and_any_other_is_refused() -> None:
     """Nothing is computed in it."""
-    from flashquant.errors import TornWeights
     from flashquant.patches.seams import reload
 
     def refuse() -> Any:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from flashquant.patches.channels import CACHE_AWAY
 from flashquant.patches.seams import sleep
 
 
@@ -69,3 +70,38 @@ def test_nothing_is_kept_over_a_sleep_that_keeps_everything():
     sleep._wake_up(lambda worker, tags: None, worker)
 
     assert model._k_scale.item() == 4.0
+
+
+@pytest.mark.parametrize(
+    ("put_away", "back"),
+    [
+        (lambda worker: sleep._sleep(nothing, worker, 1), ["kv_cache"]),
+        (lambda worker: sleep._sleep(nothing, worker, 2), None),
+        (lambda worker: sleep._discard(nothing, worker, ("kv_cache",)), ["kv_cache", "weights"]),
+    ],
+    ids=["level 1", "level 2", "discarded"],
+)
+def test_a_kv_cache_that_is_put_away_is_lent_to_nobody(put_away: Any, back: Any):
+    worker = worker_of(Attention())
+
+    put_away(worker)
+    sleep._wake_up(nothing, worker, ["weights"])
+    assert CACHE_AWAY.get(worker)
+
+    sleep._wake_up(nothing, worker, back)
+    assert not CACHE_AWAY.get(worker)
+
+
+def test_what_was_lent_of_a_kv_cache_is_given_back_before_it_is_discarded(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    seen, session = [], SimpleNamespace(give_back=lambda: seen.append("given back"))
+    monkeypatch.setattr(sleep, "find_session", lambda model: session)
+
+    sleep._discard(lambda *_: seen.append("discarded"), worker_of(Attention()), ("kv_cache",))
+
+    assert seen == ["given back", "discarded"]
+
+
+def nothing(*_: Any) -> None:
+    """vLLM's own part."""

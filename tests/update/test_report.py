@@ -118,7 +118,12 @@ def test_a_report_is_frozen_and_crosses_processes(noun, request):
 
 
 def test_the_undo_log_is_told_where_there_was_one(report):
-    assert ", undo log 494.6 MB" in str(replace(report, undo_bytes=494_640_000))
+    told = replace(report, undo_bytes=494_640_000)
+
+    assert ", undo log 494.6 MB, " in f"{told}, "
+    assert ", undo log 494.6 MB, 490.0 MB of it in the KV cache" in str(
+        replace(told, undo_cache_bytes=490_000_000)
+    )
 
 
 def test_one_worker_is_its_engine(report, status):

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import weakref
-from contextlib import contextmanager
-from types import SimpleNamespace
-
 import pytest
 import torch
 
+from flashquant.errors import ReloadError
 from flashquant.update import UndoLog
 from flashquant.update import reserve as reserve_module
 from flashquant.update.reserve import Copies, Reserve
-from tests.support.fake_engine import OLD, FakeEngine, serving
+from tests.support.fake_engine import NEW, OLD, FakeEngine, serving
 
 LARGE = 1 << 20
 
@@ -233,88 +230,106 @@ def test_a_prepared_update_leaves_nothing_to_an_engine_that_sleeps():
     assert transactions.reserve.nbytes == 0
 
 
-GB = 1 << 30
-
-
 @pytest.fixture
-def gpu(monkeypatch, pinning):
-    """One with 8 GB free, and what has been asked of it; its memory is the host's, untouched."""
-    state = SimpleNamespace(free=8 * GB, asked=[], pools=0)
-
-    @contextmanager
-    def pool(_, device):
-        state.pools += 1
-        with monkeypatch.context() as inside:
-            inside.setattr(torch, "empty", had)
-            yield
-
-    def had(size, *, dtype, device, empty=torch.empty):
-        if size > state.free:
-            raise torch.OutOfMemoryError
-        state.free -= size
-        state.asked.append(size)
-        return empty(size, dtype=dtype)
-
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (state.told(), 80 * GB))
-    monkeypatch.setattr(torch.cuda, "MemPool", object)
-    monkeypatch.setattr(torch.cuda, "use_mem_pool", pool)
-    state.told = lambda: state.free
-    return state
+def cache():
+    """Two pieces of a KV cache, the larger of 300 MB; untouched, they take no memory."""
+    return tuple(torch.zeros(size << 20, dtype=torch.uint8).as_subclass(OnGpu) for size in (5, 300))
 
 
-def test_a_log_that_may_stay_on_the_gpu_pins_nothing_and_restores_as_well(gpu, pinning):
-    undo, live = UndoLog(reserve=Reserve(nearby=True)), list(model())
-    before = [tensor.as_subclass(torch.Tensor).clone() for tensor in live]
+def test_a_log_in_the_kv_cache_takes_no_memory_of_its_own_and_restores_as_well(cache, pinning):
+    reserve, live = Reserve(), list(model())
+    undo, before = UndoLog(reserve=reserve), [t.as_subclass(torch.Tensor).clone() for t in live]
+    reserve.lent = cache
 
     for tensor in live:
         undo.remember(tensor)
         tensor.zero_()
 
-    assert (pinning.sizes, gpu.asked) == ([], [GB])
-    assert undo.device_bytes == undo.bytes == GB
+    assert (pinning.sizes, reserve.nbytes) == ([], 0)
+    assert undo.cache_bytes == undo.bytes == sum(tensor.nbytes for tensor in live)
     undo.restore()
     assert all(
         torch.equal(t.as_subclass(torch.Tensor), old) for t, old in zip(live, before, strict=True)
     )
 
 
-def test_it_leaves_the_gpu_2_gb_and_goes_on_in_pinned_memory(gpu, pinning):
-    gpu.free = 3 * GB + 5
-    undo = UndoLog(reserve=Reserve(nearby=True))
+@pytest.mark.parametrize("end", [UndoLog.restore, UndoLog.forget])
+def test_the_kv_cache_is_zero_again_when_the_log_is_over(cache, pinning, end):
+    """A kernel reads past the end of a sequence, where 0 * NaN is NaN."""
+    reserve = Reserve()
+    reserve.lent, undo = cache, UndoLog(reserve=reserve)
+    for tensor in model():
+        undo.remember(tensor.fill_(255))
+    assert all(chunk.as_subclass(torch.Tensor).any() for chunk in cache)
 
-    for _ in range(2):
-        undo.remember(torch.empty(700 << 20, dtype=torch.uint8).as_subclass(OnGpu))
+    end(undo)
 
-    assert (gpu.asked, pinning.sizes) == ([GB], [GB])
-    assert (undo.device_bytes, undo.bytes) == (GB, 2 * GB)
+    assert not any(chunk.as_subclass(torch.Tensor).any() for chunk in cache)
 
 
-def test_where_another_process_takes_the_memory_first_nothing_fails(gpu, pinning):
-    gpu.free, gpu.told = 0, lambda: 8 * GB
-    undo = UndoLog(reserve=Reserve(nearby=True))
+def test_what_the_kv_cache_has_no_room_for_is_kept_on_the_host(cache, pinning):
+    reserve = Reserve()
+    reserve.lent, undo = cache[:1], UndoLog(reserve=reserve)
+
+    for _ in range(3):
+        undo.remember(torch.ones(2 << 20, dtype=torch.uint8).as_subclass(OnGpu))
+
+    assert undo.cache_bytes == 4 << 20
+    assert undo.bytes == (4 << 20) + pinning.held == (4 << 20) + (64 << 20)
+
+
+def test_what_lies_on_another_device_than_the_kv_cache_is_kept_on_the_host(cache):
+    reserve = Reserve()
+    reserve.lent, undo = cache, UndoLog(reserve=reserve)
+
+    undo.remember(torch.ones(LARGE))
+
+    assert undo.cache_bytes == 0 < undo.bytes
+
+
+@pytest.mark.parametrize("borrows", [True, False])
+def test_nothing_more_is_put_into_a_kv_cache_that_is_not_lent(cache, pinning, borrows):
+    """It was taken back, or steps may run before this update is over."""
+    reserve = Reserve()
+    undo = UndoLog(reserve=reserve, borrows=borrows)
+    reserve.lent = cache
+    undo.remember(live := torch.ones(LARGE).as_subclass(OnGpu))
+    lay_there = undo.cache_bytes
+    reserve.lent = ()
 
     undo.remember(torch.ones(LARGE).as_subclass(OnGpu))
 
-    assert (gpu.asked, undo.device_bytes) == ([], 0)
-    assert len(pinning.sizes) == 1
+    assert undo.cache_bytes == lay_there == borrows * live.nbytes
+    live.zero_()
+    undo.restore()
+    assert live.as_subclass(torch.Tensor).all()
 
 
-@pytest.mark.parametrize("end", ["forget", "restore"])
-def test_the_memory_of_the_gpu_is_free_when_the_update_is_over(gpu, end):
-    undo = UndoLog(reserve=Reserve(nearby=True))
-    undo.remember(torch.ones(LARGE).as_subclass(OnGpu))
-    chunk, pool = weakref.ref(undo._nearby._chunks[0]), undo._nearby._pool
-    assert pool is not None
+def test_an_engine_that_needs_its_kv_cache_gets_it_back_with_the_old_weights():
+    """In the middle of a bracket, of which nothing can come any more."""
+    session = serving(FakeEngine(torch.bfloat16), OLD)
+    cache = torch.zeros(LARGE, dtype=torch.uint8)
+    before, session.transactions.reserve.lent = session.proofs.digest(), (cache,)
+    session.begin()
+    session.push(list(NEW.items()))
+    assert session.proofs.digest() != before
+    assert cache.any()
 
-    getattr(undo, end)()
+    session.give_back()
 
-    assert chunk() is None
-    assert undo._nearby._pool is None
+    assert session.proofs.digest() == before
+    assert not cache.any()
+    assert session.transactions.reserve.lent == ()
+    with pytest.raises(ReloadError, match="rolled back"):
+        session.finish()
 
 
-def test_unless_it_is_asked_for_no_memory_is_had_of_a_gpu(gpu):
-    undo = UndoLog(reserve=Reserve())
+def test_an_engine_that_needs_its_kv_cache_does_not_disturb_a_log_on_the_host():
+    session = serving(FakeEngine(torch.bfloat16), OLD)
+    session.begin()
+    session.push(list(NEW.items()))
 
-    undo.remember(torch.ones(LARGE).as_subclass(OnGpu))
+    session.give_back()
 
-    assert (gpu.asked, undo.device_bytes) == ([], 0)
+    session.finish()
+    assert session.version == 1

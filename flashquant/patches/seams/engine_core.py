@@ -11,6 +11,8 @@ the same call and before the next step:
                             or asked for in the meantime; a step that only tells the workers which
                             requests are over may run. A bracket whose trainer is gone is rolled
                             back after FLASHQUANT_BRACKET_TIMEOUT
+    an update begins        its undo log may lie in the KV cache, where that is known to be safe
+                            (`lending`)
     the weights are torn    requests are refused until a complete update has healed them; a
                             forward pass would refuse too, but end the engine with it
 """
@@ -30,10 +32,10 @@ from vllm.v1.request import RequestStatus
 
 from flashquant.errors import TornWeights
 from flashquant.patches.channels import NOTED
-from flashquant.patches.decided import asks_for_session, bracket_timeout
+from flashquant.patches.decided import asks_for_session, checks_of
 from flashquant.patches.guard import vllm_is
 from flashquant.patches.point import PatchPoint
-from flashquant.patches.seams import derived, worker
+from flashquant.patches.seams import derived, lending, worker
 from flashquant.patches.seams.loading import Standing
 from flashquant.patches.seams.logprobs import truncation_to_warn_of, warn_of_truncation
 
@@ -51,6 +53,7 @@ class _Noted:
         self.version = 0
         self.drafts = 0  # the versions of its drafts, together
         self.in_bracket = False  # an update was begun, and not finished yet
+        self.lent = False  # the workers have their KV caches, for its undo log
         self.torn = ""  # why nothing may be generated
         self.alarm: threading.Timer | None = None  # for an update that its trainer may have left
         self.rang = False
@@ -67,6 +70,8 @@ def _collective_rpc(
 ) -> Any:
     if not asks_for_session(core.vllm_config):
         return original(core, method, timeout, args, kwargs)
+    if method in worker.UPDATES:
+        _lend(core)
     try:
         result = original(core, method, timeout, args, kwargs)
     except BaseException:
@@ -122,7 +127,7 @@ def _step(original: Any, core: Any) -> Any:
     """While an update is under way, no token is scheduled: by whatever call a step begins."""
     # In the caller's own process, waiting would be for ever: there a step refuses instead.
     if not _noted(core).in_bracket or not isinstance(core, EngineCoreProc):
-        return original(core)
+        return _step_unheld(original, core)
     with _nothing_scheduled(core.scheduler):
         result = original(core)
         idle = not (core.scheduler.has_requests() or core.batch_queue)
@@ -130,6 +135,18 @@ def _step(original: Any, core: Any) -> Any:
     if idle and not isinstance(core, DPEngineCoreProc):
         _wait_for_a_call(core.input_queue)
     return result
+
+
+def _step_unheld(original: Any, core: Any) -> Any:
+    """In the caller's own process, a step that meets an update under way is refused.
+
+    Before anything is scheduled: what was would count as computed, also after a roll-back.
+    """
+    noted = _noted(core)
+    if (noted.in_bracket or noted.lent) and core.scheduler.has_unfinished_requests():
+        lending.take_back(core)
+        noted.lent = False
+    return original(core)
 
 
 @contextlib.contextmanager
@@ -171,6 +188,11 @@ def _noted(core: Any) -> _Noted:
     return noted
 
 
+def _lend(core: Any) -> None:
+    noted = _noted(core)
+    noted.lent = noted.lent or lending.lend(core)
+
+
 def _take_note(core: Any) -> None:
     noted = _noted(core)
     answers = core.model_executor.collective_rpc(worker.STANDING)
@@ -184,6 +206,10 @@ def _take_note(core: Any) -> None:
         core.set_weight_version(str(version))
     noted.version, noted.drafts = version, drafts
     noted.in_bracket = any(standing.holds_steps for standing in standings)
+    if noted.in_bracket:
+        _lend(core)
+    else:
+        noted.lent = False  # each worker has noticed, too
     if isinstance(core, EngineCoreProc):
         _set_alarm(
             core,
@@ -200,7 +226,7 @@ def _set_alarm(core: Any, noted: _Noted, quiet: Sequence[float]) -> None:
 
     Each worker then finds by itself that it has, and rolls back.
     """
-    limit = bracket_timeout(core.vllm_config)
+    limit = checks_of(core.vllm_config).bracket_timeout
     if not quiet or not limit:
         if noted.alarm is not None:
             noted.alarm.cancel()

@@ -2,6 +2,7 @@
 
 sleep(1)             weights move to host memory and come back as they were
 sleep(2), discard    their memory is given up; what comes back holds anything
+the KV cache         no undo log can lie in it while it is put away; one that does is played back
 reset_weights        vLLM's weight checker sets them to zero, to see an update come
 
 vLLM keeps buffers over level 2. Up to 0.27 the scales of a W8A8 model's attention are parameters,
@@ -16,11 +17,12 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
+from flashquant.patches.channels import CACHE_AWAY
 from flashquant.patches.point import PatchPoint
 from flashquant.patches.seams.loading import find_session, models_of
 from flashquant.update import Session
 
-_WEIGHTS = "weights"
+_WEIGHTS, _CACHE = "weights", "kv_cache"
 _SCALES = ("_q_scale", "_k_scale", "_v_scale")  # of an attention layer, for its cache
 
 # What models asleep at level 2 get back when they wake up.
@@ -30,12 +32,17 @@ _kept: WeakKeyDictionary[nn.Module, dict[str, Tensor]] = WeakKeyDictionary()
 def _sleep(original: Any, worker: Any, level: int = 1) -> None:
     for session in _sessions(worker):
         session.sleep(keeps_weights=level < 2)
+    CACHE_AWAY.put(worker, True)
     if level >= 2:
         _keep_scales(worker)
     original(worker, level)
 
 
 def _discard(original: Any, worker: Any, tags: tuple[str, ...]) -> None:
+    if _CACHE in tags:
+        CACHE_AWAY.put(worker, True)
+        for session in _sessions(worker):
+            session.give_back()
     if _WEIGHTS in tags:
         for session in _sessions(worker):
             session.sleep(keeps_weights=False)
@@ -44,6 +51,8 @@ def _discard(original: Any, worker: Any, tags: tuple[str, ...]) -> None:
 
 def _wake_up(original: Any, worker: Any, tags: list[str] | None = None) -> None:
     original(worker, tags)
+    if tags is None or _CACHE in tags:
+        CACHE_AWAY.take(worker)
     if tags is None or _WEIGHTS in tags:
         _give_scales_back(worker)
         for session in _sessions(worker):

@@ -20,6 +20,7 @@ from torch import Tensor
 from flashquant.errors import ReloadError
 from flashquant.patches import channels
 from flashquant.patches.point import PatchPoint
+from flashquant.patches.seams.lending import LEND, TAKE_BACK, end_loan, lend_here, take_back_here
 from flashquant.patches.seams.loading import (
     deltas_of,
     find_session,
@@ -142,8 +143,14 @@ def _member(worker: Any) -> tuple[Any, ...]:
 
 
 def _standing(worker: Any) -> tuple[Any, ...]:
-    """How this worker's weights stand: a `Standing`, as plain data."""
-    return tuple(standing_of(worker))
+    """How this worker's weights stand: a `Standing`, as plain data.
+
+    What the engine core has lent is its own again where no update is under way.
+    """
+    standing = standing_of(worker)
+    if not standing.holds_steps:
+        end_loan(worker)
+    return tuple(standing)
 
 
 def _forget(worker: Any) -> None:
@@ -168,6 +175,9 @@ MEMBER = "flashquant_member"
 STANDING = "flashquant_standing"
 FORGET = "flashquant_forget"
 
+# Calls that are one whole update: vLLM's own, too.
+UPDATES = frozenset({RELOAD, TRY_RELOAD, APPLY_DELTA, TRY_APPLY_DELTA, "reload_weights"})
+
 _METHODS: dict[str, Callable[..., Any]] = {
     RELOAD: _reload,
     TRY_RELOAD: _answering(_reload),
@@ -183,6 +193,8 @@ _METHODS: dict[str, Callable[..., Any]] = {
     MEMBER: _member,
     STANDING: _standing,
     FORGET: _forget,
+    LEND: lend_here,
+    TAKE_BACK: take_back_here,
 }
 
 POINTS = tuple(

@@ -18,6 +18,14 @@ OPTIONS: dict[str, Any] = {
 PROMPT = {"prompt_token_ids": list(range(5, 45))}
 
 
+def in_the_cache(worker: Any) -> int:
+    """Bytes of the undo log of an open update that lie in a worker's KV cache."""
+    from flashquant.patches.seams.loading import session_of
+
+    update = session_of(worker.get_model()).transactions.current
+    return 0 if update is None else update.undo.cache_bytes
+
+
 def print_result(result: Any) -> None:
     """Print one JSON object, or write it into the file that a test asks for.
 

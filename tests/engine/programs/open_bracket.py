@@ -3,7 +3,7 @@
 Usage: python -m tests.engine.programs.open_bracket STARTS_ON PUSHED
 Prints one JSON object: for each thing done in an open bracket, the tokens that came meanwhile and
 the answer after it; for each way out, the digest of the engine and the answer of a request that
-waited.
+waited; and how many bytes of the KV cache each open bracket took for its undo log.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from tests.engine.programs.engine import OPTIONS, PROMPT, print_result
+from tests.engine.programs.engine import OPTIONS, PROMPT, in_the_cache, print_result
 from tools.models import tiny_models
 
 PATIENCE = 60.0  # seconds
@@ -33,6 +33,7 @@ class Trial:
     def __init__(self, engine: Any, starts_on: str, pushed: str) -> None:
         self.engine, self.starts_on, self.pushed = engine, Path(starts_on), Path(pushed)
         self.seen: dict[str, int] = {}
+        self.borrowed: list[int] = []  # bytes of the KV cache, in each open bracket
         self.numbers = itertools.count()
 
     async def prepare(self) -> None:
@@ -75,6 +76,7 @@ class Trial:
             await asyncio.sleep(0.01)
         await self.engine.start_weight_update()
         await self.update(1)
+        self.borrowed += await self.engine.collective_rpc(in_the_cache)
         waiting = asyncio.create_task(self.ask("waiting", SHORT))
         await asyncio.sleep(0.3)
         return [running, waiting]
@@ -178,7 +180,7 @@ async def main(starts_on: str, pushed: str) -> dict[str, Any]:
             late.append(str(refusal))
     result["late"] = late  # what the trainer that was taken to be gone hears when it goes on
     after = [(await flashquant.status(engine)).digest, await trial.ask("after", SHORT)]
-    return {**result, "a": a, "after": after}
+    return {**result, "a": a, "after": after, "borrowed": trial.borrowed}
 
 
 if __name__ == "__main__":

@@ -74,7 +74,8 @@ def main(starts_on: str, pushed: str) -> dict[str, Any]:
     last = [output for _ in range(7) for output in engine.step()]
     had = len(last[-1].outputs[0].token_ids)
     result["out"], result["on its way"] = had, bool(core.batch_queue)
-    flashquant.reload_weights(llm, Path(pushed))
+    report = flashquant.reload_weights(llm, Path(pushed))
+    result["in the cache"] = report.undo_cache_bytes / report.undo_bytes
     while engine.has_unfinished_requests():
         last += engine.step()
     whole = said(last[-1].outputs[0])

@@ -46,7 +46,8 @@ def main(starts_on: str, pushed: str) -> dict[str, Any]:
     llm.collective_rpc(fail_in_the_middle, kwargs={"rank": 1, "dies": True})
     lost = raised_by(lambda: flashquant.reload_weights(llm, Path(starts_on)))
     raised = {"failed": failed, "refused": refused, "lost": lost}
-    return {"reported": report.ranks, "steps": steps, **raised}
+    borrowed = report.undo_cache_bytes / report.undo_bytes
+    return {"reported": report.ranks, "steps": steps, "borrowed": borrowed, **raised}
 
 
 if __name__ == "__main__":

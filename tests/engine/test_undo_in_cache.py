@@ -1,0 +1,273 @@
+"""The undo log in the KV cache: it takes no memory, and nothing of it reaches a request.
+
+Every answer that goes on after an update, or after one that was refused, is what a fresh engine
+says after the same tokens: requests in flight, steps scheduled ahead, prefix caching on and off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import flashquant
+from flashquant.errors import ReloadError, TornWeights
+from tests.engine.serving import BY_ROW, Serving, needs, scheduling_ahead, serve
+from tests.engine.test_async_scheduling import core_of, cut
+from tests.engine.test_engine_state import PROMPT, answer, said
+from tools.models.policies import Policies
+
+pytestmark = pytest.mark.engine
+
+# How an update reaches the engine: one that brings these weights, or is refused at the last.
+Push = Callable[[Serving, dict[str, Tensor]], None]
+
+
+@pytest.fixture(scope="module")
+def policies(tmp_path_factory: pytest.TempPathFactory) -> Policies:
+    return Policies(tmp_path_factory.mktemp("policies"), "qwen2")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def in_the_cache() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FLASHQUANT_UNDO", "cache")
+        yield
+
+
+@pytest.fixture(scope="module")
+def live(policies: Policies) -> Serving:
+    return serve(policies.bf16("a"), BY_ROW)
+
+
+def cache_of(live: Serving) -> Tensor:
+    """All bytes of the KV cache."""
+    runner = core_of(live).model_executor.driver_worker.worker.model_runner
+    storages = {cache.untyped_storage().data_ptr(): cache for cache in runner.kv_caches}
+    whole = (torch.empty(0, dtype=torch.uint8).set_(c.untyped_storage()) for c in storages.values())
+    return torch.cat(list(whole))
+
+
+def clear_cache(live: Serving) -> None:
+    for cache in core_of(live).model_executor.driver_worker.worker.model_runner.kv_caches:
+        cache.zero_()
+
+
+@pytest.mark.parametrize("scheme", ["bf16", "int8", BY_ROW])
+@pytest.mark.parametrize("refused", [False, True], ids=["committed", "refused"])
+def test_the_log_takes_no_memory_and_the_cache_is_as_it_was_made(
+    policies: Policies, scheme: str, refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    live = serve(policies.bf16("a"), scheme)
+    report = flashquant.reload_weights(live.llm, policies.tensors("a"))
+    clear_cache(live)
+    seen = watching(live, monkeypatch)
+
+    if refused:
+        with pytest.raises(flashquant.errors.UnknownWeight):
+            flashquant.reload_weights(live.llm, policies.tensors("b") | {"typo": Tensor()})
+    else:
+        flashquant.reload_weights(live.llm, policies.tensors("b"))
+
+    assert report.undo_cache_bytes == report.undo_bytes == seen[-1] > 0
+    assert live.session.transactions.reserve.nbytes == 0
+    assert not cache_of(live).any()
+    expected = serve(policies.bf16("a" if refused else "b"), scheme)
+    live.snapshot().assert_same(expected.start)
+
+
+def watching(live: Serving, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How much of each update's log lay in the cache when its end began."""
+    seen: list[int] = []
+    transactions = live.session.transactions
+    settle = transactions._settle
+
+    def look(update: Any, committed: bool) -> None:
+        seen.append(update.undo.cache_bytes)
+        settle(update, committed)
+
+    monkeypatch.setattr(transactions, "_settle", look)
+    return seen
+
+
+def by_flashquant(live: Serving, weights: dict[str, Tensor]) -> None:
+    flashquant.reload_weights(live.llm, weights)
+
+
+def by_vllms_reload(live: Serving, weights: dict[str, Tensor]) -> None:
+    live.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights.items())})
+
+
+def in_a_bracket(live: Serving, weights: dict[str, Tensor]) -> None:
+    """Of a call a tensor, as SkyRL and prime-rl push."""
+    begin(live)
+    try:
+        for pair in weights.items():
+            load(live, pair)
+    except ReloadError:
+        live.llm.collective_rpc(lambda worker: live.session.abandon())
+        raise
+    live.llm.collective_rpc(lambda worker: live.session.finish())
+
+
+def begin(live: Serving) -> None:
+    live.llm.collective_rpc(lambda worker: live.session.begin())
+
+
+def load(live: Serving, *pairs: tuple[str, Tensor]) -> None:
+    live.llm.collective_rpc(lambda worker: worker.get_model().load_weights(list(pairs)))
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["no prefix caching", "prefix caching"])
+def engines(request: pytest.FixtureRequest, policies: Policies) -> dict[str, Serving]:
+    """One that schedules ahead, on policy A; and a fresh one of each policy that does not."""
+    caching = {"enable_prefix_caching": request.param}
+    fresh = {policy: serve(policies.bf16(policy), BY_ROW, **caching) for policy in "ab"}
+    live = Serving(policies.bf16("a"), BY_ROW, {**caching, "max_num_batched_tokens": 64})
+    with scheduling_ahead():
+        assert live.llm.llm_engine.vllm_config.scheduler_config.async_scheduling
+    return {"live": live, **fresh}
+
+
+@needs(">=0.28", "scheduling ahead that drops what is stale")
+@pytest.mark.parametrize("steps", [1, 7])
+@pytest.mark.parametrize("push", [by_flashquant, by_vllms_reload, in_a_bracket])
+@pytest.mark.parametrize("refused", [False, True], ids=["committed", "refused"])
+def test_requests_in_flight_go_on_as_a_fresh_engine_would(
+    engines: dict[str, Serving],
+    policies: Policies,
+    push: Push,
+    refused: bool,
+    steps: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A step of theirs is on its way when the cache is taken."""
+    live, lengths = engines["live"], {"long": 16, "short": 9}
+    flashquant.reload_weights(live.llm, policies.tensors("a"))
+    seen = watching(live, monkeypatch)
+
+    def update() -> None:
+        if not refused:
+            push(live, policies.tensors("b"))
+            return
+        with pytest.raises(flashquant.errors.UnknownWeight):
+            push(live, policies.tensors("b") | {"typo": Tensor()})
+
+    answers, out = cut(live, lengths, steps, update)
+
+    assert seen[-1] > 0
+    fresh = engines["a" if refused else "b"]
+    for shift, (name, length) in enumerate(lengths.items()):
+        whole, had = said(answers[name]), out[name]
+        assert len(whole) == length
+        tokens = [token for token, _ in whole]
+        assert whole[had:] == said(answer(fresh.llm, PROMPT[shift:] + tokens[:had], length - had))
+    assert live.continued(PROMPT, 8) == fresh.continued(PROMPT, 8)
+
+
+def in_flight(live: Serving, steps: int) -> Any:
+    """A request that has begun, and what brings it to its end."""
+    from vllm import SamplingParams
+
+    engine = live.llm.llm_engine
+    sampling = SamplingParams(max_tokens=16, temperature=0, ignore_eos=True, logprobs=0)
+    engine.add_request("in flight", {"prompt_token_ids": PROMPT}, sampling)
+    for _ in range(steps):
+        engine.step()
+
+    def end() -> list[tuple[int, float]]:
+        last: Any = None
+        while engine.has_unfinished_requests():
+            last = [*engine.step(), last][0]
+        return said(last.outputs[0])
+
+    return end
+
+
+def test_in_the_callers_own_process_a_step_takes_back_what_lies_unused(
+    live: Serving, policies: Policies
+) -> None:
+    """Between begin and the first tensor one may run, and its keys and values are kept."""
+    flashquant.reload_weights(live.llm, policies.tensors("a"))
+    undisturbed = said(answer(live.llm, PROMPT, 16))
+    begin(live)
+    assert live.session.transactions.reserve.lent
+
+    end = in_flight(live, 3)
+    load(live, *policies.tensors("b").items())
+    update = live.session.transactions.current
+
+    assert update is not None
+    assert update.undo.cache_bytes == 0 < update.undo.bytes
+    live.llm.collective_rpc(lambda worker: live.session.abandon())
+    assert end() == undisturbed
+
+
+def test_in_the_callers_own_process_a_step_in_the_middle_is_refused_and_nothing_is_lost(
+    live: Serving, policies: Policies
+) -> None:
+    """Nothing of it was scheduled, which would count as computed after the roll-back."""
+    flashquant.reload_weights(live.llm, policies.tensors("a"))
+    fresh = serve(policies.bf16("a"), BY_ROW, seed=7)
+    end = in_flight(live, 4)
+    begin(live)
+    load(live, *list(policies.tensors("b").items())[:14])
+
+    with pytest.raises(TornWeights):
+        live.llm.llm_engine.step()
+
+    live.llm.collective_rpc(lambda worker: live.session.abandon())
+    whole = end()
+    tokens = [token for token, _ in whole]
+    assert whole[4:] == said(answer(fresh.llm, PROMPT + tokens[:4], 12))
+
+
+def test_weights_that_generate_before_they_come_are_refused_and_nothing_is_lost(
+    live: Serving, policies: Policies
+) -> None:
+    """An iterator may do anything; the answer in flight is that of the weights from before."""
+    flashquant.reload_weights(live.llm, policies.tensors("a"))
+    undisturbed = said(answer(live.llm, PROMPT, 16))
+    ends: list[Callable[[], Any]] = []
+
+    def late() -> Iterator[tuple[str, Tensor]]:
+        yield from list(policies.tensors("b").items())[:14]
+        ends.append(in_flight(live, 3))
+        yield from list(policies.tensors("b").items())[14:]
+
+    with pytest.raises(ReloadError, match="rolled back before"):
+        flashquant.reload_weights(live.llm, late())
+
+    assert ends[0]() == undisturbed
+
+
+def test_a_prepared_update_keeps_its_log_on_the_host(live: Serving, policies: Policies) -> None:
+    """Steps run while it is made."""
+    report = flashquant.reload_weights(live.llm, policies.tensors("a"), prepare=True)
+
+    assert report.undo_cache_bytes == 0 < report.undo_bytes
+
+
+def test_a_push_outside_of_a_bracket_keeps_its_log_on_the_host(
+    live: Serving, policies: Policies, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine core cannot know that it comes."""
+    flashquant.reload_weights(live.llm, policies.tensors("a"))
+    seen = watching(live, monkeypatch)
+
+    load(live, *policies.tensors("b").items())
+
+    assert seen == [0]
+    live.snapshot().assert_same(serve(policies.bf16("b"), BY_ROW).start)
+
+
+def test_what_a_small_cache_has_no_room_for_lies_on_the_host(policies: Policies) -> None:
+    live = serve(policies.bf16("a"), BY_ROW, kv_cache_memory_bytes=1 << 20)
+
+    report = flashquant.reload_weights(live.llm, policies.tensors("b"))
+
+    assert 0 < report.undo_cache_bytes <= 1 << 20 < report.undo_bytes
+    live.snapshot().assert_same(serve(policies.bf16("b"), BY_ROW).start)
