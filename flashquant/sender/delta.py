@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from flashquant.errors import BrokenDelta
-from flashquant.sender.changes import Change, Form, Remember, apply, places, write
+from flashquant.sender.changes import Change, Form, Remember, apply, check, write
 from flashquant.sender.manifest import Digest, Dtype, Size, TensorSpec, dtype_name
 
 MARK: Final = "#"  # between a tensor's name and what a part says of it
@@ -233,4 +233,4 @@ def _check(found: Change, said: TensorChange, *, whole: bool) -> None:
         return
     if whole:
         raise ValueError("the bundle has no base, so it cannot be changed in part")
-    places(found, numel)
+    check(found, numel)
