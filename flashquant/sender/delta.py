@@ -154,7 +154,10 @@ class Delta:
             remember: takes what puts the old value back, and its bytes, before anything is written.
 
         """
-        write(self.change(name), live, remember)
+        try:
+            write(self.change(name), live, remember)
+        except ValueError as wrong:
+            raise BrokenDelta(f"{name} in a bundle: {wrong}. {_AGAIN}") from wrong
 
     def check_fits(self, scheme: str, specs: Mapping[str, TensorSpec]) -> None:
         """Whether it is one for an engine that wants these tensors.
