@@ -11,23 +11,16 @@ Elements are compared, and copied, by their bits: a zero with a sign is another 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
-from typing import Final, Literal, NamedTuple
+from collections.abc import Callable
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from flashquant.sender import eager, native
+from flashquant.sender.eager import LIMITS
+
 Form = Literal["gaps", "bitmap", "whole"]
-
-_WIDTHS: Final[Mapping[torch.dtype, int]] = {
-    torch.uint8: (1 << 8) - 1,
-    torch.uint16: (1 << 16) - 1,
-    torch.uint32: (1 << 32) - 1,
-}
-"""Of gaps: the largest number, which stands for as many unchanged elements and no change."""
-
-_WORD: Final = 8  # bytes
-_BITS: Final[Mapping[int, torch.dtype]] = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
 
 class Change(NamedTuple):
@@ -55,54 +48,51 @@ def change(old: Tensor | None, new: Tensor) -> Change | None:
     """
     if old is None:
         return Change("whole", None, new)
-    here = _different(_flat_bits(old), _flat_bits(new))
+    kernels = native.kernels(old, new)
+    here = kernels.differing(old, new)
     if not len(here):
         return None
-    values = new.flatten()[here]
-    gaps = torch.diff(here, prepend=here.new_tensor([-1])) - 1
-    sizes = {
-        width: (len(gaps) + int((gaps // limit).sum())) * width.itemsize
-        for width, limit in _WIDTHS.items()
-    }
-    width = min(sizes, key=sizes.__getitem__)
-    bitmap = -(-new.numel() // 8)
-    if values.nbytes + min(sizes[width], bitmap) >= new.nbytes:
+    sizes = dict(zip(LIMITS, kernels.sizes(here), strict=True))
+    width = min(sizes, key=lambda width: sizes[width] * width.itemsize)
+    gaps, bitmap = sizes[width] * width.itemsize, -(-new.numel() // 8)
+    if len(here) * new.element_size() + min(gaps, bitmap) >= new.nbytes:
         return Change("whole", None, new)
-    if bitmap < sizes[width]:
+    values = kernels.picked(new, here)
+    if bitmap < gaps:
         return Change("bitmap", _bitmap(here, new.numel()), values)
-    return Change("gaps", _packed(gaps, width), values)
+    return Change("gaps", kernels.packed(here, width, sizes[width]), values)
 
 
-def places(found: Change, numel: int) -> Tensor:
-    """The positions that changed, ascending, int64 `[n]`.
-
-    Raises:
-        ValueError: they are not those of a tensor of so many elements, or not as many as values.
-
-    """
+def check(found: Change, numel: int) -> None:
+    """Raise ValueError unless its places are those of a tensor of so many elements, and as many as
+    its values."""
     if found.places is None or found.places.dim() != 1:
         raise ValueError("it says no places")
-    here = _of_bitmap(found.places, numel) if found.form == "bitmap" else _unpacked(found.places)
-    if len(here) and int(here[-1]) >= numel:
-        raise ValueError(f"it changes element {int(here[-1])} of {numel}")
-    if len(here) != found.values.numel():
-        raise ValueError(f"it has {len(here)} places and {found.values.numel()} values")
-    return here
+    if found.form == "gaps" and found.places.dtype not in LIMITS:
+        raise ValueError(f"its gaps are {found.places.dtype}")
+    if found.form == "gaps":
+        count, last = native.kernels(found.places, found.places).span(found.places)
+    else:
+        here = _of_bitmap(found.places, numel)
+        count, last = len(here), int(here[-1]) if len(here) else -1
+    if last >= numel:
+        raise ValueError(f"it changes element {last} of {numel}")
+    if count != found.values.numel():
+        raise ValueError(f"it has {count} places and {found.values.numel()} values")
 
 
 def apply(found: Change, base: Tensor) -> Tensor:
     """The new tensor, made in the memory of the old one (contiguous) unless it came whole."""
     if found.form == "whole":
         return found.values
-    here = places(found, base.numel()).to(base.device)
-    _flat_bits(base)[here] = _flat_bits(found.values).to(base.device)
+    write(found, base)
     return base
 
 
 Remember = Callable[[Callable[[], object], int], object]
 
 
-def write(found: Change, live: Tensor, remember: Remember) -> None:
+def write(found: Change, live: Tensor, remember: Remember | None = None) -> None:
     """Make the new tensor in the memory of the old one, also if it came whole.
 
     Args:
@@ -111,56 +101,33 @@ def write(found: Change, live: Tensor, remember: Remember) -> None:
         remember: takes, before anything is written, what puts the old elements back, and how many
             bytes that holds.
 
+    Raises:
+        ValueError: as `check`; nothing is written.
+
     """
-    if found.form == "whole":
-        old = live.clone()
-        remember(functools.partial(live.copy_, old), old.nbytes)
+    if found.form == "whole" or found.places is None:
+        if remember is not None:
+            old = live.clone()
+            remember(functools.partial(live.copy_, old), old.nbytes)
         live.copy_(found.values.view(live.shape))
         return
-    flat, here = _flat_bits(live), places(found, live.numel()).to(live.device)
-    old = flat[here]
-    remember(functools.partial(flat.index_copy_, 0, here, old), old.nbytes + here.nbytes)
-    flat[here] = _flat_bits(found.values).to(live.device)
-
-
-def _different(old: Tensor, new: Tensor) -> Tensor:
-    """Where two flat tensors differ; eight bytes at a time first, since most are equal."""
-    many = _WORD // new.element_size()
-    if any(tensor.storage_offset() % many for tensor in (old, new)):
-        return (old != new).nonzero().flatten()
-    whole = new.numel() // many * many
-    words = old[:whole].view(torch.int64) != new[:whole].view(torch.int64)
-    near = words.nonzero() * many + torch.arange(many, device=new.device)
-    here = torch.cat([near.flatten(), torch.arange(whole, new.numel(), device=new.device)])
-    return here[old[here] != new[here]]
-
-
-def _flat_bits(tensor: Tensor) -> Tensor:
-    """The elements as integers, `[numel]`; of a contiguous tensor, in its own memory."""
-    return tensor.detach().contiguous().view(_BITS[tensor.element_size()]).view(-1)
-
-
-def _packed(gaps: Tensor, width: torch.dtype) -> Tensor:
-    limit = _WIDTHS[width]
-    skips = gaps // limit
-    where = torch.arange(len(gaps), device=gaps.device) + skips.cumsum(0)
-    stored = torch.full((int(where[-1]) + 1,), limit, dtype=torch.int64, device=gaps.device)
-    stored[where] = gaps % limit
-    return stored.to(width)
-
-
-def _unpacked(stored: Tensor) -> Tensor:
-    if stored.dtype not in _WIDTHS:
-        raise ValueError(f"its gaps are {stored.dtype}")
-    gaps, limit = stored.to(torch.int64), _WIDTHS[stored.dtype]
-    skips = gaps == limit
-    here: Tensor = torch.where(skips, gaps, gaps + 1).cumsum(0) - 1
-    return here[~skips]
+    check(found, live.numel())
+    if found.form == "bitmap":
+        places = _of_bitmap(found.places, live.numel()).to(live.device)
+        read, put = eager.picked, eager.put
+    else:
+        places, kernels = found.places, native.kernels(live, found.places)
+        read = functools.partial(kernels.gathered, count=found.values.numel())
+        put = kernels.scattered
+    if remember is not None:
+        old = read(live, places)
+        remember(functools.partial(put, live, places, old), old.nbytes + places.nbytes)
+    put(live, places, found.values)
 
 
 def _bitmap(here: Tensor, numel: int) -> Tensor:
     bits = torch.zeros(-(-numel // 8) * 8, dtype=torch.uint8, device=here.device)
-    bits[here] = 1
+    bits[here.to(torch.int64) & 0xFFFFFFFF if here.dtype == torch.int32 else here] = 1
     return (bits.view(-1, 8) << torch.arange(8, device=here.device)).sum(1).to(torch.uint8)
 
 

@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from flashquant.errors import BrokenDelta
-from flashquant.sender.changes import Change, Form, Remember, apply, places, write
+from flashquant.sender.changes import Change, Form, Remember, apply, check, write
 from flashquant.sender.manifest import Digest, Dtype, Size, TensorSpec, dtype_name
 
 MARK: Final = "#"  # between a tensor's name and what a part says of it
@@ -154,7 +154,10 @@ class Delta:
             remember: takes what puts the old value back, and its bytes, before anything is written.
 
         """
-        write(self.change(name), live, remember)
+        try:
+            write(self.change(name), live, remember)
+        except ValueError as wrong:
+            raise BrokenDelta(f"{name} in a bundle: {wrong}. {_AGAIN}") from wrong
 
     def check_fits(self, scheme: str, specs: Mapping[str, TensorSpec]) -> None:
         """Whether it is one for an engine that wants these tensors.
@@ -233,4 +236,4 @@ def _check(found: Change, said: TensorChange, *, whole: bool) -> None:
         return
     if whole:
         raise ValueError("the bundle has no base, so it cannot be changed in part")
-    places(found, numel)
+    check(found, numel)

@@ -17,7 +17,7 @@ from flashquant.schemes import (
     fingerprint,
     quantizer,
 )
-from flashquant.sender.changes import Change, change
+from flashquant.sender.changes import Change, apply, change
 from flashquant.sender.delta import MARK, Delta
 from flashquant.sender.manifest import Manifest, TensorSpec, policy_digest
 
@@ -33,8 +33,7 @@ class Sender:
     Args:
         manifest: what `flashquant.manifest(target)` returned, or the plain data of it.
         delta: keep what a bundle held, so that the next one holds what changed. That is one byte
-            a weight in an 8-bit scheme (two of what stays in bf16), where the weights are, and
-            twice that while a bundle is made.
+            a weight in an 8-bit scheme (two of what stays in bf16), where the weights are.
 
     """
 
@@ -91,24 +90,30 @@ class Sender:
             ReloadError: as `stream`.
 
         """
-        fresh: dict[str, Tensor] = {}
         changes: dict[str, tuple[TensorSpec, Change]] = {}
-        fingerprints: dict[str, str] = {}
+        fingerprints = dict(self._fingerprints)
         with torch.no_grad():
             for name, value in self._complete(weights):
-                spec, found = self.manifest.tensors[name], change(self._last.get(name), value)
+                found = change(self._last.get(name), value)
                 if found is None:
-                    fresh[name], fingerprints[name] = self._last[name], self._fingerprints[name]
                     continue
-                changes[name] = spec, found
                 fingerprints[name] = fingerprint(value)
-                if self._keeps:
-                    fresh[name] = value
+                if found.form == "whole":  # what else it holds is in memory of its own
+                    found = found._replace(values=found.values.clone())
+                changes[name] = self.manifest.tensors[name], found
         base = policy_digest(self._fingerprints) if self._last else None
         made = self._bundled(changes, base, fingerprints)
         if self._keeps:
-            self._last, self._fingerprints = fresh, fingerprints
+            self._keep(changes)
+            self._fingerprints = fingerprints
         return made
+
+    def _keep(self, changes: Mapping[str, tuple[TensorSpec, Change]]) -> None:
+        """The last bundle is this one: what changed is written into what was sent before."""
+        last, self._last = self._last, {}  # whoever interrupts this has the next one sent whole
+        for name, (_, found) in changes.items():
+            last[name] = found.values.clone() if found.form == "whole" else apply(found, last[name])
+        self._last = last
 
     def snapshot(self) -> Delta:
         """The last bundle's policy, whole: for an engine that is not at its base.
@@ -122,7 +127,10 @@ class Sender:
                 "this sender keeps no bundle. Make it with delta=True, and call bundle(weights)."
             )
         tensors = self.manifest.tensors
-        whole = {name: (tensors[name], Change("whole", None, t)) for name, t in self._last.items()}
+        whole = {
+            name: (tensors[name], Change("whole", None, kept.clone()))
+            for name, kept in self._last.items()
+        }
         return self._bundled(whole, None, self._fingerprints)
 
     def _bundled(
@@ -141,7 +149,7 @@ class Sender:
         )
 
     def _complete(self, weights: Weights) -> Iterator[tuple[str, Tensor]]:
-        """Each tensor that the engine wants, once, in memory of its own; or an error."""
+        """Each tensor that the engine wants, once, contiguous; or an error."""
         seen, tied = dict[str, str](), dict[str, str]()
         pairs = weights.items() if isinstance(weights, Mapping) else weights
         for sent in pairs:
@@ -152,10 +160,10 @@ class Sender:
                     tied[name] = fingerprint(value)
                     continue
                 seen[name] = ""
-                own = _own(value, sent[1])
+                value = value.contiguous()
                 if name in self.manifest.tied.values():
-                    seen[name] = fingerprint(own)
-                yield name, own
+                    seen[name] = fingerprint(value)
+                yield name, value
         if missing := [name for name in self.manifest.tensors if name not in seen]:
             raise IncompleteUpdate(
                 f"the update ended without {len(missing)} of the engine's tensors, first "
@@ -192,14 +200,6 @@ def _gathered(sent: Any) -> Any:
     """All of a sharded tensor, which every rank has to ask for; anything else as it is."""
     full = getattr(sent, "full_tensor", None)
     return sent if full is None else full()
-
-
-def _own(value: Tensor, sent: Tensor) -> Tensor:
-    """The value in memory that no trainer writes into."""
-    value = value.contiguous()
-    theirs = isinstance(sent, Tensor) and not hasattr(sent, "full_tensor")
-    same = theirs and value.untyped_storage().data_ptr() == sent.untyped_storage().data_ptr()
-    return value.clone() if same else value
 
 
 def _form(spec: TensorSpec) -> Tensor:

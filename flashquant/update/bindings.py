@@ -10,13 +10,13 @@ tensors, so that a later push is a look into a dictionary and the work on the te
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from flashquant.plan import Planner, Replay, Step, TensorPlan, Write
+from flashquant.plan import Fill, Planner, Replay, Step, TensorPlan, Write
 from flashquant.profiles import Calibration
 from flashquant.schemes import check_dtype, check_form, check_plain
 from flashquant.update.engine import Engine, Layer
@@ -46,10 +46,15 @@ class Destination:
     @property
     def window(self) -> Window | None:
         """The one window of live memory that all of it goes to, element by element, if so."""
-        if len(self.steps) != 1:
+        return self.window_of(lambda layer: layer.homes) if len(self.steps) == 1 else None
+
+    def window_of(self, memory: Callable[[Layer], Mapping[str, Tensor]]) -> Window | None:
+        """The same, of the live memory that is named for each layer; padding is there already."""
+        steps = [each for each in self.steps if not isinstance(each[0], Fill)]
+        if len(steps) != 1:
             return None
-        ((step, layer, stage),) = self.steps
-        home = layer.homes.get(step.target)
+        ((step, layer, stage),) = steps
+        home = memory(layer).get(step.target)
         if home is None or not isinstance(step, Write):
             return None
         source, view = step.source_view, step.target_view

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from flashquant.errors import ReloadError
-from flashquant.plan import Planner, TensorPlan, Write
+from flashquant.plan import Planner, Replay, TensorPlan, Write
 from flashquant.schemes import Fingerprints
 from flashquant.sender import Manifest, TensorSpec, dtype_name, policy_digest
 from flashquant.update.bindings import Bindings
@@ -35,6 +35,8 @@ class Checkpoint:
     def __init__(self, engine: Engine, planner: Planner, bindings: Bindings) -> None:
         self._engine, self._planner, self._bindings = engine, planner, bindings
         self._known: dict[str, dict[str, TensorSpec]] = {}
+        self._windows: dict[str, Window | None] = {}
+        self._grouped: dict[str, list[str]] = {}  # by tensor
         self._made: set[str] = set()  # scales that the engine makes itself, of floats
 
     def specs(self) -> dict[str, TensorSpec]:
@@ -93,8 +95,13 @@ class Checkpoint:
 
     def fingerprints(self, specs: Mapping[str, TensorSpec]) -> dict[str, str]:
         """Of the live value of every tensor that can be read back, by name."""
-        shown = ((name, spec) for name, spec in specs.items() if self.shows(name, spec))
-        return Fingerprints((name, self.read(name, spec)) for name, spec in shown).read()
+        return Fingerprints(self.readable(specs)).read()
+
+    def readable(self, specs: Mapping[str, TensorSpec]) -> Iterator[tuple[str, Tensor]]:
+        """The live value of every tensor that can be read back, by name."""
+        for name, spec in specs.items():
+            if self.shows(name, spec):
+                yield name, self.read(name, spec)
 
     def _digest(self, specs: Mapping[str, TensorSpec]) -> str | None:
         """Of the live policy; None where not all of it can be read back."""
@@ -124,27 +131,48 @@ class Checkpoint:
         return value
 
     def window(self, name: str, spec: TensorSpec) -> Window | None:
-        """The live memory, dense, that is all of a tensor as it is sent; None if there is more to
-        writing it than to overwrite that."""
+        """The live memory, dense, that is all of a tensor as it is sent; None if it may not be
+        overwritten there. Asked once: nothing moves."""
+        if name not in self._windows:
+            self._windows[name] = self._window(name, spec)
+        return self._windows[name]
+
+    def _window(self, name: str, spec: TensorSpec) -> Window | None:
         if not self.shows(name, spec):
             return None
         binding = self._bindings.of(name, _form(spec))
-        return self._bindings.destination(binding, name, _form(spec)).window
+        destination = self._bindings.destination(binding, name, _form(spec))
+        found = destination.window_of(lambda layer: layer.editable)
+        return found if found is not None and found.live.is_contiguous() else None
 
     def groups(self, specs: Mapping[str, TensorSpec]) -> list[list[str]]:
         """The tensors that go live together, because they are parts of the same layers."""
+        if self._grouped.keys() != specs.keys():
+            self._grouped = self._groups(specs)
+        return list({id(group): group for group in self._grouped.values()}.values())
+
+    def _groups(self, specs: Mapping[str, TensorSpec]) -> dict[str, list[str]]:
+        """The group of each tensor."""
+        group_of: dict[str, list[str]] = {}
         of_layer: dict[str, list[str]] = {}
         for name, spec in specs.items():
-            layers = {self._layer_of(target).name for target in self.plan_of(name, spec).targets}
-            met = {id(group): group for layer in layers if (group := of_layer.get(layer))}
-            joined = [name_ for group in met.values() for name_ in group] + [name]
-            merged = {layer for layer, group in of_layer.items() if id(group) in met} | layers
-            of_layer |= dict.fromkeys(merged, joined)
-        return list({id(group): group for group in of_layer.values()}.values())
+            group = group_of[name] = [name]
+            for layer in {
+                self._layer_of(target).name for target in self.plan_of(name, spec).targets
+            }:
+                other = of_layer.setdefault(layer, group)
+                if other is not group:
+                    group = _joined(other, group, group_of, of_layer)
+        return group_of
 
     def _layer_of(self, target: str) -> Layer:
         """The live layer that a parameter belongs to."""
         return self._bindings.homes[target]
+
+    def layers(self, specs: Mapping[str, TensorSpec]) -> dict[str, Layer]:
+        """The layer of each parameter that some tensors land in."""
+        plans = (self.plan_of(name, spec) for name, spec in specs.items())
+        return {target: self._layer_of(target) for plan in plans for target in plan.targets}
 
     def plan_of(self, name: str, spec: TensorSpec) -> TensorPlan:
         """Where a tensor lands."""
@@ -199,9 +227,23 @@ def _sent(recipe: Recipe, dtype: torch.dtype) -> torch.dtype:
     return recipe.dtypes[0]
 
 
+def _joined(
+    one: list[str],
+    other: list[str],
+    group_of: dict[str, list[str]],
+    of_layer: dict[str, list[str]],
+) -> list[str]:
+    """Two groups become the first one."""
+    one += other
+    group_of |= dict.fromkeys(other, one)
+    of_layer |= {layer: one for layer, group in of_layer.items() if group is other}
+    return one
+
+
 def _is_all_here(entry: TensorPlan) -> bool:
-    """Whether every element of a tensor is copied somewhere, and nothing else becomes of it."""
-    if not all(isinstance(step, Write) for step in entry.steps):
+    """Whether every element of a tensor is copied somewhere, and nothing else becomes of it but
+    padding around it."""
+    if any(isinstance(step, Replay) for step in entry.steps):
         return False
     windows = {step.source_view for step in entry.steps if isinstance(step, Write)}
     return sum(window.numel for window in windows) == entry.numel

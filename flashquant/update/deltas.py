@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -23,9 +23,11 @@ from flashquant.errors import BrokenDelta, ReloadError, StaleBase
 from flashquant.schemes import Fingerprints, check_finite, holds_codes
 from flashquant.sender import Delta, Manifest, TensorSpec, policy_digest
 from flashquant.update.code_statistics import noted_in_place
+from flashquant.update.engine import Layer
 from flashquant.update.in_place import Window
 from flashquant.update.report import ReloadReport
 from flashquant.update.session import Session
+from flashquant.update.state import Update
 
 Source = Delta | str | os.PathLike[str]
 
@@ -35,12 +37,14 @@ class _Policy:
     """What is known of the policy that is live.
 
     Attributes:
-        engine: the engine's digest with it; while that holds, so does the rest.
+        version: of the engine with it; None where it was read just now.
+        engine: the engine's digest with it; None where none was taken.
         fingerprints: of every tensor, as it was sent.
-        kept: the tensors that cannot be read back. Never written into.
+        kept: the tensors that cannot be read back. Written only with the way back in an undo log.
 
     """
 
+    version: int | None = None
     engine: str | None = None
     fingerprints: dict[str, str] = field(default_factory=dict)
     kept: dict[str, Tensor] = field(default_factory=dict)
@@ -95,23 +99,53 @@ class Deltas:
 
         """
         start, fresh = time.perf_counter(), _Policy()
-        self._session.begin()
+        self._session.begin(ledger=False)
         try:
             self._session.push(self._tensors(source, fresh))
             report = self._session.close()
+        except BrokenDelta:
+            self._session.abandon()
+            self._check_untouched()
+            raise
         finally:
             self._session.abandon()
-        report = self._session.proofs.digested(report, start, always=True)
-        fresh.engine = report.digest
+        report = self._session.proofs.digested(report, start, always=bool(fresh.kept))
+        fresh.engine, fresh.version = report.digest, self._session.version
         self._policy = fresh
         return report
 
     @property
     def _is_known(self) -> bool:
-        """Whether the engine is where the last bundle left it."""
-        return self._policy.engine is not None and (
-            self._session.proofs.digest() == self._policy.engine
-        )
+        """Whether the engine is where the last bundle left it.
+
+        What can be read back is compared after each bundle anyway; of what cannot, only the
+        engine's digest tells.
+        """
+        known, session = self._policy, self._session
+        undisturbed = not session.transactions.serving.torn and not session.proofs.foreign
+        if undisturbed and not known.kept and known.version == session.version:
+            return True
+        return known.engine is not None and session.proofs.digest() == known.engine
+
+    def _check_untouched(self) -> None:
+        """After a bundle gave another policy than it says: whether its base was live at all.
+
+        Raises:
+            StaleBase: what can be read back is not what the last bundle left.
+
+        """
+        known = self._policy
+        if known.version is None:
+            return
+        found = self._checkpoint.fingerprints(self._checkpoint.specs())
+        other = [name for name, value in found.items() if known.fingerprints[name] != value]
+        if other:
+            self._policy = _Policy()
+            raise StaleBase(
+                f"{len(other)} live tensors, first {other[0]}, are no longer what the last bundle "
+                "made of them: another writer has modified them. Apply one whole bundle "
+                "(`Sender.snapshot()`)."
+            )
 
     def _tensors(self, source: Source, fresh: _Policy) -> Iterator[tuple[str, Tensor]]:
         """Every tensor of the layers that change; raises before the first one what can be told."""
@@ -122,22 +156,23 @@ class Deltas:
         fresh.fingerprints |= old.fingerprints
         fresh.kept |= old.kept
         groups, said = self._checkpoint.groups(specs), delta.header.tensors
+        windows = {name: self._checkpoint.window(name, spec) for name, spec in specs.items()}
         changed = [group for group in groups if not said.keys().isdisjoint(group)]
-        windows = {name: self._checkpoint.window(name, specs[name]) for name in said}
-        in_place = [g for g in changed if all(windows.get(name, True) for name in g)]
-        pushed = [group for group in changed if group not in in_place]
-        self._expect((name, specs[name]) for group in pushed for name in group)
-        new = Fingerprints()
-        for name in (name for group in in_place for name in group):
-            if (window := windows.get(name)) is not None:
-                self._overwrite(name, window, delta)
-                new.add([(name, window.live.view(specs[name].shape))])
+        pushed = [group for group in changed if not all(windows[n] for n in group if n in said)]
+        staged = {name for group in pushed for name in group}
+        in_place = {n: w for n, w in windows.items() if w is not None and n not in staged}
+        written = {n: w for n, w in in_place.items() if n in said}
+        self._expect(self._checkpoint.layers({name: specs[name] for name in staged}), written)
+        self._overwrite(written, delta)
+        new = Fingerprints((n, w.live.view(specs[n].shape)) for n, w in in_place.items())
         for group in pushed:
             # All of a layer is read before any of it is written.
-            tensors = {name: self._new(name, specs[name], delta, old, fresh) for name in group}
-            new.add((name, tensors[name]) for name in group if name in delta.header.tensors)
+            tensors = {name: self._new(name, specs[name], delta, fresh) for name in group}
+            new.add((n, t) for n, t in tensors.items() if n in said or n not in fresh.kept)
             yield from tensors.items()
             del tensors
+        rest = (name for name in specs if name not in in_place and name not in staged)
+        new.add(self._checkpoint.readable({name: specs[name] for name in rest}))
         fresh.fingerprints |= new.read()
         if fresh.digest != delta.header.digest:
             raise BrokenDelta(
@@ -146,27 +181,53 @@ class Deltas:
                 "sent again, or take a whole bundle (`Sender.snapshot()`)."
             )
 
-    def _overwrite(self, name: str, window: Window, delta: Delta) -> None:
-        """Write what changed of a tensor where the kernels read it: no step runs in a bracket."""
+    @property
+    def _update(self) -> Update:
+        """The update under way."""
         update = self._session.transactions.current
         if update is None or update.over:
-            raise ReloadError(f"the update was rolled back before {name} was written; send it anew")
-        values = delta.change(name).values
-        check_finite(name, values)
-        undo = update.undo
-        delta.write(name, window.live, lambda back, size: undo.remember_how(back, nbytes=size))
-        update.statistics.read(values.nbytes)
-        update.statistics.bytes_out += values.nbytes
-        update.committed.add(window.layer.name)
-        update.live.update(window.layer.targets)
-        if holds_codes(values.dtype):
-            update.statistics.noted[name] = noted_in_place(window.live)
+            raise ReloadError("the update was rolled back before it was written; send it anew")
+        return update
 
-    def _expect(self, tensors: Iterable[tuple[str, TensorSpec]]) -> None:
-        """The update under way is complete with these tensors, and not without them."""
-        plans = (self._checkpoint.plan_of(name, spec) for name, spec in tensors)
-        if (update := self._session.transactions.current) is not None:
-            update.wanted = frozenset(target for plan in plans for target in plan.targets)
+    def _expect(self, staged: Mapping[str, Layer], written: Mapping[str, Window]) -> None:
+        """Before anything is touched: the update is complete with these, and nothing may move.
+
+        Args:
+            staged: what is pushed: parameter -> layer.
+            written: windows that are overwritten. Nothing moves where that is all there is to it.
+
+        """
+        update = self._update
+        update.wanted = frozenset(staged)
+        made_anew = [w.layer for w in written.values() if w.target not in w.layer.homes]
+        update.audited = tuple(dict.fromkeys((*staged.values(), *made_anew)))
+        update.before = self._session.proofs.footprints(update.audited)
+
+    def _overwrite(self, windows: Mapping[str, Window], delta: Delta) -> None:
+        """Write what changed where it is live, for no step runs in a bracket; then make anew what
+        is made of it."""
+        update, start = self._update, time.perf_counter()
+        undo, statistics = update.undo, update.statistics
+        changed: dict[str, tuple[Layer, list[str]]] = {}
+        for name, window in windows.items():
+            found = delta.change(name)
+            check_finite(name, found.values)
+            if found.form == "whole":
+                undo.remember(window.live)
+                window.live.copy_(found.values.view(window.live.shape))
+            else:
+                delta.write(name, window.live, lambda back, n: undo.remember_how(back, nbytes=n))
+            statistics.read(found.values.nbytes)
+            statistics.bytes_out += found.values.nbytes
+            if holds_codes(found.values.dtype):
+                statistics.noted[name] = noted_in_place(window.live)
+            changed.setdefault(window.layer.name, (window.layer, []))[1].append(window.target)
+        start = statistics.since(start, "write")
+        for layer, targets in changed.values():
+            statistics.bytes_out += layer.refresh(dict.fromkeys(targets), undo)
+            update.committed.add(layer.name)
+            update.live.update(layer.targets)
+        statistics.since(start, "commit")
 
     def _base(self, delta: Delta, specs: Mapping[str, TensorSpec]) -> _Policy:
         """The live policy, if it is the one that a delta starts from.
@@ -193,19 +254,23 @@ class Deltas:
             )
         return found
 
-    def _new(
-        self, name: str, spec: TensorSpec, delta: Delta, old: _Policy, fresh: _Policy
-    ) -> Tensor:
+    def _new(self, name: str, spec: TensorSpec, delta: Delta, fresh: _Policy) -> Tensor:
         """What a tensor is to be; kept, where it cannot be read back."""
-        shown = self._checkpoint.shows(name, spec)
-        if name not in delta.header.tensors:
-            return self._checkpoint.read(name, spec) if shown else old.kept[name]
-        if delta.header.tensors[name].form == "whole":
-            value = delta.parts[name]
-        elif shown:
-            value = delta.rebuilt(name, self._checkpoint.read(name, spec))
-        else:
-            value = delta.rebuilt(name, old.kept[name].clone())
-        if not shown:
-            fresh.kept[name] = value
-        return value
+        shown, said = self._checkpoint.shows(name, spec), delta.header.tensors.get(name)
+        if shown and said is not None and said.form == "whole":
+            return delta.parts[name]
+        if shown:
+            value = self._checkpoint.read(name, spec)
+            return value if said is None else delta.rebuilt(name, value)
+        if said is None:
+            return fresh.kept[name]
+        if said.form == "whole":
+            fresh.kept[name] = delta.parts[name].clone()  # what was sent belongs to others
+            return fresh.kept[name]
+        undo = self._update.undo
+        delta.write(
+            name,
+            fresh.kept[name],
+            lambda back, size: undo.remember_how(back, live=False, nbytes=size),
+        )
+        return fresh.kept[name]

@@ -6,7 +6,7 @@ lines of torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from enum import Enum
 from typing import Protocol
 
@@ -53,6 +53,16 @@ class Layer(Protocol):
     @property
     def homes(self) -> Mapping[str, Tensor]:
         """Live memory, laid out as rows arrive, by target; only of what may be filled there."""
+        ...
+
+    @property
+    def editable(self) -> Mapping[str, Tensor]:
+        """The same, of what may be overwritten there in a bracket if `refresh` follows."""
+        ...
+
+    def refresh(self, targets: Iterable[str], undo: UndoLog) -> int:
+        """Make anew what is made of parameters that were overwritten where they are live; the
+        bytes that took."""
         ...
 
     def stage(self, target: str) -> Stage: ...

@@ -249,10 +249,10 @@ class Pipeline:
             update.prepared[layer.name] = layer
             return
         update.committed.add(layer.name)
-        before = {} if update.bracket else self._proofs.footprints(layer)
+        before = {} if update.bracket else self._proofs.footprints([layer])
         update.statistics.bytes_out += layer.commit(update.undo)
         if not update.bracket:
-            self._proofs.check_unmoved(before, layer)
+            self._proofs.check_unmoved(before, [layer])
 
     def swap_in(self, update: Update) -> None:
         """What was prepared goes live: from here on, the engine may not generate."""

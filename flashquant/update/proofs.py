@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 
@@ -59,16 +59,18 @@ class Proofs:
         """The same of one layer, which is about to be written."""
         self._foreign_writes.look_at(layer)
 
-    def footprints(self, *layers: Layer) -> dict[str, Footprint]:
+    def footprints(self, layers: Sequence[Layer] | None = None) -> dict[str, Footprint]:
         """Where the live tensors of some layers are, or of all; empty if no ledger is kept."""
         if not self.checks.ledger:
             return {}
-        found = layers or self._engine.layers
+        found = self._engine.layers if layers is None else layers
         return footprints(item for layer in found for item in layer.tensors())
 
-    def check_unmoved(self, before: Mapping[str, Footprint], *layers: Layer) -> None:
+    def check_unmoved(
+        self, before: Mapping[str, Footprint], layers: Sequence[Layer] | None = None
+    ) -> None:
         """Raise MovedTensor where a live tensor of these layers, or of all, is elsewhere now."""
-        check_unmoved(before, self.footprints(*layers))
+        check_unmoved(before, self.footprints(layers))
 
     def audit_later(self, before: dict[str, Footprint]) -> None:
         """A prepared update was committed: `audit` compares when the engine generates again."""

@@ -170,7 +170,12 @@ class Session:
             return written
 
     def begin(
-        self, *, atomic: bool = True, prepares: bool = False, kv_scales: KVScales | None = None
+        self,
+        *,
+        atomic: bool = True,
+        prepares: bool = False,
+        kv_scales: KVScales | None = None,
+        ledger: bool = True,
     ) -> None:
         """Open a bracket: nothing is committed until `finish`. What waits is dropped, and said so.
 
@@ -181,6 +186,7 @@ class Session:
             prepares: make everything beside the live layers, which costs the memory of a second
                 set of weights (two, if `atomic`), so that the engine may generate until `finish`.
             kv_scales: of the KV cache, from `finish` on.
+            ledger: note where everything is now; else whoever fills the update notes what it needs.
 
         Raises:
             ReloadError: these scales could not be set.
@@ -200,7 +206,10 @@ class Session:
                 update.at_stake = frozenset(self._planner.wanted)
             self._completeness.drop()
             self._ties.reset()
-            update.before = self.proofs.footprints()
+            if ledger:
+                update.before = self.proofs.footprints()
+            else:
+                update.audited = ()
 
     def finish(self, *, strict: bool = False, keeps: bool = False) -> None:
         """Close the bracket.
@@ -229,7 +238,7 @@ class Session:
             if update.prepares:
                 self.proofs.audit_later(update.before)
             else:
-                self.proofs.check_unmoved(update.before)
+                self.proofs.check_unmoved(update.before, update.audited)
         self._ties.reset()
 
     def check_nothing_waits(self) -> None:

@@ -77,6 +77,7 @@ class Update:
     over: bool = False
     at_stake: frozenset[str] = frozenset()
     before: dict[str, Footprint] = field(default_factory=dict)  # where the live tensors were
+    audited: tuple[Layer, ...] | None = None  # which of them, by layer; None for all
     names: set[str] = field(default_factory=set)  # seen, scales made here included
     staged: dict[Stage, set[View]] = field(default_factory=lambda: defaultdict(set))
     arrived: set[str] = field(default_factory=set)  # parameters

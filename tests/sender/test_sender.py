@@ -167,6 +167,18 @@ def test_an_optimizer_that_writes_in_place_changes_nothing_that_was_kept():
     assert NORM in sender.bundle(weights).header.tensors
 
 
+def test_bundles_hold_nothing_that_their_sender_goes_on_writing():
+    sender = Sender(manifest(), delta=True)
+    bundles = [sender.bundle(policy()), sender.bundle(moved(policy(), 1)), sender.snapshot()]
+    before = [{name: part.clone() for name, part in bundle.parts.items()} for bundle in bundles]
+
+    for seed in (2, 3):
+        sender.bundle(moved(policy(), seed))
+
+    for bundle, parts in zip(bundles, before, strict=True):
+        assert same(bundle.parts, parts)
+
+
 def test_nothing_changed_is_an_empty_bundle():
     sender = Sender(manifest(), delta=True)
     first, second = sender.bundle(policy()), sender.bundle(policy())

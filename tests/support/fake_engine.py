@@ -42,6 +42,13 @@ class FakeLayer:
     def ready(self):
         return self._started and not self.missing
 
+    @property
+    def editable(self):
+        return self.homes
+
+    def refresh(self, targets, undo):
+        return 0
+
     def stage(self, target):
         return self._stages[target]
 

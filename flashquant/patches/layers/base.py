@@ -14,7 +14,7 @@ and says there what `direct`, `staged` and `fallback` mean.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
 
 import torch
@@ -72,6 +72,15 @@ class LiveLayer(ABC):
     def ready(self) -> bool:
         """Whether something is staged, and nothing more is needed."""
         return any(stage.started for stage in self._stages.values()) and not self.missing
+
+    @property
+    def editable(self) -> Mapping[str, Tensor]:
+        """Live memory that may be overwritten by whoever calls `refresh` then."""
+        return self.homes
+
+    def refresh(self, targets: Iterable[str], undo: UndoLog) -> int:
+        """Make anew what is made of parameters that were overwritten: here, nothing is."""
+        return 0
 
     def stage(self, target: str) -> Stage:
         return self._stages[target]

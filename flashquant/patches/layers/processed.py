@@ -12,7 +12,7 @@ of them derived from it (a packed copy) is made anew.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -148,6 +148,23 @@ class ProcessedLayer(LiveLayer):
         if self._passes_through(staged):
             return sum(self._copy(target, values, undo) for target, values in staged.items())
         return self._process(staged, undo)
+
+    @property
+    def editable(self) -> Mapping[str, Tensor]:
+        """The parameters that are live as they were loaded, if all of the layer can be read."""
+        if self._prepared is not None or not self._metas.keys() <= self._parameters.kept:
+            return {}
+        found = ((target, self._parameters.in_place(target)) for target in self._metas)
+        return {target: live for target, live in found if live is not None}
+
+    def refresh(self, targets: Iterable[str], undo: UndoLog) -> int:
+        changed = {target: self._parameters.value(target) for target in targets}
+        self._digests.look_at(changed)
+        self._digests.note(undo)
+        self._refresh_aliases(changed, undo)
+        if self._passes_through(changed):
+            return sum(self._copy(target, values, undo) for target, values in changed.items())
+        return self._process({}, undo)
 
     def _staged(self) -> dict[str, Tensor]:
         """What has arrived, by parameter, in checkpoint format."""
