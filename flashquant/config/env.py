@@ -186,6 +186,14 @@ NATIVE: Final = Variable(
     "which returns the same bits more slowly",
     _yes_or_no,
 )
+EMULATE: Final = Variable(
+    "FLASHQUANT_EMULATE",
+    False,
+    "yes or no",
+    "serve schemes of which vLLM has no kernel for CPUs (`mxfp8`) through its emulation in "
+    "software, on a CPU: to try them, for it is slow and saves no memory",
+    _yes_or_no,
+)
 CACHE: Final = Variable(
     "FLASHQUANT_CACHE",
     "",
@@ -228,6 +236,7 @@ VARIABLES: Final[tuple[Variable[Any], ...]] = (
     UNDO,
     BRACKET_TIMEOUT,
     NATIVE,
+    EMULATE,
     CACHE,
     CACHE_HOME,
     COMPILER,

@@ -24,6 +24,7 @@ CASES = [
     ("fp8_vllm", "native"),
     ("fp8_channel", "native"),
     ("int4", "native"),
+    ("mxfp8", "native"),
 ]
 
 

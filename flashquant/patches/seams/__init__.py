@@ -5,13 +5,14 @@ loading       a session opens, from the creation of a model until it serves (bla
 towers        those of multimodal models stay in bf16
 reload        vLLM's own reload becomes a bracket; sleep: weights that are put away
 worker        new methods on every worker; engine_core: the scheduler hears of it (derived)
-moe, lora, cutlass, int4   what vLLM needs before it can serve these in our schemes
+moe, lora, cutlass, int4, emulation   what vLLM needs before it can serve these in our schemes
 """
 
 from __future__ import annotations
 
 from flashquant.patches.seams import (
     cutlass,
+    emulation,
     engine_args,
     engine_core,
     int4,
@@ -39,4 +40,5 @@ POINTS = (
     *cutlass.POINTS,
     *moe.POINTS,
     *int4.POINTS,
+    *emulation.POINTS,
 )
