@@ -190,8 +190,8 @@ EMULATE: Final = Variable(
     "FLASHQUANT_EMULATE",
     False,
     "yes or no",
-    "serve schemes of which vLLM has no kernel for CPUs (`mxfp8`) through its emulation in "
-    "software, on a CPU: to try them, for it is slow and saves no memory",
+    "on a CPU, serve schemes of which vLLM has kernels for GPUs only (`mxfp8`, `nvfp4`) through "
+    "its emulation in software: to try them, for it is slow",
     _yes_or_no,
 )
 CACHE: Final = Variable(

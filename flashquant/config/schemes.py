@@ -53,6 +53,11 @@ class Scheme:
     vllm: str | None = ""
     instead: str = ""
 
+    @property
+    def by_layer(self) -> bool:
+        """Whether layers are loaded in floats, of which their processing makes the codes."""
+        return self.online is not None or self.codes == "float4_e2m1fn"
+
 
 _E4M3: Final = "float8_e4m3fn"
 
@@ -107,6 +112,7 @@ SCHEMES: Final[Mapping[str, Scheme]] = MappingProxyType(
                 takes_profile=True,
                 held_as="int8",
             ),
+            Scheme("nvfp4", codes="float4_e2m1fn", scales="group", bits=4, group=16, emulated=True),
             Scheme("int4", codes="int4", scales="group", bits=4, group=128),
             Scheme("int4_g32", codes="int4", scales="group", bits=4, group=32),
             Scheme("int4_channel", codes="int4", scales="channel", bits=4, group=-1),
@@ -152,6 +158,13 @@ def _by_group(scheme: Scheme) -> Mapping[str, Any]:
     return _compressed("pack-quantized", weights={**weights, "strategy": scheme.scales, **of_group})
 
 
+def _nvfp4(group: int | None) -> Mapping[str, Any]:
+    """The same of NVFP4 without codes of activations: a scale a group, a divisor a layer."""
+    numbers = {"num_bits": 4, "type": "float", "symmetric": True, "dynamic": False}
+    weights = {**numbers, "strategy": "tensor_group", "group_size": group}
+    return _compressed("nvfp4-pack-quantized", weights=weights)
+
+
 def _compressed(form: str, **numbers: Mapping[str, Any]) -> Mapping[str, Any]:
     return {
         "quant_method": "compressed-tensors",
@@ -168,6 +181,7 @@ COMPRESSED: Final[Mapping[str, Mapping[str, Any]]] = MappingProxyType(
     {
         "int8": W8A8,
         "fp8_tensor": _by_channel("float"),
+        "nvfp4": _nvfp4(SCHEMES["nvfp4"].group),
         **{name: _by_group(SCHEMES[name]) for name in INT4},
     }
 )

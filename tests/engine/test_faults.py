@@ -38,6 +38,7 @@ CASES = [
     ("fp8_channel", "native"),
     ("int4", "native"),
     ("mxfp8", "native"),
+    ("nvfp4", "native"),
 ]
 
 CALLS_EACH = 9  # of one function in one scheme, spread over an update

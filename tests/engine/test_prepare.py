@@ -25,6 +25,7 @@ CASES = [
     ("fp8_channel", "native"),
     ("int4", "native"),
     ("mxfp8", "native"),
+    ("nvfp4", "native"),
 ]
 
 

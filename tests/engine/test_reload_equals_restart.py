@@ -58,7 +58,7 @@ def shuffled(model: nn.Module, weights: dict[str, Tensor]) -> None:
 WAYS = (one_tensor_a_call, buckets_cut_inside_qkv, one_iterator, shuffled)
 # Both kinds of CPU kernels are tested on any machine: see `kernels.choosing`.
 KERNELS = ("amx", "portable")
-EMULATED = ("mxfp8",)
+EMULATED = ("mxfp8", "nvfp4")
 CASES = [(kind, scheme, kernels) for kind in TINY for scheme in SCHEMES for kernels in KERNELS]
 # Computed by vLLM's emulation, which is the same on any machine.
 CASES += [(kind, scheme, "native") for kind in TINY for scheme in EMULATED]

@@ -12,8 +12,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from torch import Tensor, nn
 from vllm.config import get_current_vllm_config_or_none
 from vllm.model_executor.kernels import linear
+from vllm.model_executor.layers.quantization.utils.nvfp4_emulation_utils import (
+    dequantize_to_dtype,
+)
 from vllm.platforms import PlatformEnum, current_platform
 
 from flashquant.config import env
@@ -73,10 +77,42 @@ def _init_mxfp8(original: Any, *args: Any, **kwargs: Any) -> Any:
         return original(*args, **kwargs)
 
 
+def _init_nvfp4(original: Any, use_a16: bool = False) -> Any:
+    """Without codes of activations, vLLM would take no kernel but those of GPUs."""
+    with _listed(linear._POSSIBLE_NVFP4_KERNELS, linear.EmulationNvFp4LinearKernel):
+        emulated = emulates(get_current_vllm_config_or_none())
+        return original(use_a16=use_a16 and not emulated)
+
+
+def _multiply_nvfp4(
+    original: Any, kernel: Any, layer: Any, x: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """Activations become codes by a scale from the checkpoint; where there is none, they stay."""
+    if hasattr(layer, "input_global_scale_inv"):
+        result: Tensor = original(kernel, layer, x, bias)
+        return result
+    weight = dequantize_to_dtype(
+        layer.weight, layer.weight_scale, layer.weight_global_scale, x.dtype, swizzle=False
+    )
+    return nn.functional.linear(x, weight, bias)
+
+
 POINTS = (
     PatchPoint(
         "vllm.model_executor.layers.quantization.online.mxfp8:init_mxfp8_linear_kernel",
         expects=(...,),
         wrapper=_init_mxfp8,
+    ),
+    PatchPoint(
+        "vllm.model_executor.layers.quantization.compressed_tensors.schemes."
+        "compressed_tensors_w4a4_nvfp4:init_nvfp4_linear_kernel",
+        expects=("use_a16",),
+        wrapper=_init_nvfp4,
+    ),
+    PatchPoint(
+        "vllm.model_executor.kernels.linear.nvfp4.emulation:"
+        "EmulationNvFp4LinearKernel.apply_weights",
+        expects=("self", "layer", "x", "bias"),
+        wrapper=_multiply_nvfp4,
     ),
 )

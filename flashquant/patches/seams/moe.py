@@ -25,7 +25,6 @@ from flashquant.errors import UnsupportedEngine
 from flashquant.patches.decided import ADDITIONAL_CONFIG_KEY, STARTS_ON_FLOATS
 from flashquant.patches.point import PatchPoint
 from flashquant.patches.seams.emulation import is_emulated
-from flashquant.schemes import has_groups
 
 
 def _init_replicated(
@@ -113,7 +112,7 @@ def _check_kernel(method: Any, prefix: str, layer: nn.Module, scheme: str) -> No
     Experts of four bits have kernels on some machines, and no way yet from bf16 into them.
     """
     lacks = "found none" if getattr(method, "experts_cls", method) is None else ""
-    if has_groups(scheme):
+    if SCHEMES[scheme].bits == 4:
         lacks = "takes packed codes only"
     elif is_emulated(SCHEMES[scheme]):
         lacks = "is emulated in Triton, which a CPU does not have"
