@@ -187,6 +187,14 @@ NATIVE: Final = Variable(
     "which returns the same bits more slowly",
     _yes_or_no,
 )
+EMULATE: Final = Variable(
+    "FLASHQUANT_EMULATE",
+    False,
+    "yes or no",
+    "on a CPU, serve schemes of which vLLM has kernels for GPUs only (`mxfp8`, `nvfp4`) through "
+    "its emulation in software: to try them, for it is slow",
+    _yes_or_no,
+)
 CACHE: Final = Variable(
     "FLASHQUANT_CACHE",
     "",
@@ -229,6 +237,7 @@ VARIABLES: Final[tuple[Variable[Any], ...]] = (
     UNDO,
     BRACKET_TIMEOUT,
     NATIVE,
+    EMULATE,
     CACHE,
     CACHE_HOME,
     COMPILER,

@@ -25,10 +25,11 @@ class Scheme:
             group of neighbouring columns of a channel.
         bits: of a code, as the kernels read it.
         group: how many columns share a scale, where that is a group; -1 where it is a channel of
-            a scheme that has groups.
+            a scheme that could have groups.
         online: what vLLM calls its own quantization to it while loading, if it has one.
         checkpoint: type, num_bits and strategy of its weights in a compressed-tensors checkpoint,
             if vLLM serves such a one.
+        emulated: whether a CPU has no kernel of it, and vLLM's emulation computes it there.
         lists_layers: whether FlashRL's profile of it is a list of the weights that are quantized.
         takes_profile: whether a profile of calibration may scale it.
         held_as: the scheme that live layers hold, where it differs only in how it gets there.
@@ -47,9 +48,15 @@ class Scheme:
     checkpoint: tuple[str, int, str] | None = None
     takes_profile: bool = False
     lists_layers: bool = False
+    emulated: bool = False
     held_as: str = ""
     vllm: str | None = ""
     instead: str = ""
+
+    @property
+    def by_layer(self) -> bool:
+        """Whether layers are loaded in floats, of which their processing makes the codes."""
+        return self.online is not None or self.codes == "float4_e2m1fn"
 
 
 _E4M3: Final = "float8_e4m3fn"
@@ -88,6 +95,7 @@ SCHEMES: Final[Mapping[str, Scheme]] = MappingProxyType(
                 "scale a layer",
             ),
             Scheme("fp8_block", codes=_E4M3, scales="block", online="fp8_per_block"),
+            Scheme("mxfp8", codes=_E4M3, scales="group", group=32, online="mxfp8", emulated=True),
             Scheme(
                 "int8",
                 ("int8_fast", "int8_wo_prune"),
@@ -104,6 +112,7 @@ SCHEMES: Final[Mapping[str, Scheme]] = MappingProxyType(
                 takes_profile=True,
                 held_as="int8",
             ),
+            Scheme("nvfp4", codes="float4_e2m1fn", scales="group", bits=4, group=16, emulated=True),
             Scheme("int4", codes="int4", scales="group", bits=4, group=128),
             Scheme("int4_g32", codes="int4", scales="group", bits=4, group=32),
             Scheme("int4_channel", codes="int4", scales="channel", bits=4, group=-1),
@@ -116,6 +125,15 @@ NAMES: Final[Mapping[str, Scheme]] = MappingProxyType(
     {name: scheme for scheme in SCHEMES.values() for name in (scheme.name, *scheme.aliases)}
 )
 """By every name that FLASHRL_CONFIG takes."""
+
+INT4: Final[Mapping[str, int]] = MappingProxyType(
+    {
+        name: scheme.group
+        for name, scheme in SCHEMES.items()
+        if scheme.codes == "int4" and scheme.group is not None
+    }
+)
+"""How many columns share a scale in the schemes of int4, -1 for all of a row."""
 
 ONLINE: Final[Mapping[str, str]] = MappingProxyType(
     {name: scheme.online for name, scheme in SCHEMES.items() if scheme.online is not None}
@@ -140,6 +158,13 @@ def _by_group(scheme: Scheme) -> Mapping[str, Any]:
     return _compressed("pack-quantized", weights={**weights, "strategy": scheme.scales, **of_group})
 
 
+def _nvfp4(group: int | None) -> Mapping[str, Any]:
+    """The same of NVFP4 without codes of activations: a scale a group, a divisor a layer."""
+    numbers = {"num_bits": 4, "type": "float", "symmetric": True, "dynamic": False}
+    weights = {**numbers, "strategy": "tensor_group", "group_size": group}
+    return _compressed("nvfp4-pack-quantized", weights=weights)
+
+
 def _compressed(form: str, **numbers: Mapping[str, Any]) -> Mapping[str, Any]:
     return {
         "quant_method": "compressed-tensors",
@@ -156,7 +181,8 @@ COMPRESSED: Final[Mapping[str, Mapping[str, Any]]] = MappingProxyType(
     {
         "int8": W8A8,
         "fp8_tensor": _by_channel("float"),
-        **{name: _by_group(scheme) for name, scheme in SCHEMES.items() if scheme.group is not None},
+        "nvfp4": _nvfp4(SCHEMES["nvfp4"].group),
+        **{name: _by_group(SCHEMES[name]) for name in INT4},
     }
 )
 """What a bf16 checkpoint is served as in schemes of which vLLM has no online quantization."""

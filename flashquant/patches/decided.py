@@ -13,6 +13,7 @@ PROFILE_KEY: Final = "profile"  # in it, where pushes are quantized by one
 STARTS_ON_FLOATS: Final = "starts_on_floats"  # in it: the load makes the codes
 KEPT_KEY: Final = "kept"  # in it: the modules of the checkpoint that stay in bf16
 LISTED_KEY: Final = "listed"  # in it, where they are those that FlashRL's list leaves out
+EMULATE_KEY: Final = "emulate"  # in it, where vLLM's emulation computes on a CPU
 TOWERS_KEY: Final = "quantize_towers"  # in it, where they are: towers of multimodal models
 
 
@@ -46,6 +47,13 @@ def lists_layers(vllm_config: VllmConfig) -> bool:
     if not asks_for_session(vllm_config):
         return False
     return LISTED_KEY in vllm_config.additional_config[ADDITIONAL_CONFIG_KEY]
+
+
+def emulates(vllm_config: VllmConfig | None) -> bool:
+    """Whether vLLM's emulation of its kernels computes on this CPU, because it was asked for."""
+    if vllm_config is None or not asks_for_session(vllm_config):
+        return False
+    return EMULATE_KEY in vllm_config.additional_config[ADDITIONAL_CONFIG_KEY]
 
 
 def keeps_towers(vllm_config: VllmConfig) -> bool:

@@ -14,7 +14,7 @@ from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from flashquant.config.checks import Checks
-from flashquant.config.schemes import ONLINE
+from flashquant.config.schemes import SCHEMES
 from flashquant.errors import UnsupportedEngine
 from flashquant.patches.cache_scales import CacheScales
 from flashquant.patches.decided import ADDITIONAL_CONFIG_KEY, PROFILE_KEY, kept_by
@@ -50,7 +50,7 @@ class LiveEngine:
         decided = vllm_config.additional_config[ADDITIONAL_CONFIG_KEY]
         self.scheme = str(decided["scheme"]) if quantized else "bf16"
         self.checks = Checks(**decided["checks"])
-        self.shares_scales = self.scheme in ONLINE and _cuts_weights(vllm_config)
+        self.shares_scales = SCHEMES[self.scheme].by_layer and _cuts_weights(vllm_config)
         # vLLM says `cuda`, which is never equal to the device of a tensor.
         self.device = resolved(torch.device(vllm_config.device_config.device))
         profile = decided.get(PROFILE_KEY) if quantized else None

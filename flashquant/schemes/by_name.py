@@ -7,7 +7,7 @@ from functools import partial
 from types import MappingProxyType
 from typing import Final
 
-from flashquant.config.schemes import SCHEMES
+from flashquant.config.schemes import INT4
 from flashquant.schemes import whole
 from flashquant.schemes.int4 import int4_group
 from flashquant.schemes.quick import (
@@ -20,9 +20,7 @@ from flashquant.schemes.quick import (
 
 # Of one matrix or of many: rows know nothing of each other.
 _BY_GROUP: Final[Mapping[str, Quantize]] = {
-    name: partial(int4_group, group=scheme.group)
-    for name, scheme in SCHEMES.items()
-    if scheme.group is not None
+    name: partial(int4_group, group=group) for name, group in INT4.items()
 }
 
 DEFINITIONS: Final[Mapping[str, Quantize]] = MappingProxyType(

@@ -9,16 +9,15 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from flashquant.config.schemes import SCHEMES
+from flashquant.config.schemes import INT4
 from flashquant.errors import UnsupportedEngine
 from flashquant.schemes.by_name import DEFINITIONS, WHOLE
 from flashquant.schemes.quick import Quantize
 
-_GROUPED: Final = tuple(name for name, scheme in SCHEMES.items() if scheme.group is not None)
 # By what codes are; the first, unless the engine serves another one of them.
 _CODES: Final[Mapping[torch.dtype, tuple[str, ...]]] = MappingProxyType(
     {
-        torch.int8: ("int8", *_GROUPED),
+        torch.int8: ("int8", *INT4),
         torch.float8_e4m3fn: ("fp8_channel", "fp8_tensor"),
     }
 )
@@ -31,7 +30,7 @@ def holds_codes(dtype: torch.dtype) -> bool:
 
 def has_groups(scheme: str) -> bool:
     """Whether a row may have several scales in this scheme, and codes of four bits."""
-    return scheme in _GROUPED
+    return scheme in INT4
 
 
 def quantizer(

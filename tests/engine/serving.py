@@ -102,7 +102,8 @@ class Serving:
         flashquant.patch()
         multiply_fp8_as_everywhere()
         make_experts_group()
-        with mock.patch.dict(os.environ, FLASHRL_CONFIG=self.scheme):
+        asked = {"FLASHRL_CONFIG": self.scheme, "FLASHQUANT_EMULATE": "1"}
+        with mock.patch.dict(os.environ, asked):
             llm = LLM(
                 str(self.checkpoint),
                 skip_tokenizer_init=True,

@@ -37,6 +37,8 @@ CASES = [
     ("fp8_vllm", "native"),
     ("fp8_channel", "native"),
     ("int4", "native"),
+    ("mxfp8", "native"),
+    ("nvfp4", "native"),
 ]
 
 CALLS_EACH = 9  # of one function in one scheme, spread over an update

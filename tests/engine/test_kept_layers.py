@@ -76,7 +76,7 @@ def test_int8_leaves_in_bf16_what_it_is_asked_to(
 
 
 KEEPS = ["lm_head", "*.down_proj", {"first": 1}]
-SERVED = ("int8", "fp8_vllm", "fp8_channel", "fp8_tensor", "fp8_block")
+SERVED = ("int8", "fp8_vllm", "fp8_channel", "fp8_tensor", "fp8_block", "mxfp8", "nvfp4")
 
 
 def written(folder: Path, **entry: Any) -> str:

@@ -24,6 +24,8 @@ CASES = [
     ("fp8_vllm", "native"),
     ("fp8_channel", "native"),
     ("int4", "native"),
+    ("mxfp8", "native"),
+    ("nvfp4", "native"),
 ]
 
 

@@ -30,6 +30,7 @@ def policies(tmp_path_factory: pytest.TempPathFactory) -> Policies:
         pytest.param("fp8_tensor", marks=FP8_CHANNEL),
         "int4",
         "int4_channel",
+        "nvfp4",
     ],
 )
 def test_two_workers_commit_together_or_not_at_all(policies: Policies, scheme: str) -> None:
@@ -41,6 +42,7 @@ def test_two_workers_commit_together_or_not_at_all(policies: Policies, scheme: s
         policies,
         FLASHRL_CONFIG=scheme,
         FLASHQUANT_UNDO=place,
+        FLASHQUANT_EMULATE="1",
         VLLM_ENABLE_V1_MULTIPROCESSING="1",
         VLLM_ALLOW_INSECURE_SERIALIZATION="1",  # to send the workers a fault
         VLLM_CPU_OMP_THREADS_BIND=CORES,

@@ -58,7 +58,10 @@ def shuffled(model: nn.Module, weights: dict[str, Tensor]) -> None:
 WAYS = (one_tensor_a_call, buckets_cut_inside_qkv, one_iterator, shuffled)
 # Both kinds of CPU kernels are tested on any machine: see `kernels.choosing`.
 KERNELS = ("amx", "portable")
+EMULATED = ("mxfp8", "nvfp4")
 CASES = [(kind, scheme, kernels) for kind in TINY for scheme in SCHEMES for kernels in KERNELS]
+# Computed by vLLM's emulation, which is the same on any machine.
+CASES += [(kind, scheme, "native") for kind in TINY for scheme in EMULATED]
 # Served by transformers' own code, which calls layers on a batch of sequences, not on rows.
 CASES += [(kind, "int8", kernels) for kind in ("olmo2", "gpt-neox") for kernels in KERNELS]
 

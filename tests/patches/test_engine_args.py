@@ -36,7 +36,11 @@ def configured(model: Path, config: RolloutConfig, **explicit: Any) -> EngineArg
 
 @pytest.mark.parametrize(
     ("name", "quantization"),
-    [("fp8", "fp8_per_tensor"), ("fp8_channel", "fp8_per_channel"), ("bf16", None)],
+    [
+        ("fp8", "fp8_per_tensor"),
+        ("fp8_channel", "fp8_per_channel"),
+        ("bf16", None),
+    ],
 )
 def test_a_scheme_becomes_vllms_own_online_one_where_there_is_one(
     bf16: Path, name: str, quantization: str | None
@@ -45,6 +49,15 @@ def test_a_scheme_becomes_vllms_own_online_one_where_there_is_one(
     theirs = EngineArgs(str(bf16), quantization=quantization)
 
     assert args.quantization == quantization
+    assert args.quantization_config == theirs.quantization_config
+
+
+def test_a_name_that_vllm_leaves_for_later_is_settled_at_once(bf16: Path) -> None:
+    """It has checkpoints of that name, too."""
+    args = configured(bf16, RolloutConfig(fn="mxfp8"))
+    theirs = EngineArgs(str(bf16), quantization="mxfp8", quantization_config={"ignore": []})
+
+    assert args.quantization == "mxfp8"
     assert args.quantization_config == theirs.quantization_config
 
 
@@ -381,7 +394,7 @@ def test_torchruns_rank_counts_where_the_file_asks_for_external_launcher(tmp_pat
 KEEP_DOWN = ("*.down_proj",)
 
 
-@pytest.mark.parametrize("name", ["int8", "fp8", "fp8_channel", "fp8_block"])
+@pytest.mark.parametrize("name", ["int8", "fp8", "fp8_channel", "fp8_block", "mxfp8"])
 def test_what_is_kept_becomes_vllms_own_argument(bf16: Path, name: str) -> None:
     args = configured(bf16, RolloutConfig(fn=name, keep=KEEP_DOWN))
 

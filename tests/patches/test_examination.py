@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from flashquant.cli.main import main
+from flashquant.config import schemes
 from flashquant.patches.diagnostics import bench, doctor
 from flashquant.patches.diagnostics.examination import engines, front, policies, speed
 from flashquant.patches.diagnostics.examination.front import Serving
@@ -47,15 +48,19 @@ def verdicts(folder: Path, scheme: str) -> dict[str, tuple[str, str]]:
 
 @pytest.mark.engine
 @pytest.mark.parametrize("scheme", engines.SCHEMES)
-def test_each_scheme_is_served_pushed_to_and_found_well(scheme: str, folder: Path) -> None:
+def test_each_scheme_is_served_pushed_to_and_found_well(
+    scheme: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     want_int4(scheme)
+    emulated = schemes.SCHEMES[scheme].emulated
+    monkeypatch.setenv("FLASHQUANT_EMULATE", "1")
     # vLLM's blocks of fp8 want AMX; its kernels for it run on AVX-512, too.
     with choosing("amx" if scheme == "fp8_block" else "native"):
         found = verdicts(folder, scheme)
 
-    assert list(found) == STEPS
+    assert list(found) == ["fresh" if emulated else "vllm", *STEPS[1:]]
     assert {verdict for verdict, _ in found.values()} == {"ok"}
-    assert "as vLLM alone loads them" in found["bytes"][1]
+    assert f"as {'a fresh start' if emulated else 'vLLM alone'} loads them" in found["bytes"][1]
     assert found["runner"][1].startswith("V")
 
 

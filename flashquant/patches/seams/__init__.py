@@ -5,19 +5,23 @@ loading       a session opens, from the creation of a model until it serves (bla
 towers        those of multimodal models stay in bf16
 reload        vLLM's own reload becomes a bracket; sleep: weights that are put away
 worker        new methods on every worker; engine_core: the scheduler hears of it (derived)
-moe, lora, cutlass, int4   what vLLM needs before it can serve these in our schemes
+moe, lora, cutlass   what vLLM needs before it can serve these in our schemes
+int4, nvfp4          layers of schemes that vLLM has for packed checkpoints only
+emulation            kernels that vLLM has for GPUs only, in software
 """
 
 from __future__ import annotations
 
 from flashquant.patches.seams import (
     cutlass,
+    emulation,
     engine_args,
     engine_core,
     int4,
     loading,
     lora,
     moe,
+    nvfp4,
     reload,
     sleep,
     towers,
@@ -39,4 +43,6 @@ POINTS = (
     *cutlass.POINTS,
     *moe.POINTS,
     *int4.POINTS,
+    *nvfp4.POINTS,
+    *emulation.POINTS,
 )

@@ -25,6 +25,7 @@ from flashquant.errors import ConfigError
 from flashquant.patches.channels import ENTRY
 from flashquant.patches.decided import (
     ADDITIONAL_CONFIG_KEY,
+    EMULATE_KEY,
     KEPT_KEY,
     LISTED_KEY,
     PROFILE_KEY,
@@ -33,6 +34,7 @@ from flashquant.patches.decided import (
 )
 from flashquant.patches.guard import vllm_is
 from flashquant.patches.point import PatchPoint
+from flashquant.patches.seams.emulation import asks_to_emulate
 from flashquant.patches.seams.kept import keep_in_bf16
 from flashquant.patches.seams.logprobs import configure_logprobs
 from flashquant.patches.seams.quantization_args import choose_quantization, held_as
@@ -46,7 +48,8 @@ def _create_model_config(original: Any, args: Any) -> Any:
     if flash is not None:
         env.check(os.environ)
         entry = ENTRY.get(args) or flash.for_rank(rank_of(args, flash, os.environ))
-        configure(args, entry, checks_from_env(os.environ))
+        emulate = asks_to_emulate(entry.scheme, os.environ)
+        configure(args, entry, checks_from_env(os.environ), emulate=emulate)
         configure_logprobs(args, os.environ)
     return original(args)
 
@@ -67,7 +70,7 @@ def rank_of(args: Any, flash: FlashConfig, environ: Mapping[str, str]) -> int:
     return env.DP_RANK.read(environ)
 
 
-def configure(args: Any, config: RolloutConfig, checks: Checks) -> None:
+def configure(args: Any, config: RolloutConfig, checks: Checks, *, emulate: bool = False) -> None:
     """Write one configuration into vLLM's engine arguments.
 
     The scheme decides; executor backend and load format from a file are defaults
@@ -77,6 +80,7 @@ def configure(args: Any, config: RolloutConfig, checks: Checks) -> None:
         args: vLLM's `EngineArgs`, changed in place.
         config: the entry of FLASHRL_CONFIG that this engine serves.
         checks: which proofs its reloads carry.
+        emulate: whether vLLM's emulation computes, for want of kernels.
 
     Raises:
         ConfigError: the configuration asks for something that is not built, or
@@ -103,6 +107,8 @@ def configure(args: Any, config: RolloutConfig, checks: Checks) -> None:
     decided = _decided(config, checks, profile, starts_on_floats=own is None)
     if kept:
         decided[KEPT_KEY] = kept
+    if emulate:
+        decided[EMULATE_KEY] = True
     if config.profile is not None and SCHEMES[config.scheme].lists_layers:
         decided[LISTED_KEY] = True
     args.additional_config = {**(args.additional_config or {}), ADDITIONAL_CONFIG_KEY: decided}

@@ -19,7 +19,7 @@ from vllm.model_executor.layers.quantization.utils.quant_utils import (
 from vllm.model_executor.parameter import ModelWeightParameter, PackedvLLMParameter
 from vllm.platforms import current_platform
 
-from flashquant.config.schemes import SCHEMES
+from flashquant.config.schemes import INT4
 from flashquant.patches.decided import scheme_of
 from flashquant.patches.point import PatchPoint
 
@@ -73,7 +73,7 @@ def _packed(form: Any, codes: Any) -> PackedvLLMParameter:
 def _group() -> int | None:
     """How many columns share a scale in the engine that is being made; None in other schemes."""
     config = get_current_vllm_config_or_none()
-    return None if config is None else SCHEMES[scheme_of(config)].group
+    return None if config is None else INT4.get(scheme_of(config))
 
 
 def _check_width(width: int, group: int) -> None:
@@ -104,8 +104,7 @@ def _check_kernel() -> None:
 
 
 def _fitting(width: int) -> str:
-    groups = {name: scheme.group for name, scheme in SCHEMES.items() if scheme.group is not None}
-    return " or ".join(name for name, group in groups.items() if group == -1 or not width % group)
+    return " or ".join(name for name, group in INT4.items() if group == -1 or not width % group)
 
 
 _MODULE = (

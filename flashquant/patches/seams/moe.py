@@ -20,10 +20,11 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
 )
 from vllm.model_executor.layers.linear import ReplicatedLinear
 
+from flashquant.config.schemes import SCHEMES
 from flashquant.errors import UnsupportedEngine
 from flashquant.patches.decided import ADDITIONAL_CONFIG_KEY, STARTS_ON_FLOATS
 from flashquant.patches.point import PatchPoint
-from flashquant.schemes import has_groups
+from flashquant.patches.seams.emulation import is_emulated
 
 
 def _init_replicated(
@@ -110,10 +111,13 @@ def _check_kernel(method: Any, prefix: str, layer: nn.Module, scheme: str) -> No
 
     Experts of four bits have kernels on some machines, and no way yet from bf16 into them.
     """
-    packs = has_groups(scheme)
-    lacks_kernel = packs or getattr(method, "experts_cls", method) is None
-    if lacks_kernel and not isinstance(method, UnquantizedFusedMoEMethod):
-        said = f"{type(method).__name__} {'takes packed codes only' if packs else 'found none'}"
+    lacks = "found none" if getattr(method, "experts_cls", method) is None else ""
+    if SCHEMES[scheme].bits == 4:
+        lacks = "takes packed codes only"
+    elif is_emulated(SCHEMES[scheme]):
+        lacks = "is emulated in Triton, which a CPU does not have"
+    if lacks and not isinstance(method, UnquantizedFusedMoEMethod):
+        said = f"{type(method).__name__} {lacks}"
         raise UnsupportedEngine(_no_kernel(prefix, layer, scheme, said))
 
 

@@ -53,9 +53,10 @@ def choose_quantization(args: Any, config: RolloutConfig, own: Mapping[str, Any]
         _set_quantization(args, asked.online, asked.name)
         _refuse_other_codes(args, asked.online, config.scheme)
         # vLLM makes settings of the name when the arguments are created, which is over; where
-        # they are missing, only 0.30 and later would make them once more.
+        # they are missing, only 0.30 and later would make them once more. Without any, it leaves
+        # a name that is one of checkpoints, too (mxfp8), for later.
         args.quantization_config = resolve_quantization_config(
-            args.quantization, args.quantization_config
+            args.quantization, args.quantization_config or {}
         )
     else:
         _refuse_overrides(args, config.scheme)
@@ -89,8 +90,8 @@ def _refuse_overrides(args: Any, scheme: str) -> None:
 
 def _refuse_other_codes(args: Any, online: str, scheme: str) -> None:
     """vLLM can quantize layer by layer as it is told; these are other codes than a push becomes."""
-    asked = resolve_quantization_config(online, args.quantization_config)
-    own = resolve_quantization_config(online, None)
+    asked = resolve_quantization_config(online, args.quantization_config or {})
+    own = resolve_quantization_config(online, {})
     odd = [kind for kind in ("linear", "moe") if _weight(asked, kind) != _weight(own, kind)]
     odd += ["targets"] if getattr(asked, "targets", None) else []
     if odd:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from vllm import LLM, SamplingParams
 from vllm.v1.worker import workspace
 
+from flashquant.config import env, schemes
 from flashquant.config.schemes import COMPRESSED, ONLINE
 from flashquant.patches import patch
 from flashquant.patches.diagnostics.bench import room_for_others
@@ -23,6 +24,7 @@ from flashquant.patches.diagnostics.examination import policies
 from flashquant.patches.diagnostics.examination.layouts import describe
 from flashquant.patches.layers import leaves
 from flashquant.patches.remote import reload_weights
+from flashquant.patches.seams.emulation import is_emulated
 from flashquant.patches.seams.loading import session_of
 from flashquant.update import ReloadReport, Session, footprints
 
@@ -104,7 +106,10 @@ class _Engines:
 
     @property
     def compared_with(self) -> str:
-        """VLLM alone; or a fresh start of flashquant, where vLLM stores other layers as codes."""
+        """VLLM alone; or a fresh start of flashquant, where vLLM stores other layers as codes, or
+        computes them here only because it was asked to emulate its kernels."""
+        if is_emulated(schemes.SCHEMES[self._scheme]) and env.EMULATE.read(os.environ):
+            return FRESH
         online = self._scheme in ONLINE
         routed = policies.has_routers_that_vllm_quantizes(self._folder / "b")
         return FRESH if online and routed else VLLM_ALONE

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from flashquant.config.schemes import COMPRESSED
-from flashquant.schemes import DEFINITIONS, Quantize
+from flashquant.schemes import DEFINITIONS, Quantize, largest, nvfp4_matrix
 
 # Widths are multiples of 128, for blocks; the vocabulary is none of 64, so that it is padded.
 VOCABULARY = 1000
@@ -80,6 +81,8 @@ _CONFIGS: dict[str, dict[str, Any]] = {
 }
 MODELS = tuple(_CONFIGS)
 DENSE = "llama"
+_FUSED = re.compile("[qkv]_proj|gate_proj|up_proj|q_a_proj|kv_a_proj_with_mqa")
+_NVFP4 = ("packed", "scale", "global_scale")
 _ROUTER = "re:.*mlp.gate$"
 
 
@@ -98,8 +101,11 @@ def write(folder: Path, model: str = DENSE) -> None:
         _save(folder / policy, config, weights)
     for scheme, held in COMPRESSED.items():
         stored = {**held, "ignore": [*held["ignore"], _ROUTER]}
-        packs = held["format"] == "pack-quantized"
-        codes = _quantized(weights, DEFINITIONS[scheme], packs=packs)
+        if scheme in DEFINITIONS:
+            packs = held["format"] == "pack-quantized"
+            codes = _quantized(weights, DEFINITIONS[scheme], packs=packs)
+        else:
+            codes = _in_nvfp4(weights)
         _save(folder / f"b-{scheme}", {**config, "quantization_config": stored}, codes)
 
 
@@ -189,6 +195,23 @@ def _quantized(weights: dict[str, Tensor], quantize: Quantize, *, packs: bool) -
             stored[f"{name}_shape"] = torch.tensor(codes.shape)
         else:
             stored[name] = codes
+    return stored
+
+
+def _in_nvfp4(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same in NVFP4: what vLLM computes as one layer shares a divisor."""
+    peaks, stored = dict[str, Tensor](), dict[str, Tensor]()
+    for name, weight in weights.items():
+        layer = _FUSED.sub("", name)
+        peaks[layer] = torch.maximum(peaks.get(layer, largest(weight)), largest(weight))
+    for name, weight in weights.items():
+        if "_proj" not in name:
+            stored[name] = weight
+            continue
+        for kind, made in zip(
+            _NVFP4, nvfp4_matrix(weight, peaks[_FUSED.sub("", name)]), strict=True
+        ):
+            stored[f"{name}_{kind}"] = made
     return stored
 
 
