@@ -21,6 +21,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 from unittest import mock
 
@@ -47,6 +48,7 @@ from flashquant.schemes import scaled
 from tools.models import flashrl
 
 Weights = dict[str, Tensor]
+KVScales = Mapping[str, tuple[float, float]]
 LENGTH = 512
 _STRENGTH = 0.8  # llm-compressor's
 
@@ -114,10 +116,10 @@ def policies(path: Path, known: list[int], steps: int) -> Iterator[tuple[str, We
         yield f"each weight moved by {drift:.0%}", moved
 
 
-def fine_tuned(path: Path, known: list[int], steps: int) -> Weights:
+def fine_tuned(path: Path, known: list[int], steps: int, rate: float = 1e-5) -> Weights:
     """The policy after some steps of AdamW on windows of the text; float32, rounded at the end."""
     model = LlamaForCausalLM.from_pretrained(path, dtype=torch.float32)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, fused=True)
     tokens, dice = torch.tensor(known), torch.Generator().manual_seed(0)
     for _ in range(steps):
         starts = torch.randint(len(tokens) - 128, (4,), generator=dice)
@@ -241,9 +243,25 @@ def start(checkpoint: Path, config: str) -> Any:
         )
 
 
-def compare(engines: Mapping[str, Any], weights: Weights, asked: list[int]) -> dict[str, Gap]:
-    """Push one policy to all, and compare what each thinks of the text with bf16."""
-    reports = {arm: flashquant.reload_weights(llm, weights) for arm, llm in engines.items()}
+def compare(
+    engines: Mapping[str, Any],
+    weights: Weights,
+    asked: list[int],
+    kv_scales: Mapping[str, KVScales] = MappingProxyType({}),
+) -> dict[str, Gap]:
+    """Push one policy to all, and compare what each thinks of the text with bf16.
+
+    Args:
+        engines: by arm; one is `bf16`.
+        weights: to be pushed to all of them.
+        asked: the tokens of the text.
+        kv_scales: pushed with the weights, by arm.
+
+    """
+    reports = {
+        arm: flashquant.reload_weights(llm, weights, kv_scales=kv_scales.get(arm))
+        for arm, llm in engines.items()
+    }
     windows = [asked[i : i + LENGTH] for i in range(0, len(asked), LENGTH)]
     sums = {arm: torch.zeros(3, dtype=torch.float64) for arm in engines}
     for window in windows:

@@ -49,7 +49,9 @@ class Engine:
     device, shares_scales = torch.device("cpu"), False
     tied: Mapping[str, str] = MappingProxyType({})
     in_bf16: Mapping[str, WhyInBf16] = MappingProxyType({})
-    cache_scales = SimpleNamespace(contents=lambda: iter(()), set=lambda scales, undo: None)
+    cache_scales = SimpleNamespace(
+        contents=lambda: iter(()), set=lambda scales, undo: None, restore=lambda: None
+    )
 
     def __init__(self, tensors: int, shards: int, dtype: torch.dtype) -> None:
         self.scheme, self.shards = "int8" if dtype == torch.int8 else "bf16", shards

@@ -6,6 +6,7 @@
 
     patch, unpatch, is_patched                   the same without the environment variable
     ReloadReport, Status                         what the two functions return
+    kv_scales                                    of an fp8 KV cache, from the trainer's model
     manifest, apply_delta, flashquant.sender     codes, or only what changed, from the trainer
     errors                                       everything that is raised on purpose
 
@@ -15,10 +16,12 @@ Importing this imports neither torch nor vLLM; both wait until something is aske
 from __future__ import annotations
 
 import os
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, overload
 
 if TYPE_CHECKING:
+    from torch import Tensor, nn
+
     from flashquant import errors
     from flashquant.plan import Weights
     from flashquant.sender import Delta, Manifest
@@ -31,6 +34,7 @@ __all__ = [
     "apply_delta",
     "errors",
     "is_patched",
+    "kv_scales",
     "manifest",
     "patch",
     "patch_from_env",
@@ -213,7 +217,7 @@ def reload_weights(
             all; `report.pause_seconds` is what requests see of it.
         kv_scales: of an engine whose KV cache is in fp8 (`kv_cache: fp8`): the scale of keys and
             that of values, finite and above 0, by attention layers of the checkpoint
-            (`model.layers.0.self_attn`). They go live with the weights, or not at all; layers that
+            (`model.layers.0.self_attn`), as `kv_scales()` makes them. They go live with the weights, or not at all; layers that
             are not named keep theirs.
 
     Returns:
@@ -258,6 +262,39 @@ def reload_weights(
         target, weights, atomic=atomic, strict=strict, prepare=prepare, kv_scales=kv_scales
     )
     return report
+
+
+def kv_scales(
+    model: nn.Module, prompts: Iterable[Sequence[int] | Tensor]
+) -> dict[str, tuple[float, float]]:
+    """Compute the scales of an fp8 KV cache from the policy, to be sent with its weights.
+
+    Runs the prompts through the model and looks at what each attention layer caches. A scale is the
+    smallest power of two under which the largest key (or value) that was seen fills at most half of
+    what e4m3 holds. It knows nothing of the engine, so all of its workers get the same.
+
+    Args:
+        model: of transformers, on any device, wrapped by FSDP or `torch.compile` or not; of FSDP,
+            every rank calls it with the same prompts. It is put into evaluation mode meanwhile.
+        prompts: token ids, `[length]` each, ideally with what the policy has answered to them; a
+            handful, some hundred tokens in all, is enough.
+
+    Returns:
+        Of keys and of values, by attention layer (`model.layers.0.self_attn`), for the argument
+        `kv_scales` of `reload_weights`. A layer that caches zeros alone has 1.0.
+
+    Raises:
+        ProfileError: keys or values are not finite; or nothing was cached: there was no prompt, a
+            prompt was empty, or the model does not take transformers' cache. MLA is refused.
+
+    Example:
+        >>> scales = flashquant.kv_scales(policy, [prompt + answer for prompt, answer in batch[:8]])
+        >>> flashquant.reload_weights(llm, policy.state_dict(), kv_scales=scales)
+
+    """
+    from flashquant.profiles import making
+
+    return making.kv_scales(model, prompts)
 
 
 @overload

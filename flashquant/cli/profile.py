@@ -1,6 +1,7 @@
-"""`flashquant profile`: make int8 profiles, look at them, compare and convert them.
+"""`flashquant profile`: make profiles, look at them, compare and convert them.
 
 make NEW --model BF16 --text FILE...     calibrate: run text through the model
+make NEW --model BF16 --text FILE... --kv    scales of an fp8 KV cache
 make NEW --model BF16 --twin W8A8        from a W8A8 checkpoint of the same model
 inspect PROFILE [--plot PNG]             what a profile holds
 compare ONE OTHER                        where two profiles differ
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import Progress, TaskID
+from rich.progress import Progress, TaskID, track
 from rich.table import Column, Table
 
 from flashquant.errors import ProfileError
@@ -58,18 +59,21 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
 
 def _add_make(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     make = verbs.add_parser("make", help="calibrate a profile, or read one off a W8A8 twin")
-    make.add_argument("new", help="a path that ends in .safetensors")
+    make.add_argument("new", help="a path that ends in .safetensors, or with --kv in .json")
     make.add_argument("--model", required=True, help=_BASE_FILES)
     how = make.add_mutually_exclusive_group(required=True)
     how.add_argument("--twin", help="folder of the W8A8 checkpoint of the same model")
     how.add_argument(
         "--text", nargs="+", metavar="FILE", help="to run through it: .txt, or .jsonl with 'text'"
     )
+    make.add_argument(
+        "--kv", action="store_true", help="make the scales of an fp8 KV cache, into a .json file"
+    )
     make.add_argument("--checkpoint", metavar="FOLDER", help="also write the W8A8 checkpoint there")
     make.add_argument("--tokens", type=int, default=16384, help="of text (default: %(default)s)")
     make.add_argument("--device", default="cpu", help="to run the model on (default: cpu)")
     make.add_argument("--revision", help="of the model's repository, to be noted")
-    make.set_defaults(run=_make)
+    make.set_defaults(run=lambda chosen: _make_kv(chosen) if chosen.kv else _make(chosen))
 
 
 def _make(chosen: argparse.Namespace) -> int:
@@ -97,6 +101,27 @@ def _make(chosen: argparse.Namespace) -> int:
     if chosen.checkpoint is not None:
         save_profile(profile, Path(chosen.checkpoint) / "profile.safetensors")
     console.print(f"{chosen.new}: {len(profile.entries)} weights, of {_base_of(profile)}")
+    return 0
+
+
+def _make_kv(chosen: argparse.Namespace) -> int:
+    from flashquant.profiles import save_kv_scales
+    from flashquant.profiles.making import Checkpoint, kv_scales
+    from flashquant.profiles.making.calibrate import load, windows_of
+
+    if chosen.text is None or chosen.checkpoint is not None:
+        raise ProfileError("--kv runs text through the model: give --text, and no --checkpoint")
+    model, tokenizer = load(Checkpoint(chosen.model).folder, chosen.device)
+    windows = windows_of(tokenizer, _texts(chosen.text), chosen.tokens, device=chosen.device)
+    console = Console(stderr=True)
+    scales = kv_scales(model, track(windows, "running the text", console=console, transient=True))
+    save_kv_scales(scales, chosen.new, chosen.model)
+    table = Table("layer", "keys", "values", box=None)
+    for name, (keys, values) in scales.items():
+        table.add_row(name, f"{keys:g}", f"{values:g}")
+    console = Console()
+    console.print(table)
+    console.print(f"{chosen.new}: scales of {len(scales)} layers, of {chosen.model}")
     return 0
 
 

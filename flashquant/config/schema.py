@@ -65,7 +65,8 @@ class RolloutConfig(BaseModel):
     `keep` lists the modules that stay in bf16, at the first load and at every push
     (`flashquant.config.keep`).
 
-    `kv_cache` has keys and values cached in fp8 (e4m3), whatever the weights are in.
+    `kv_cache` has keys and values cached in fp8 (e4m3), whatever the weights are in; `kv_scales`
+    names the file of the scales that it starts with.
 
     `scales` says what a reload through a profile does with the weight scales of the
     checkpoint: `refreshed` makes each anew from its channel, and keeps only the smoothing
@@ -85,6 +86,7 @@ class RolloutConfig(BaseModel):
     clipped_warning: float = Field(default=0.001, ge=0, le=1)
     keep: tuple[Kept, ...] = ()
     kv_cache: Literal["fp8"] | None = None
+    kv_scales: str | None = None
     quantize_towers: bool = Field(default=False, strict=True)
     load_format: str | None = None
     quantization: str | None = None
@@ -110,7 +112,12 @@ class RolloutConfig(BaseModel):
         return tuple(map(read_kept, keep)) if isinstance(keep, list | tuple) else keep
 
     @field_validator(
-        "model", "profile", "load_format", "quantization", "distributed_executor_backend"
+        "model",
+        "profile",
+        "kv_scales",
+        "load_format",
+        "quantization",
+        "distributed_executor_backend",
     )
     @classmethod
     def _text_is_never_blank(cls, text: str | None) -> str | None:
@@ -135,6 +142,15 @@ class RolloutConfig(BaseModel):
             raise ValueError(
                 f"keep names layers that stay in bf16, and with fn {self.fn!r} all of them do; "
                 "leave keep out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _only_a_cache_in_fp8_has_scales(self) -> RolloutConfig:
+        if self.kv_scales is not None and self.kv_cache is None:
+            raise ValueError(
+                "kv_scales are for a KV cache in fp8, and this entry asks for none; write "
+                "kv_cache: fp8, or leave kv_scales out"
             )
         return self
 
@@ -254,9 +270,9 @@ def _is_path(wanted: str) -> bool:
 
 
 def _named_from_anywhere(entry: RolloutConfig, source: str, index: int) -> RolloutConfig:
-    """The entry with its model and profile named so that every process finds the same ones."""
+    """The entry with what it names named so that every process finds the same ones."""
     named: dict[str, str] = {}
-    for key, folder in (("model", True), ("profile", False)):
+    for key, folder in (("model", True), ("profile", False), ("kv_scales", False)):
         if (written := getattr(entry, key)) is not None:
             try:
                 named[key] = named_in(source, written, folder=folder)

@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from vllm.model_executor.models.utils import PPMissingLayer
 
-from flashquant.errors import MisfitTensor, ReloadError, UnknownWeight
+from flashquant.errors import ConfigError, MisfitTensor, ReloadError, UnknownWeight
 from flashquant.patches.layers import is_deferred_attention_layer
 from flashquant.update import KVScales, UndoLog
 
@@ -27,6 +28,8 @@ _SUFFIX = ".attn"  # vLLM's own module in that of the checkpoint
 class CacheScales:
     """Those of one model; empty where its cache holds what the model computes.
 
+    They are also held on the host: an engine that has slept at level 2 may have lost them.
+
     Args:
         model: vLLM's.
         captured: whether numbers that kernels are called with are captured in CUDA graphs.
@@ -34,12 +37,33 @@ class CacheScales:
     """
 
     def __init__(self, model: nn.Module, *, captured: bool) -> None:
-        self._captured = captured
+        self._captured, self._model = captured, model
+        self._held: dict[str, tuple[Tensor, Tensor]] = {}  # on the host, of every layer
         self._layers: dict[str, Any] = {
             name.removesuffix(_SUFFIX): module
             for name, module in model.named_modules()
             if is_deferred_attention_layer(module) and _caches_in_fp8(module)
         }
+
+    def open(self, scales: KVScales) -> None:
+        """The model is processed: it starts with these, and else with those that vLLM has set.
+
+        Raises:
+            ConfigError: they are not for this model.
+
+        """
+        for name, layer in self._layers.items():
+            keys, values = (getattr(layer, side).detach().cpu().clone() for side in _SIDES)
+            self._held[name] = keys, values
+        if scales:
+            try:
+                self._check_names(scales)
+            except ReloadError as misfit:
+                raise ConfigError(
+                    f"{misfit} They are those that the entry names under `kv_scales`; make them "
+                    "of this model with `flashquant profile make --kv`."
+                ) from None
+            self.set(scales, UndoLog(keep=False))
 
     def contents(self) -> Iterator[tuple[str, Tensor]]:
         """Every scale, by the name of its layer."""
@@ -67,31 +91,69 @@ class CacheScales:
                 "old ones. Start the engine with enforce_eager=True, or leave kv_scales out."
             )
         for name, pair in scales.items():
+            _check_pair(name, pair)
+        self._check_names(scales)
+
+    def _check_names(self, scales: KVScales) -> None:
+        for name in scales:
             if (layer := self._layers.get(name.removesuffix(_SUFFIX))) is None:
-                raise UnknownWeight(f"kv_scales: no attention layer is {name!r}{self._near(name)}")
-            if any(getattr(layer, side).numel() != 1 for side in _SIDES):
+                if not self._is_of_another_stage(name):
+                    raise UnknownWeight(
+                        f"kv_scales: no attention layer is {name!r}{self._near(name)}."
+                    )
+            elif any(getattr(layer, side).numel() != 1 for side in _SIDES):
                 raise MisfitTensor(
                     f"kv_scales of {name} are a number for each head in this checkpoint; one a "
                     "layer cannot take their place. Leave it out."
                 )
-            _check_pair(name, pair)
 
     def set(self, scales: KVScales, undo: UndoLog) -> None:
         """Write scales that have been checked; an undo log keeps what was there."""
         for name, pair in scales.items():
-            layer = self._layers[name.removesuffix(_SUFFIX)]
-            for side, value in zip(_SIDES, pair, strict=True):
-                for tensor in (getattr(layer, side), getattr(layer, f"{side}_cpu", None)):
-                    if isinstance(tensor, Tensor):
-                        undo.remember(tensor)
-                        tensor.detach().fill_(value)
+            name = name.removesuffix(_SUFFIX)
+            if (layer := self._layers.get(name)) is None:
+                continue  # another pipeline stage has it
+            undo.remember_how(functools.partial(self._held.__setitem__, name, self._held[name]))
+            keys, values = (torch.tensor(value, dtype=torch.float32) for value in pair)
+            self._held[name] = keys, values
+            for side in _SIDES:
+                for tensor in _tensors(layer, side):
+                    undo.remember(tensor)
                 number = f"{side}_float"
                 undo.remember_how(functools.partial(setattr, layer, number, getattr(layer, number)))
-                setattr(layer, number, torch.tensor(value, dtype=torch.float32).item())
+            _write(layer, self._held[name])
+
+    def restore(self) -> None:
+        """Write those that were set last once more, where the engine may have lost them."""
+        for name, pair in self._held.items():
+            _write(self._layers[name], pair)
+
+    def _is_of_another_stage(self, name: str) -> bool:
+        """Whether a module that has this layer is only served by another pipeline rank."""
+        parts = name.split(".")
+        above = {".".join(parts[:count]) for count in range(1, len(parts) + 1)}
+        return any(
+            isinstance(module, PPMissingLayer) and stage in above
+            for stage, module in self._model.named_modules()
+        )
 
     def _near(self, name: str) -> str:
         near = difflib.get_close_matches(name, self._layers, n=1, cutoff=0.3)
         return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _tensors(layer: Any, side: str) -> list[Tensor]:
+    """On the device and, in most versions of vLLM, on the host."""
+    places = (getattr(layer, side), getattr(layer, f"{side}_cpu", None))
+    return [tensor.detach() for tensor in places if isinstance(tensor, Tensor)]
+
+
+def _write(layer: Any, pair: tuple[Tensor, Tensor]) -> None:
+    for side, scale in zip(_SIDES, pair, strict=True):
+        for tensor in _tensors(layer, side):
+            tensor.copy_(scale)
+        if scale.numel() == 1:
+            setattr(layer, f"{side}_float", scale.item())
 
 
 def _caches_in_fp8(layer: Any) -> bool:

@@ -14,6 +14,7 @@ STARTS_ON_FLOATS: Final = "starts_on_floats"  # in it: the load makes the codes
 KEPT_KEY: Final = "kept"  # in it: the modules of the checkpoint that stay in bf16
 LISTED_KEY: Final = "listed"  # in it, where they are those that FlashRL's list leaves out
 EMULATE_KEY: Final = "emulate"  # in it, where vLLM's emulation computes on a CPU
+KV_SCALES_KEY: Final = "kv_scales"  # in it, where the KV cache starts with some of its own
 TOWERS_KEY: Final = "quantize_towers"  # in it, where they are: towers of multimodal models
 
 
@@ -40,6 +41,14 @@ def kept_by(vllm_config: VllmConfig) -> frozenset[str]:
     if not asks_for_session(vllm_config):
         return frozenset()
     return frozenset(vllm_config.additional_config[ADDITIONAL_CONFIG_KEY].get(KEPT_KEY, ()))
+
+
+def kv_scales_of(vllm_config: VllmConfig) -> dict[str, tuple[float, float]]:
+    """What the KV cache starts with, of keys and of values, by attention layer; empty for vLLM's."""
+    if not asks_for_session(vllm_config):
+        return {}
+    held = vllm_config.additional_config[ADDITIONAL_CONFIG_KEY].get(KV_SCALES_KEY, {})
+    return {name: (keys, values) for name, (keys, values) in held.items()}
 
 
 def lists_layers(vllm_config: VllmConfig) -> bool:

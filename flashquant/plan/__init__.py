@@ -23,7 +23,7 @@ from flashquant.plan.weights import (
     naming_the_file,
     stored_names,
 )
-from flashquant.plan.wrappers import Names
+from flashquant.plan.wrappers import Names, unwrapped
 from flashquant.plan.writes import Fill, Replay, Step, TensorPlan, View, Write, WritePlan
 
 __all__ = [
@@ -47,5 +47,6 @@ __all__ = [
     "storage_of",
     "stored_names",
     "tensors_in",
+    "unwrapped",
     "written_by",
 ]

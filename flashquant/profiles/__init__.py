@@ -22,6 +22,7 @@ from flashquant.profiles.calibration import Calibration, Clipping
 from flashquant.profiles.fit import check_profile_fits
 from flashquant.profiles.flashrl import read_flashrl, read_names
 from flashquant.profiles.header import Base
+from flashquant.profiles.kv_scales import read_kv_scales, save_kv_scales
 from flashquant.profiles.profile import Entry, Profile, fingerprint
 from flashquant.profiles.stored import read_stored, save_profile
 
@@ -37,7 +38,9 @@ __all__ = [
     "check_profile_fits",
     "fingerprint",
     "load_names",
+    "load_kv_scales",
     "load_profile",
+    "save_kv_scales",
     "save_profile",
     "with_base",
 ]
@@ -59,6 +62,18 @@ def load_profile(reference: str | Path) -> Profile:
         return read_stored(path, pinned) if is_ours else read_flashrl(path, pinned)
     except (OSError, zipfile.BadZipFile) as broken:
         raise ProfileError(f"{pinned} cannot be read ({broken}). Copy it anew.") from broken
+
+
+def load_kv_scales(reference: str | Path) -> dict[str, tuple[float, float]]:
+    """Read the scales of a KV cache, of keys and values by attention layer: a path, or on the Hub.
+
+    Raises:
+        LocateError: there is no such file.
+        ProfileError: it holds none, or one that is not finite and above 0.
+
+    """
+    path, pinned = locate(str(reference))
+    return read_kv_scales(path, pinned)
 
 
 def load_names(reference: str | Path) -> tuple[str, ...]:

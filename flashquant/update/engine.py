@@ -125,6 +125,10 @@ class CacheScales(Protocol):
         """Write scales that have been checked."""
         ...
 
+    def restore(self) -> None:
+        """Write those that were set last once more, where the engine may have lost them."""
+        ...
+
 
 class Engine(Loader, Protocol):
     """The serving model: its own loader, its checkpoint-format parameters, its layers."""

@@ -330,6 +330,11 @@ class Session:
         """There is memory behind the weights again."""
         self.transactions.serving.asleep = False
 
+    def restore_cache_scales(self) -> None:
+        """The engine wakes up, and may have lost the scales of its KV cache."""
+        if not self.transactions.serving.asleep:
+            self._engine.cache_scales.restore()
+
     def status(self) -> Status:
         """How the model stands: version, pending shards, kinds of layers and fresh digests."""
         parameters = {} if self.transactions.serving.asleep else self.proofs.digests()

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from flashquant.cli.main import main
-from flashquant.profiles import check_profile_fits, load_profile
+from flashquant.profiles import check_profile_fits, load_kv_scales, load_profile
 from flashquant.profiles.making import Checkpoint
 from tools.models import flashrl, tiny_models
 
@@ -140,3 +140,17 @@ def test_a_profile_is_drawn(folder: Path, tmp_path: Path) -> None:
 
     assert png.read_bytes().startswith(b"\x89PNG")
     assert png.stat().st_size > 10_000
+
+
+def test_the_scales_of_a_kv_cache_are_made(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    new, text = tmp_path / "kv.json", str(folder / "words.txt")
+
+    assert make(folder, new, "--text", text, "--kv") == 0
+
+    scales = load_kv_scales(new)
+    assert list(scales) == ["model.layers.0.self_attn"]
+    assert "model.layers.0.self_attn" in capsys.readouterr().out
+    assert make(folder, new, "--twin", str(folder / "w8a8"), "--kv") == 1
+    assert "give --text" in capsys.readouterr().err

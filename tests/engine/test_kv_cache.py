@@ -6,15 +6,23 @@ import json
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
+from transformers import AutoModelForCausalLM
+from vllm.model_executor.models.utils import PPMissingLayer
 
 import flashquant
 from flashquant.errors import ConfigError, MisfitTensor, ReloadError, UnknownWeight
-from tests.engine.processes import run
+from flashquant.patches.cache_scales import CacheScales
+from flashquant.patches.seams import sleep
+from flashquant.profiles import save_kv_scales
+from flashquant.update import UndoLog
+from tests.engine.processes import CORES, run
 from tests.engine.serving import Serving, serve
 from tests.engine.test_reload_equals_restart import WAYS, Push
 from tools.models import tiny_models
@@ -156,6 +164,8 @@ def test_scales_are_undone_with_the_weights(
         flashquant.reload_weights(live.llm, policies.tensors("b"), kv_scales=SCALES)
 
     assert numbers(live) == [(1.0,) * 4] * 2
+    live.session.restore_cache_scales()  # as after a sleep
+    assert numbers(live) == [(1.0,) * 4] * 2
     live.snapshot().assert_same(live.start)
 
 
@@ -195,6 +205,101 @@ def test_scales_of_the_checkpoint_are_served_and_equal_those_that_are_sent(
     fresh.snapshot().assert_same(serve(with_scales(policies.bf16("b")), config).start)
 
 
+def starting_with(policies: Policies, scheme: str, scales: dict[str, Any]) -> str:
+    file = policies.folder / f"{scheme}-{len(scales)}.json"
+    save_kv_scales(scales, file, "a")
+    path = policies.folder / f"{scheme}-{len(scales)}-scales.yaml"
+    entry = {"fn": scheme, "kv_cache": "fp8", "kv_scales": file.name}
+    path.write_text(json.dumps({"configs": [entry]}))
+    return str(path)
+
+
+@pytest.mark.parametrize("scheme", ["bf16", "int8", "fp8_vllm"])
+def test_scales_of_a_file_are_there_from_the_start_and_equal_those_that_are_sent(
+    policies: Policies, scheme: str
+) -> None:
+    fresh = serve(policies.bf16("a"), starting_with(policies, scheme, SCALES))
+    assert numbers(fresh) == [(0.5, 0.5, 0.25, 0.25), (1.5, 1.5, 0.25, 0.25)]
+
+    sent = serve(policies.bf16("a"), written(policies, scheme))
+    flashquant.reload_weights(sent.llm, policies.tensors("a"), kv_scales=SCALES)
+    sent.snapshot().assert_same(fresh.start)
+    ones = dict.fromkeys(SCALES, (1.0, 1.0))
+    flashquant.reload_weights(sent.llm, policies.tensors("a"), kv_scales=ones)
+    sent.snapshot().assert_same(sent.start)
+
+
+def test_a_file_of_another_model_stops_the_start(policies: Policies) -> None:
+    config = starting_with(policies, "int8", {**SCALES, HERE.format(7): (1.0, 1.0)})
+    with pytest.raises(ConfigError, match=r"layers\.7\.self_attn.*did you mean.*`kv_scales`"):
+        _ = Serving(policies.bf16("a"), config).llm
+
+
+def test_scales_computed_of_the_pushed_policy_are_those_of_a_fresh_start(
+    live: Serving, policies: Policies
+) -> None:
+    """What the trainer's model caches; refreshed with its weights, and undone with them."""
+    scheme = json.loads(Path(live.scheme).read_text())["configs"][0]["fn"]
+    prompts = [list(range(5, 45))]
+    policy = AutoModelForCausalLM.from_pretrained(policies.bf16("b"), dtype=torch.bfloat16)
+    scales = flashquant.kv_scales(policy, prompts)
+
+    flashquant.reload_weights(live.llm, policy.state_dict(), kv_scales=scales)
+
+    fresh = serve(policies.bf16("b"), starting_with(policies, scheme, scales))
+    live.snapshot().assert_same(fresh.start)
+    ones = dict.fromkeys(scales, (1.0, 1.0))
+    flashquant.reload_weights(live.llm, policies.tensors("a"), kv_scales=ones)
+    live.snapshot().assert_same(live.start)
+
+
+@pytest.mark.parametrize("tags", [[None], [["weights"], ["kv_cache"]]], ids=["all", "by tags"])
+def test_scales_survive_sleep_at_level_2(
+    live: Serving, policies: Policies, tags: list[list[str] | None]
+) -> None:
+    """What comes back holds anything; new scales may come before the cache is there again."""
+    flashquant.reload_weights(live.llm, policies.tensors("a"), kv_scales=SCALES)
+    served = live.snapshot()
+    worker = SimpleNamespace(get_model=lambda: live.model, get_draft_model=lambda: None)
+    sleep._sleep(lambda worker, level: None, worker, 2)
+    for tag in tags:
+        sleep._wake_up(lambda worker, tags: reset_scales(live.model), worker, tag)
+        if tag != ["kv_cache"]:
+            flashquant.reload_weights(live.llm, policies.tensors("a"))
+
+    live.snapshot().assert_same(served)
+    ones = dict.fromkeys(SCALES, (1.0, 1.0))
+    flashquant.reload_weights(live.llm, policies.tensors("a"), kv_scales=ones)
+    live.snapshot().assert_same(live.start)
+
+
+def reset_scales(model: nn.Module) -> None:
+    """As some versions of vLLM do when they wake up."""
+    for module in model.modules():
+        if hasattr(module, "_k_scale_float"):
+            module._k_scale.fill_(1.0)
+            module._v_scale.fill_(1.0)
+            module._k_scale_float = module._v_scale_float = 1.0
+
+
+def test_layers_of_another_pipeline_stage_are_left_to_it(policies: Policies) -> None:
+    live = serve(policies.bf16("a"), written(policies, "int8"))
+    stage = nn.Module()
+    stage.add_module("model", nn.Module())
+    stage.model.layers = nn.ModuleList([live.model.model.layers[0], PPMissingLayer()])
+    scales = CacheScales(stage, captured=False)
+    scales.open({})
+
+    scales.check(SCALES)
+    with pytest.raises(UnknownWeight, match=r"layers\.7"):
+        scales.check({HERE.format(7): (1.0, 1.0)})
+    scales.set(SCALES, undo := UndoLog())
+
+    assert numbers(live)[0] == (0.5, 0.5, 0.25, 0.25)
+    undo.restore()
+    live.snapshot().assert_same(live.start)
+
+
 def test_a_cache_that_is_not_in_fp8_takes_no_scales(policies: Policies) -> None:
     live = serve(policies.bf16("a"), "int8")
 
@@ -210,21 +315,24 @@ def test_an_argument_that_says_otherwise_is_refused(policies: Policies) -> None:
         _ = Serving(policies.bf16("a"), written(policies, "int8"), options).llm
 
 
-def test_workers_in_other_processes_hold_the_same_scales(policies: Policies) -> None:
-    config = written(policies, "int8")
+def test_two_ranks_hold_the_same_scales(policies: Policies) -> None:
+    """At once, prepared, refused; and those of the file that they start with."""
     there = run(
         "cache_scales",
         policies.bf16("a"),
         policies.bf16("b"),
         json.dumps(SCALES),
-        FLASHRL_CONFIG=config,
+        FLASHRL_CONFIG=starting_with(policies, "int8", SCALES),
         VLLM_ENABLE_V1_MULTIPROCESSING="1",
+        VLLM_ALLOW_INSECURE_SERIALIZATION="1",  # to look at the numbers in the workers
+        VLLM_CPU_OMP_THREADS_BIND=CORES,
     )
 
-    here = serve(policies.bf16("a"), config)
-    assert there["start"] == there["end"] == here.start.digest
-    flashquant.reload_weights(here.llm, policies.tensors("b"), kv_scales=SCALES)
-    wanted = flashquant.status(here.llm).digest
+    sent = [[list(pair) for pair in SCALES.values()]] * 2  # of both ranks
+    assert there["numbers"] == {"start": sent, "pushed": [[[2.0, 4.0]] * 2] * 2, "end": sent}
+    assert there["start"] == there["end"]
+    wanted = there["at once"][0]
+    assert wanted != there["start"]
     for kind in ("at once", "prepared"):
         assert there[kind] == [wanted, wanted]
         assert there[f"refused {kind}"][0] == "MisfitTensor"

@@ -91,7 +91,9 @@ class FakeEngine:
 
     scheme, device, shares_scales, tied = "int8", CPU, False, MappingProxyType({})
     in_bf16: Mapping[str, WhyInBf16] = MappingProxyType({})
-    cache_scales = SimpleNamespace(contents=lambda: iter(()), set=lambda scales, undo: None)
+    cache_scales = SimpleNamespace(
+        contents=lambda: iter(()), set=lambda scales, undo: None, restore=lambda: None
+    )
 
     def __init__(self, dtype: torch.dtype = torch.bfloat16, norm=lambda loaded: loaded) -> None:
         qkv = {"qkv.weight": torch.zeros(6, 4, dtype=dtype)}

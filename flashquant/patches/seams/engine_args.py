@@ -27,6 +27,7 @@ from flashquant.patches.decided import (
     ADDITIONAL_CONFIG_KEY,
     EMULATE_KEY,
     KEPT_KEY,
+    KV_SCALES_KEY,
     LISTED_KEY,
     PROFILE_KEY,
     STARTS_ON_FLOATS,
@@ -38,7 +39,7 @@ from flashquant.patches.seams.emulation import asks_to_emulate
 from flashquant.patches.seams.kept import keep_in_bf16
 from flashquant.patches.seams.logprobs import configure_logprobs
 from flashquant.patches.seams.quantization_args import choose_quantization, held_as
-from flashquant.profiles import load_profile
+from flashquant.profiles import load_kv_scales, load_profile
 
 logger = logging.getLogger(__name__)
 
@@ -185,6 +186,8 @@ def _decided(
         STARTS_ON_FLOATS: starts_on_floats,
         "checks": checks.model_dump(),
     }
+    if config.kv_scales is not None:
+        decided[KV_SCALES_KEY] = load_kv_scales(config.kv_scales)
     if config.quantize_towers:
         decided[TOWERS_KEY] = True
     if profile is not None:

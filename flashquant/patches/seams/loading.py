@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from flashquant.errors import ReloadError
 from flashquant.patches.channels import FORGOT
-from flashquant.patches.decided import asks_for_session, kept_by, scheme_of
+from flashquant.patches.decided import asks_for_session, kept_by, kv_scales_of, scheme_of
 from flashquant.patches.engine import LiveEngine
 from flashquant.patches.layers import packed_once
 from flashquant.patches.point import PatchPoint
@@ -25,7 +25,7 @@ from flashquant.patches.seams.in_bf16 import leaves_any, why_in_bf16
 from flashquant.patches.seams.kept import check_kept, name_as_vllm
 from flashquant.patches.seams.peers import ballot_for
 from flashquant.patches.seams.towers import in_bf16
-from flashquant.update import Deltas, Session
+from flashquant.update import Deltas, KVScales, Session
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +48,11 @@ class _Attached:
             own.is_multimodal_model
         )
         self._noted = 0
+
+    @property
+    def kv_scales(self) -> KVScales:
+        """What the cache starts with by the configuration."""
+        return kv_scales_of(self._vllm_config)
 
     def __call__(self, weights: Iterable[tuple[str, Tensor]]) -> object:
         if self.session.live:
@@ -258,6 +263,7 @@ def _process_weights_after_loading(
         with packed_once(attached.engine.shared):
             original(model, model_config, target_device)
         attached.engine.note_processed()
+    attached.engine.cache_scales.open({} if attached.is_draft else attached.kv_scales)
     attached.session.open()
     attached.note_in_bf16(lambda: attached.session.landed)
     logger.info("flashquant looks after %s: %s", type(model).__name__, attached.session.status())

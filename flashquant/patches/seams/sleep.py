@@ -57,6 +57,8 @@ def _wake_up(original: Any, worker: Any, tags: list[str] | None = None) -> None:
         _give_scales_back(worker)
         for session in _sessions(worker):
             session.wake_up()
+    for session in _sessions(worker):
+        session.restore_cache_scales()
 
 
 def _reset_weights(original: Any, worker: Any) -> None:

@@ -9,6 +9,7 @@ Whoever made x is divided once and for all: a norm, or the rows of the layer bef
 
     discovery   bf16 model            -> sites: who may be divided for whom, proved by running it
     search      sites and activations -> s of each
+    kv_scales   model and prompts     -> what its keys and values are divided by in a cache
     w8a8_pairs  bf16 and W8A8 weights -> the s that another tool has chosen
     checkpoint  profile and weights   -> the W8A8 checkpoint in compressed-tensors format
 """
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 from flashquant.profiles.making.checkpoint import Checkpoint, write_w8a8
 from flashquant.profiles.making.factors import Factors, Producer, Site, profile_of
+from flashquant.profiles.making.kv_scales import kv_scales
 from flashquant.profiles.making.w8a8_pairs import factors_of_twins
 
 __all__ = [
@@ -25,6 +27,7 @@ __all__ = [
     "Producer",
     "Site",
     "factors_of_twins",
+    "kv_scales",
     "profile_of",
     "write_w8a8",
 ]

@@ -47,7 +47,7 @@ def calibrate(
             names in the checkpoint; or there is no text.
 
     """
-    model, tokenizer = _load(source.folder, device, dtype)
+    model, tokenizer = load(source.folder, device, dtype)
     layers = [f"{name}.weight" for name in linear_layers(model)]
     if strange := [name for name in layers if name not in source]:
         raise ProfileError(
@@ -55,9 +55,7 @@ def calibrate(
             "stores this architecture in another form (stacked experts?). Make the profile from a "
             "W8A8 twin (--twin)."
         )
-    windows = list(_windows(tokenizer, texts, tokens, length, device))
-    if not windows:
-        raise ProfileError(f"the text is shorter than one window of {length} tokens; give it more")
+    windows = windows_of(tokenizer, texts, tokens, length, device)
     note_progress("finding what can be smoothed", 0)
     sites = find_sites(model, windows[0][:, :_TOKENS_OF_A_PROOF])
     seen = 0
@@ -78,7 +76,13 @@ def calibrate(
     return factors_of(chosen, parameters), layers, chosen
 
 
-def _load(folder: Path, device: str, dtype: torch.dtype) -> tuple[nn.Module, Any]:
+def load(folder: Path, device: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Any]:
+    """A model of transformers, in evaluation mode, and its tokenizer.
+
+    Raises:
+        ProfileError: transformers is missing, or does not know the model.
+
+    """
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError as missing:
@@ -92,6 +96,21 @@ def _load(folder: Path, device: str, dtype: torch.dtype) -> tuple[nn.Module, Any
         raise ProfileError(f"transformers does not load {folder}: {said}") from refusal
     found: nn.Module = model.to(device).eval()
     return found, tokenizer
+
+
+def windows_of(
+    tokenizer: Any, texts: Iterable[str], tokens: int, length: int = 512, device: str = "cpu"
+) -> list[Tensor]:
+    """Windows of tokens, `[1, length]` each, until there are enough tokens.
+
+    Raises:
+        ProfileError: there is not enough text for one.
+
+    """
+    windows = list(_windows(tokenizer, texts, tokens, length, device))
+    if not windows:
+        raise ProfileError(f"the text is shorter than one window of {length} tokens; give it more")
+    return windows
 
 
 def _windows(
