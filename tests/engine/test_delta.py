@@ -8,17 +8,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 from torch import Tensor
 
 import flashquant
 from flashquant.errors import BrokenDelta, MisfitTensor, StaleBase
+from flashquant.patches.seams.loading import deltas_of
 from flashquant.sender import Delta, Manifest, Sender
-from tests.engine.processes import CORES, run
+from tests.engine.processes import CORES, assert_lost, run
 from tests.engine.serving import BY_ROW, Serving, needs, serve
 from tools.models.policies import FP8, SCHEMES, Policies, config_name
 
 pytestmark = pytest.mark.engine
 
+STEPS = settings().max_examples // 10 if settings().max_examples >= 1000 else 3  # 100 in `long`
 CODES = {"int8": torch.int8, "fp8_channel": torch.float8_e4m3fn}
 O_PROJ = "model.layers.0.self_attn.o_proj.weight"
 
@@ -102,9 +105,44 @@ def test_twenty_deltas_in_a_row_are_twenty_whole_reloads(
     assert flashquant.status(live.llm).digest == report.digest
 
 
+def by_file(live: Serving, delta: Delta, path: Path) -> None:
+    delta.save(path)
+    flashquant.apply_delta(live.llm, path)
+
+
+def by_worker(live: Serving, delta: Delta, path: Path) -> None:
+    flashquant.apply_delta(live.llm.llm_engine.model_executor.driver_worker.worker, delta)
+
+
+def as_over_http(live: Serving, delta: Delta, path: Path) -> None:
+    """By the name and the path that `flashquant sync` posts to `/collective_rpc`."""
+    delta.save(path)
+    live.llm.collective_rpc("flashquant_try_apply_delta", args=(str(path),))
+
+
+def by_transfer_engine(live: Serving, delta: Delta, path: Path) -> None:
+    """As `flashquant_file` and `flashquant_gloo` do: in a bracket that others open and finish."""
+    from vllm.model_executor.model_loader import reload
+
+    reload.initialize_layerwise_reload(live.model)
+    deltas_of(live.model).take(delta)
+    reload.finalize_layerwise_reload(live.model, live.llm.llm_engine.model_config)
+
+
+DOORS = [
+    lambda live, delta, path: flashquant.apply_delta(live.llm, delta),
+    by_transfer_engine,
+    by_file,
+    by_worker,
+    as_over_http,
+]
+
+
 @pytest.mark.parametrize("scheme", [*SCHEMES, FP8])
-def test_every_scheme_takes_deltas(policies: Policies, scheme: str) -> None:
-    """Where codes cannot be sent, changed floats are."""
+def test_every_scheme_takes_deltas_by_every_door(
+    policies: Policies, scheme: str, tmp_path: Path
+) -> None:
+    """Where codes cannot be sent, changed floats are. After each, the digest of a whole reload."""
     live, other = (
         serve(policies.served(policy, scheme), config_name(scheme)) for policy in ("a", "b")
     )
@@ -112,11 +150,13 @@ def test_every_scheme_takes_deltas(policies: Policies, scheme: str) -> None:
     sender = Sender(flashquant.manifest(live.llm), delta=True)
     flashquant.apply_delta(live.llm, sender.bundle(weights))
 
-    for seed in range(3):
+    for seed in range(STEPS):
         weights = stepped(weights, seed)
-        report = flashquant.apply_delta(live.llm, sender.bundle(weights))
+        DOORS[seed % len(DOORS)](live, sender.bundle(weights), tmp_path / "delta.safetensors")
 
-    assert report.digest == flashquant.reload_weights(other.llm, weights).digest
+        digest = flashquant.status(live.llm).digest
+        assert digest == flashquant.reload_weights(other.llm, weights).digest
+
     live.snapshot().assert_same(other.snapshot())
 
 
@@ -240,6 +280,7 @@ def test_two_ranks_apply_a_delta_together_or_not_at_all(policies: Policies, sche
         VLLM_ENABLE_V1_MULTIPROCESSING="1",
         VLLM_ALLOW_INSECURE_SERIALIZATION="1",  # to send the workers a fault
         VLLM_CPU_OMP_THREADS_BIND=CORES,
+        DELTA_STEPS=str(STEPS),
     )
 
     assert answer["digest before"] is None
@@ -250,6 +291,8 @@ def test_two_ranks_apply_a_delta_together_or_not_at_all(policies: Policies, sche
     assert answer["delta"] == answer["reload of the same"] != answer["whole"]
     assert answer["stale"][0] == "StaleBase"
     assert answer["after stale"] == answer["delta"]
+    assert answer["after many"] == answer["reload of these"] != answer["delta"]
+    assert_lost(answer["died"], rank=1)
 
 
 def test_an_async_engine_takes_deltas(policies: Policies) -> None:
