@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from torch import Tensor
 import flashquant
 from flashquant.errors import BrokenDelta, MisfitTensor, StaleBase
 from flashquant.patches.seams.loading import deltas_of
-from flashquant.sender import Delta, Manifest, Sender
+from flashquant.sender import BundleStore, Delta, Manifest, Sender
 from tests.engine.processes import CORES, assert_lost, run
 from tests.engine.serving import BY_ROW, Serving, needs, serve
 from tools.models.policies import FP8, SCHEMES, Policies, config_name
@@ -209,6 +211,49 @@ def test_only_the_first_delta_needs_a_whole_bundle_and_only_where_kernels_pack(
     flashquant.apply_delta(live.llm, delta)
 
     assert flashquant.manifest(live.llm).digest == delta.header.digest
+
+
+def test_an_engine_that_was_stopped_for_20_steps_catches_up_from_the_folder(
+    live: Serving, other: Serving, policies: Policies, tmp_path: Path, caplog: Any
+) -> None:
+    """By 20 deltas; with one of the next ones gone, by the last whole bundle, which is said."""
+    store, weights = BundleStore(tmp_path), policies.tensors("b")
+    sender = Sender(flashquant.manifest(live.llm), delta=True)
+    store.put(sender.bundle(weights))
+
+    def steps(seeds: range, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        for seed in seeds:
+            weights = weights | norms(weights, seed)
+            store.put(sender.bundle(weights))
+        return weights
+
+    def catch_up() -> list[str]:
+        paths = store.path_from(flashquant.manifest(live.llm).digest)
+        for path in paths:
+            flashquant.apply_delta(live.llm, path)
+        return [path.name for path in paths]
+
+    catch_up()
+    weights = steps(range(0, 40, 2), weights)
+    assert len(catch_up()) == 20
+    digest = flashquant.status(live.llm).digest
+    assert digest == flashquant.reload_weights(other.llm, weights).digest
+
+    first = store.newest
+    weights = steps(range(40, 44, 2), weights)
+    store.put(sender.snapshot())
+    next(tmp_path.glob(f"*-{first}-*")).unlink()
+    with caplog.at_level(logging.WARNING):
+        (taken,) = catch_up()
+    assert "-whole-" in taken
+    assert "by a whole bundle" in caplog.text
+    digest = flashquant.status(live.llm).digest
+    assert digest == flashquant.reload_weights(other.llm, weights).digest
+
+
+def norms(weights: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
+    """A step that moves the norms alone."""
+    return {name: t for name, t in stepped(weights, seed).items() if "norm" in name}
 
 
 def test_a_bundle_that_cannot_be_applied_leaves_every_bit_as_it_was(
