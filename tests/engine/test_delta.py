@@ -17,6 +17,7 @@ import flashquant
 from flashquant.errors import BrokenDelta, MisfitTensor, StaleBase
 from flashquant.patches.seams.loading import deltas_of
 from flashquant.sender import BundleStore, Delta, Manifest, Sender
+from tests.engine.kernels import want_int4
 from tests.engine.processes import CORES, assert_lost, run
 from tests.engine.serving import BY_ROW, Serving, needs, serve
 from tools.models.policies import FP8, SCHEMES, Policies, config_name
@@ -140,11 +141,13 @@ DOORS = [
 ]
 
 
-@pytest.mark.parametrize("scheme", [*SCHEMES, FP8])
+@pytest.mark.parametrize("scheme", [*SCHEMES, FP8, "int4_g32"])
 def test_every_scheme_takes_deltas_by_every_door(
     policies: Policies, scheme: str, tmp_path: Path
 ) -> None:
     """Where codes cannot be sent, changed floats are. After each, the digest of a whole reload."""
+    if scheme.startswith("int4"):
+        want_int4(scheme)
     live, other = (
         serve(policies.served(policy, scheme), config_name(scheme)) for policy in ("a", "b")
     )
