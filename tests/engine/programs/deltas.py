@@ -60,7 +60,7 @@ def ranks(starts_on: str, pushed: str) -> dict[str, Any]:
         result["after many"] = flashquant.apply_delta(llm, sender.bundle(weights)).ranks
     result["reload of these"] = flashquant.reload_weights(llm, weights).ranks
     result["reload of the same"] = flashquant.reload_weights(llm, stepped(b)).ranks
-    last = sender.bundle(stepped(weights))
+    last = sender.bundle({name: -t for name, t in weights.items()})  # every layer changes
     flashquant.apply_delta(llm, Sender(flashquant.manifest(llm), delta=True).bundle(weights))
     llm.collective_rpc(fail_in_the_middle, kwargs={"rank": 1, "dies": True})
     result["died"] = raised_by(lambda: flashquant.apply_delta(llm, last))
