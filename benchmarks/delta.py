@@ -126,7 +126,7 @@ def draw(found: list[tuple[str, float, Row]], path: Path) -> None:
         axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
         axes.set_title("What a step's delta costs (SmolLM2-135M, AdamW; by scheme and rate)")
         axes.axhline(1, color="grey", linewidth=0.8)
-        axes.legend(fontsize=8, loc="lower right")
+        axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=3)
 
 
 def measured(
