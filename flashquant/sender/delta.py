@@ -199,6 +199,15 @@ class Delta:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(scratch)
 
+    @staticmethod
+    def is_at(path: str | os.PathLike[str]) -> bool:
+        """Whether a path is that of a file that says it is a bundle."""
+        try:
+            with safe_open(path, framework="pt") as file:
+                return _KEY in (file.metadata() or {})
+        except (SafetensorError, OSError):
+            return False
+
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Delta:
         """Read one from a safetensors file.
@@ -209,11 +218,32 @@ class Delta:
         """
         try:
             with safe_open(path, framework="pt") as file:
-                header = DeltaHeader.model_validate_json((file.metadata() or {}).get(_KEY, ""))
+                header = (file.metadata() or {}).get(_KEY, "")
                 parts = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError, ValidationError) as broken:
+        except (SafetensorError, OSError) as broken:
             raise BrokenDelta(f"{path} is no whole bundle ({broken}). {_AGAIN}") from broken
-        return cls(header, parts)
+        return cls.of_parts(header, parts, path)
+
+    @classmethod
+    def of_parts(
+        cls, header: str, parts: Mapping[str, Tensor], where: object = "what came"
+    ) -> Delta:
+        """One whose header came as JSON.
+
+        Args:
+            header: it.
+            parts: its tensors.
+            where: they came from, for the error.
+
+        Raises:
+            BrokenDelta: it is no header, or contradicts the tensors.
+
+        """
+        try:
+            said = DeltaHeader.model_validate_json(header)
+        except ValidationError as broken:
+            raise BrokenDelta(f"{where} is no whole bundle ({broken}). {_AGAIN}") from broken
+        return cls(said, parts)
 
 
 def _part_names(name: str, header: DeltaHeader) -> Iterator[str]:

@@ -12,6 +12,7 @@ the host from the first whole bundle on, as it was sent.
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -98,10 +99,10 @@ class Deltas:
             ReloadError: as `Session.reload`. Whichever it is, the live weights are what they were.
 
         """
-        start, fresh = time.perf_counter(), _Policy()
+        start = time.perf_counter()
         self._session.begin(ledger=False)
         try:
-            self._session.push(self._tensors(source, fresh))
+            self.take(source)
             report = self._session.close()
         except BrokenDelta:
             self._session.abandon()
@@ -109,10 +110,29 @@ class Deltas:
             raise
         finally:
             self._session.abandon()
-        report = self._session.proofs.digested(report, start, always=bool(fresh.kept))
-        fresh.engine, fresh.version = report.digest, self._session.version
-        self._policy = fresh
+        policy, proofs = self._policy, self._session.proofs
+        report = proofs.digested(report, start, always=bool(policy.kept))
+        policy.engine, policy.version = report.digest, self._session.version
         return report
+
+    def take(self, source: Source) -> None:
+        """A bundle is all of the bracket that is open; whoever began it finishes it.
+
+        Raises:
+            ReloadError: there is no bracket, or something has come in it already; or as `apply`.
+
+        """
+        transactions = self._session.transactions
+        if not transactions.in_bracket or self._update.names or self._update.committed:
+            raise ReloadError(
+                "a bundle of changes is an update by itself: begin one, send the bundle alone, and "
+                "finish it"
+            )
+        fresh = _Policy(version=self._session.version + 1)
+        self._session.push(self._tensors(source, fresh))
+        before = functools.partial(setattr, self, "_policy", self._policy)
+        self._update.undo.remember_how(before, live=False)
+        self._policy = fresh
 
     @property
     def _is_known(self) -> bool:
@@ -122,8 +142,9 @@ class Deltas:
         engine's digest tells.
         """
         known, session = self._policy, self._session
-        undisturbed = not session.transactions.serving.torn and not session.proofs.foreign
-        if undisturbed and not known.kept and known.version == session.version:
+        disturbed = session.transactions.serving.torn or bool(session.proofs.foreign)
+        is_last = known.version == session.version and not disturbed
+        if is_last and not (known.kept and known.engine):
             return True
         return known.engine is not None and session.proofs.digest() == known.engine
 
@@ -200,8 +221,9 @@ class Deltas:
         update = self._update
         update.wanted = frozenset(staged)
         made_anew = [w.layer for w in written.values() if w.target not in w.layer.homes]
-        update.audited = tuple(dict.fromkeys((*staged.values(), *made_anew)))
-        update.before = self._session.proofs.footprints(update.audited)
+        if update.audited is not None:  # else all of it was noted when it began
+            update.audited = tuple(dict.fromkeys((*staged.values(), *made_anew)))
+            update.before = self._session.proofs.footprints(update.audited)
 
     def _overwrite(self, windows: Mapping[str, Window], delta: Delta) -> None:
         """Write what changed where it is live, for no step runs in a bracket; then make anew what

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 from torch import Tensor
 
 import flashquant
 from flashquant.errors import BrokenDelta, MisfitTensor, StaleBase
-from flashquant.sender import Delta, Manifest, Sender
-from tests.engine.processes import CORES, run
+from flashquant.patches.seams.loading import deltas_of
+from flashquant.sender import BundleStore, Delta, Manifest, Sender
+from tests.engine.kernels import want_int4
+from tests.engine.processes import CORES, assert_lost, run
 from tests.engine.serving import BY_ROW, Serving, needs, serve
 from tools.models.policies import FP8, SCHEMES, Policies, config_name
 
 pytestmark = pytest.mark.engine
 
+STEPS = settings().max_examples // 10 if settings().max_examples >= 1000 else 3  # 100 in `long`
 CODES = {"int8": torch.int8, "fp8_channel": torch.float8_e4m3fn}
 O_PROJ = "model.layers.0.self_attn.o_proj.weight"
 
@@ -102,9 +108,46 @@ def test_twenty_deltas_in_a_row_are_twenty_whole_reloads(
     assert flashquant.status(live.llm).digest == report.digest
 
 
-@pytest.mark.parametrize("scheme", [*SCHEMES, FP8])
-def test_every_scheme_takes_deltas(policies: Policies, scheme: str) -> None:
-    """Where codes cannot be sent, changed floats are."""
+def by_file(live: Serving, delta: Delta, path: Path) -> None:
+    delta.save(path)
+    flashquant.apply_delta(live.llm, path)
+
+
+def by_worker(live: Serving, delta: Delta, path: Path) -> None:
+    flashquant.apply_delta(live.llm.llm_engine.model_executor.driver_worker.worker, delta)
+
+
+def as_over_http(live: Serving, delta: Delta, path: Path) -> None:
+    """By the name and the path that `flashquant sync` posts to `/collective_rpc`."""
+    delta.save(path)
+    live.llm.collective_rpc("flashquant_try_apply_delta", args=(str(path),))
+
+
+def by_transfer_engine(live: Serving, delta: Delta, path: Path) -> None:
+    """As `flashquant_file` and `flashquant_gloo` do: in a bracket that others open and finish."""
+    from vllm.model_executor.model_loader import reload
+
+    reload.initialize_layerwise_reload(live.model)
+    deltas_of(live.model).take(delta)
+    reload.finalize_layerwise_reload(live.model, live.llm.llm_engine.model_config)
+
+
+DOORS = [
+    lambda live, delta, path: flashquant.apply_delta(live.llm, delta),
+    by_transfer_engine,
+    by_file,
+    by_worker,
+    as_over_http,
+]
+
+
+@pytest.mark.parametrize("scheme", [*SCHEMES, FP8, "int4_g32"])
+def test_every_scheme_takes_deltas_by_every_door(
+    policies: Policies, scheme: str, tmp_path: Path
+) -> None:
+    """Where codes cannot be sent, changed floats are. After each, the digest of a whole reload."""
+    if scheme.startswith("int4"):
+        want_int4(scheme)
     live, other = (
         serve(policies.served(policy, scheme), config_name(scheme)) for policy in ("a", "b")
     )
@@ -112,11 +155,13 @@ def test_every_scheme_takes_deltas(policies: Policies, scheme: str) -> None:
     sender = Sender(flashquant.manifest(live.llm), delta=True)
     flashquant.apply_delta(live.llm, sender.bundle(weights))
 
-    for seed in range(3):
+    for seed in range(STEPS):
         weights = stepped(weights, seed)
-        report = flashquant.apply_delta(live.llm, sender.bundle(weights))
+        DOORS[seed % len(DOORS)](live, sender.bundle(weights), tmp_path / "delta.safetensors")
 
-    assert report.digest == flashquant.reload_weights(other.llm, weights).digest
+        digest = flashquant.status(live.llm).digest
+        assert digest == flashquant.reload_weights(other.llm, weights).digest
+
     live.snapshot().assert_same(other.snapshot())
 
 
@@ -169,6 +214,49 @@ def test_only_the_first_delta_needs_a_whole_bundle_and_only_where_kernels_pack(
     flashquant.apply_delta(live.llm, delta)
 
     assert flashquant.manifest(live.llm).digest == delta.header.digest
+
+
+def test_an_engine_that_was_stopped_for_20_steps_catches_up_from_the_folder(
+    live: Serving, other: Serving, policies: Policies, tmp_path: Path, caplog: Any
+) -> None:
+    """By 20 deltas; with one of the next ones gone, by the last whole bundle, which is said."""
+    store, weights = BundleStore(tmp_path), policies.tensors("b")
+    sender = Sender(flashquant.manifest(live.llm), delta=True)
+    store.put(sender.bundle(weights))
+
+    def steps(seeds: range, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        for seed in seeds:
+            weights = weights | norms(weights, seed)
+            store.put(sender.bundle(weights))
+        return weights
+
+    def catch_up() -> list[str]:
+        paths = store.path_from(flashquant.manifest(live.llm).digest)
+        for path in paths:
+            flashquant.apply_delta(live.llm, path)
+        return [path.name for path in paths]
+
+    catch_up()
+    weights = steps(range(0, 40, 2), weights)
+    assert len(catch_up()) == 20
+    digest = flashquant.status(live.llm).digest
+    assert digest == flashquant.reload_weights(other.llm, weights).digest
+
+    first = store.newest
+    weights = steps(range(40, 44, 2), weights)
+    store.put(sender.snapshot())
+    next(tmp_path.glob(f"*-{first}-*")).unlink()
+    with caplog.at_level(logging.WARNING):
+        (taken,) = catch_up()
+    assert "-whole-" in taken
+    assert "by a whole bundle" in caplog.text
+    digest = flashquant.status(live.llm).digest
+    assert digest == flashquant.reload_weights(other.llm, weights).digest
+
+
+def norms(weights: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
+    """A step that moves the norms alone."""
+    return {name: t for name, t in stepped(weights, seed).items() if "norm" in name}
 
 
 def test_a_bundle_that_cannot_be_applied_leaves_every_bit_as_it_was(
@@ -240,6 +328,7 @@ def test_two_ranks_apply_a_delta_together_or_not_at_all(policies: Policies, sche
         VLLM_ENABLE_V1_MULTIPROCESSING="1",
         VLLM_ALLOW_INSECURE_SERIALIZATION="1",  # to send the workers a fault
         VLLM_CPU_OMP_THREADS_BIND=CORES,
+        DELTA_STEPS=str(STEPS),
     )
 
     assert answer["digest before"] is None
@@ -250,6 +339,8 @@ def test_two_ranks_apply_a_delta_together_or_not_at_all(policies: Policies, sche
     assert answer["delta"] == answer["reload of the same"] != answer["whole"]
     assert answer["stale"][0] == "StaleBase"
     assert answer["after stale"] == answer["delta"]
+    assert answer["after many"] == answer["reload of these"] != answer["delta"]
+    assert_lost(answer["died"], rank=1)
 
 
 def test_an_async_engine_takes_deltas(policies: Policies) -> None:

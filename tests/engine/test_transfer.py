@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import flashquant
-from flashquant.errors import IncompleteUpdate, MisfitTensor, ReloadError
+from flashquant.errors import IncompleteUpdate, MisfitTensor, ReloadError, StaleBase
+from flashquant.sender import Sender
 from tests.engine.serving import KNOWS_VERSION, Serving, needs, serve, weight_version
 from tools.models.policies import Policies
 
@@ -106,6 +107,38 @@ def test_a_bad_chunk_takes_the_whole_update_back(by_file: Any, policies: Policie
     live.snapshot().assert_same(serve(policies.bf16("b"), live.scheme).start)
 
 
+def stepped(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        name: (t.float() * 1.01).to(t.dtype) if "o_proj" in name else t
+        for name, t in weights.items()
+    }
+
+
+def test_a_bundle_by_file_is_an_update_by_itself(by_file: Any, policies: Policies) -> None:
+    """And takes the update back that somebody mixes it with."""
+    live, folder = by_file
+    weights = policies.tensors("b")
+    sender = Sender(flashquant.manifest(live.llm), delta=True)
+    for name in ("1", "2"):
+        sender.bundle(weights).save(folder / f"{name}.safetensors")
+        weights = stepped(weights)
+    sender.bundle(weights).save(folder / "3.safetensors")
+    plain = write(folder, policies.tensors("a"), "plain.safetensors")
+
+    update(live, "1.safetensors")
+    update(live, "2.safetensors")
+    served = live.snapshot()
+    for mixed in ((plain, "3.safetensors"), ("2.safetensors",)):
+        with pytest.raises(ReloadError, match=r"update by itself|starts from policy"):
+            update(live, *mixed)
+        live.snapshot().assert_same(served)
+    update(live, "3.safetensors")
+
+    assert weight_version(live.llm, FROM_A_FILE) == FROM_A_FILE
+    by_delta = flashquant.status(live.llm).digest
+    assert flashquant.reload_weights(live.llm, weights).digest == by_delta
+
+
 @pytest.mark.parametrize("path", ["../secret.safetensors", "/etc", "link"])
 def test_nothing_outside_the_agreed_folder_is_read(by_file: Any, path: str) -> None:
     """Neither upwards, nor absolute, nor through a link."""
@@ -144,6 +177,16 @@ def test_by_gloo_the_trainer_broadcasts_and_a_refusal_leaves_both_in_step(
     with pytest.raises(MisfitTensor, match="NaN"):
         trainer.send_weights()
     live.snapshot().assert_same(serve(policies.bf16("b"), "int8").start)
+
+    sender = Sender(flashquant.manifest(live.llm), delta=True)
+    trainer.send_delta(sender.bundle(weights))
+    first, second = (sender.bundle(stepped(w)) for w in (weights, stepped(weights)))
+    with pytest.raises(StaleBase):
+        trainer.send_delta(second)
+    trainer.send_delta(first)
+    trainer.send_delta(second)
+    by_delta = flashquant.status(live.llm).digest
+    assert flashquant.reload_weights(live.llm, stepped(stepped(weights))).digest == by_delta
 
     source.weights = policies.tensors("a")
     trainer.send_weights()

@@ -1,7 +1,8 @@
 """Weights by way of a folder that the trainer writes and the workers read.
 
 init     {"folder": "/shared/run-7"}
-update   {"path": "step-12.safetensors"}      a file or a folder of them, inside that folder
+update   {"path": "step-12.safetensors"}      a file or a folder of them, inside that folder; or
+                                              what `flashquant.sender.Delta.save` has written
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ from pathlib import Path
 from vllm.distributed.weight_transfer.base import WeightTransferInitInfo, WeightTransferUpdateInfo
 
 from flashquant.errors import ReloadError
+from flashquant.patches.seams.loading import deltas_of
 from flashquant.patches.transfer.bracketed import Bracketed, Load
 from flashquant.plan import named_tensors
+from flashquant.sender import Delta
 
 
 @dataclass
@@ -53,10 +56,11 @@ class FileEngine(Bracketed):
         self._folder = folder
 
     def receive_weights(self, update_info: File, load_weights: Load | None = None) -> None:
-        """Load one file, or a folder of them.
+        """Load one file, or a folder of them; or what changed, which is an update by itself.
 
         Raises:
-            ReloadError: the path leads out of the agreed folder, or holds no safetensors.
+            ReloadError: the path leads out of the agreed folder, or holds no safetensors; a bundle
+                of changes does not fit (`StaleBase`, `BrokenDelta`).
 
         """
         if self._folder is None:
@@ -64,4 +68,7 @@ class FileEngine(Bracketed):
         path = (self._folder / update_info.path).resolve()
         if not path.is_relative_to(self._folder):
             raise ReloadError(f"{update_info.path} leads out of {self._folder}; it is not read")
+        if Delta.is_at(path):
+            deltas_of(self.model).take(path)
+            return
         (load_weights or self.model.load_weights)(named_tensors(path))

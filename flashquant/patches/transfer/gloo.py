@@ -5,21 +5,25 @@
         client=HTTPVLLMWeightSyncClient("http://10.0.0.2:8000"),
         source=ModuleSource(model),
     )
-    trainer.send_weights()                       once a step
+    trainer.send_weights()                       once a step; or, of a `flashquant.sender.Sender`:
+    trainer.send_delta(sender.bundle(weights))
 
 vLLM has a trainer's end since 0.26; there the factory also takes the backend's name, and a config.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
+from torch import Tensor
 from torch.distributed.distributed_c10d import ProcessGroupGloo
 from vllm.distributed.weight_transfer.base import TrainerInitInfo, TrainerWeightTransferEngine
 
 from flashquant.patches.transfer.gloo_worker import Chunk, Rendezvous, broadcast, meet
+from flashquant.sender import Delta
 
 
 @dataclass
@@ -78,10 +82,24 @@ class GlooTrainer(TrainerWeightTransferEngine):  # type: ignore[misc]
             dtypes=[str(meta.dtype) for meta in metas],
             shapes=[list(meta.shape) for meta in metas],
         )
+        self._send(chunk, (tensor for _, tensor in self.source))
+
+    def send_delta(self, delta: Delta) -> None:
+        """One whole update: what changed, as `flashquant.sender.Sender` makes it. Rank 0 alone."""
+        parts = delta.parts
+        chunk = Chunk(
+            names=list(parts),
+            dtypes=[str(part.dtype) for part in parts.values()],
+            shapes=[list(part.shape) for part in parts.values()],
+            delta=delta.header.model_dump_json(),
+        )
+        self._send(chunk, parts.values())
+
+    def _send(self, chunk: Chunk, tensors: Iterable[Tensor]) -> None:
         self.client.start_weight_update()
         with ThreadPoolExecutor(1) as beside:
             workers = beside.submit(self.client.update_weights, asdict(chunk))
-            for _, tensor in self.source:
+            for tensor in tensors:
                 broadcast(self._group, tensor.detach().cpu().contiguous())
             workers.result()
         self.client.finish_weight_update()

@@ -18,7 +18,9 @@ from torch.distributed.distributed_c10d import BroadcastOptions, PrefixStore, Pr
 from vllm.distributed.weight_transfer.base import WeightTransferInitInfo, WeightTransferUpdateInfo
 
 from flashquant.errors import ReloadError
+from flashquant.patches.seams.loading import deltas_of
 from flashquant.patches.transfer.bracketed import Bracketed, Load
+from flashquant.sender import Delta
 
 _PATIENCE = timedelta(minutes=5)
 
@@ -34,11 +36,18 @@ class Rendezvous(WeightTransferInitInfo):  # type: ignore[misc]
 
 @dataclass
 class Chunk(WeightTransferUpdateInfo):  # type: ignore[misc]
-    """What will be broadcast, in this order."""
+    """What will be broadcast, in this order.
+
+    Attributes:
+        names, dtypes, shapes: of the tensors.
+        delta: the header, in JSON, of the bundle whose parts they are; empty for weights.
+
+    """
 
     names: list[str]
     dtypes: list[str]
     shapes: list[list[int]]
+    delta: str = ""
 
 
 class GlooEngine(Bracketed):
@@ -56,15 +65,19 @@ class GlooEngine(Bracketed):
         self._group = meet(init_info.host, init_info.port, init_info.workers, 1 + own)
 
     def receive_weights(self, update_info: Chunk, load_weights: Load | None = None) -> None:
-        """Load what is broadcast, one tensor at a time.
+        """Load what is broadcast, one tensor at a time; or apply the bundle that it is.
 
         Raises:
-            ReloadError: what `model.load_weights` refuses, after the rest was received.
+            ReloadError: what `model.load_weights` refuses, after the rest was received; a bundle
+                does not fit (`StaleBase`, `BrokenDelta`).
 
         """
         stream = self._received(update_info)
         try:
-            (load_weights or self.model.load_weights)(stream)
+            if update_info.delta:
+                deltas_of(self.model).take(Delta.of_parts(update_info.delta, dict(stream)))
+            else:
+                (load_weights or self.model.load_weights)(stream)
         finally:
             for _ in stream:  # the trainer goes on sending, whatever happened here
                 pass
@@ -102,6 +115,9 @@ _DTYPES = {
         torch.float16,
         torch.float32,
         torch.int8,
+        torch.uint8,
+        torch.uint16,
+        torch.uint32,
         torch.float8_e4m3fn,
     )
 }

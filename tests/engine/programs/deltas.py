@@ -8,6 +8,7 @@ Prints one JSON object: digests by rank after deltas, and after whole reloads of
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from torch import Tensor
 
 from tests.engine.programs.engine import OPTIONS, print_result
 from tests.engine.programs.failing import fail_in_the_middle, raised_by
+
+STEPS = int(os.environ.get("DELTA_STEPS", "2"))  # in a row
 
 
 def stepped(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -51,7 +54,16 @@ def ranks(starts_on: str, pushed: str) -> dict[str, Any]:
     result["delta"] = flashquant.apply_delta(llm, delta).ranks
     result["stale"] = raised_by(lambda: flashquant.apply_delta(llm, delta))
     result["after stale"] = flashquant.status(llm).ranks
+    weights = stepped(b)
+    for _ in range(STEPS):
+        weights = stepped(weights)
+        result["after many"] = flashquant.apply_delta(llm, sender.bundle(weights)).ranks
+    result["reload of these"] = flashquant.reload_weights(llm, weights).ranks
     result["reload of the same"] = flashquant.reload_weights(llm, stepped(b)).ranks
+    last = sender.bundle({name: -t for name, t in weights.items()})  # every layer changes
+    flashquant.apply_delta(llm, Sender(flashquant.manifest(llm), delta=True).bundle(weights))
+    llm.collective_rpc(fail_in_the_middle, kwargs={"rank": 1, "dies": True})
+    result["died"] = raised_by(lambda: flashquant.apply_delta(llm, last))
     return result
 
 

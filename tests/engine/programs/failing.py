@@ -12,7 +12,7 @@ _LAYER = 5  # in the middle of a tiny model
 
 
 def fail_in_the_middle(worker: Any, *, rank: int, dies: bool) -> None:
-    """Make one commit of a worker run out of memory, once, or end its process."""
+    """Make one layer of a worker run out of memory as it goes live, once, or end its process."""
     from flashquant.patches.seams.loading import session_of
 
     session = session_of(worker.get_model())
@@ -20,14 +20,17 @@ def fail_in_the_middle(worker: Any, *, rank: int, dies: bool) -> None:
         return
     layer = session._engine.layers[_LAYER]
 
-    def commit(undo: Any) -> int:
-        del layer.commit
-        if dies:
-            os.kill(os.getpid(), signal.SIGKILL)
-        layer.commit(undo)
-        raise MemoryError("injected")
+    def failing(name: str) -> Callable[..., int]:
+        def call(*args: Any) -> int:
+            del layer.commit, layer.refresh
+            if dies:
+                os.kill(os.getpid(), signal.SIGKILL)
+            getattr(layer, name)(*args)
+            raise MemoryError("injected")
 
-    layer.commit = commit
+        return call
+
+    layer.commit, layer.refresh = failing("commit"), failing("refresh")
 
 
 def raised_by(call: Callable[[], object]) -> tuple[str, str, float]:
