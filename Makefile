@@ -52,7 +52,7 @@ lint: $(STAMP) ## ruff, mypy, and which room may import which
 test: $(STAMP) ## run the tests (PYTEST_ARGS="-m 'not engine'")
 	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
-# Not a part of `test`: five minutes, and torchvision's Python code, in a folder of its own.
+# Not a part of `test`: it takes minutes, and torchvision's Python code, in a folder of its own.
 vision: $(STAMP) ## vision-language models are shown images before and after pushes
 	$(PIP) install --quiet --no-deps --upgrade --target .venv/vision -r requirements/vision.txt
 	$(PY) -m pytest tests/engine/test_vision.py $(PYTEST_ARGS)
