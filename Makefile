@@ -17,7 +17,7 @@ TORCH_PIN := $(shell sed -n 's/^\#: //p' $(LOCK))
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo bench docs test versions stacks lint lock wheel dist clean
+.PHONY: help demo bench docs test vision versions stacks lint lock wheel dist clean
 
 help: ## list the targets
 	@sed -n -e 's/^##@ \(.*\)/@\t\1/p' -e 's/^\([a-z]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | \
@@ -51,6 +51,11 @@ lint: $(STAMP) ## ruff, mypy, and which room may import which
 # Engines use one thread: two processes are as fast as two machines.
 test: $(STAMP) ## run the tests (PYTEST_ARGS="-m 'not engine'")
 	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+
+# Not a part of `test`: it takes minutes, and torchvision's Python code, in a folder of its own.
+vision: $(STAMP) ## vision-language models are shown images before and after pushes
+	$(PIP) install --quiet --no-deps --upgrade --target .venv/vision -r requirements/vision.txt
+	$(PY) -m pytest tests/engine/test_vision.py $(PYTEST_ARGS)
 
 versions: $(STAMP) ## run the engine tests on every vLLM we claim, and write the table (VERSIONS_ARGS="...")
 	nice -n 5 $(PY) -m tools.versions $(VERSIONS_ARGS)

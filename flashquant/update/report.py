@@ -112,10 +112,11 @@ class ReloadReport:
     def of_workers(cls, reports: Sequence[ReloadReport]) -> ReloadReport:
         """One report of an update that every worker has committed, in order of rank.
 
-        Every worker reads all incoming tensors and writes its own shard of them.
-        The slowest one is what the trainer waited for.
+        Every worker reads all incoming tensors and writes its own shard of them, or, in a pipeline,
+        those of its own layers. The slowest one is what the trainer waited for.
         """
         slowest = max(reports, key=lambda report: report.seconds)
+        ignored = [set(report.ignored) for report in reports]
         ranks = tuple(part for report in reports for part in report.ranks)
         return replace(
             reports[0],
@@ -126,6 +127,7 @@ class ReloadReport:
             prepare_seconds=max(report.prepare_seconds for report in reports),
             pause_seconds=max(report.pause_seconds for report in reports),
             phases=slowest.phases,
+            ignored=tuple(n for n in reports[0].ignored if all(n in each for each in ignored)),
             pending=tuple(dict.fromkeys(name for report in reports for name in report.pending)),
             kept=tuple(dict.fromkeys(name for report in reports for name in report.kept)),
             digest=_digest_of(ranks),

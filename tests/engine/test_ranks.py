@@ -109,18 +109,30 @@ def test_two_ranks_of_a_mixture_hold_what_a_fresh_start_does(
     assert_lost(answer["lost"], rank=1)
 
 
-@pytest.mark.parametrize("scheme", ["int8", "fp8_vllm"])
-def test_ranks_of_their_own_commit_together_or_not_at_all(policies: Policies, scheme: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "scheme", "cut"),
+    [
+        ("qwen2", "int8", "tensors"),
+        ("qwen2", "fp8_vllm", "tensors"),
+        pytest.param("qwen3-moe", "int8", "experts", marks=BY_EXPERTS),
+    ],
+)
+def test_ranks_of_their_own_commit_together_or_not_at_all(
+    tmp_path: Path, kind: str, scheme: str, cut: str
+) -> None:
     """external_launcher: no front end in common, each program pushes to its own worker."""
-    answer = run_program(
-        "external_launcher",
-        policies,
-        TORCHRUN,
-        FLASHRL_CONFIG=scheme,
+    amx = cut == "experts" and has_amx_kernels()
+    policies = Policies(tmp_path, kind)
+    answer = run(
+        *("external_launcher", policies.bf16("a"), policies.bf16("b"), cut),
+        launcher=TORCHRUN,
+        FLASHRL_CONFIG=scheme if cut == "tensors" or amx else "bf16",
+        **{WORKER_KERNELS: "amx" if amx else "native"},
         VLLM_CPU_OMP_THREADS_BIND=CORES,
         GLOO_SOCKET_IFNAME="lo",
     )
 
+    assert {n for held in answer["experts"] for n in held} == ({8} if cut == "experts" else set())
     assert len(set(answer["pushed b"])) == 2  # each rank holds a shard of its own
     assert answer["pushed b"] != answer["started on a"]
     (followed, why), (failed, _) = answer["raised"]

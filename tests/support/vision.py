@@ -1,16 +1,18 @@
 """torchvision's Python code, which image processors want, beside a torch for the CPU.
 
 PyPI has torchvision for CUDA only; its binary cannot be loaded here, and without the two operators
-that its Python code expects there, it cannot be imported. They are declared, and never called:
-
-    pip install --no-deps --target DIR torchvision; PYTHONPATH=DIR
+that its Python code expects there, it cannot be imported. They are declared, and never called.
+`make vision` puts it into a folder of its own, which only tests look into.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import sys
 from pathlib import Path
 from typing import Any
+
+_FOLDER = Path(sys.prefix) / "vision"
 
 _KEPT: list[Any] = []  # a library's declarations go with it
 
@@ -22,6 +24,8 @@ def is_there() -> bool:
 
 def make_ready() -> None:
     """Let whoever imports torchvision succeed; before transformers does."""
+    if not is_there() and _FOLDER.is_dir():
+        sys.path.append(str(_FOLDER))
     spec = importlib.util.find_spec("torchvision")
     if spec is None or spec.origin is None or _KEPT:
         return

@@ -147,6 +147,15 @@ def test_without_a_digest_of_every_rank_there_is_none_of_the_engine(report):
     assert ReloadReport.of_workers(reports).digest is None
 
 
+def test_what_another_stage_of_a_pipeline_takes_is_not_ignored(report):
+    stages = [
+        replace(report, ignored=("lm_head.weight", of_the_other))
+        for of_the_other in ("layers.1.w", "layers.0.w")
+    ]
+
+    assert ReloadReport.of_workers(stages).ignored == ("lm_head.weight",)
+
+
 def test_an_engine_is_torn_or_asleep_if_one_of_its_workers_is(status):
     engine = Status.of_workers([status, replace(status, torn=True, asleep=True)])
 

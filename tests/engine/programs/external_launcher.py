@@ -1,7 +1,8 @@
 """One program a rank, as torchrun starts it: every rank pushes to its own worker.
 
 Usage: python -m torch.distributed.run --nproc-per-node 2 -m \
-           tests.engine.programs.external_launcher STARTS_ON PUSHED
+           tests.engine.programs.external_launcher STARTS_ON PUSHED tensors|experts
+The last says whether each rank has a part of everything, or every second expert.
 Rank 0 prints one JSON object: what each rank held and what it raised, step by step.
 """
 
@@ -16,7 +17,7 @@ from tests.engine.programs.failing import fail_in_the_middle, raised_by
 from tools.models import tiny_models
 
 
-def main(starts_on: str, pushed: str) -> dict[str, Any] | None:
+def main(starts_on: str, pushed: str, cut: str) -> dict[str, Any] | None:
     import torch.distributed
     from vllm import LLM
 
@@ -24,6 +25,8 @@ def main(starts_on: str, pushed: str) -> dict[str, Any] | None:
         starts_on,
         **OPTIONS,
         tensor_parallel_size=2,
+        enable_expert_parallel=cut == "experts",
+        worker_extension_cls="tests.engine.programs.on_rank.Pushed",
         distributed_executor_backend="external_launcher",
         seed=0,
     )
@@ -40,6 +43,7 @@ def main(starts_on: str, pushed: str) -> dict[str, Any] | None:
     mine["rank 1 failed"] = flashquant.status(llm).digest
     push(starts_on)
     mine["pushed a"] = flashquant.status(llm).digest
+    mine["experts"] = llm.collective_rpc("held_experts")[0]
 
     ranks: list[Any] = [None, None]
     torch.distributed.all_gather_object(ranks, mine)

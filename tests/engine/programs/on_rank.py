@@ -74,3 +74,11 @@ class Pushed:
 
         modules = self.get_model().modules()
         return [m.w13_weight.shape[0] for m in modules if isinstance(m, RoutedExperts)]
+
+    def make_room_between_stages(self: Any) -> None:
+        """What a later stage of a pipeline takes from the one before it: vLLM makes that in the
+        profiling run, which its CPU worker leaves out, and then fails at the first batch."""
+        runner = self.model_runner
+        runner.intermediate_tensors = self.get_model().make_empty_intermediate_tensors(
+            batch_size=runner.max_num_tokens, dtype=torch.bfloat16, device=torch.device("cpu")
+        )

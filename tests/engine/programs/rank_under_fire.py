@@ -30,10 +30,15 @@ POINTS = (
 _ERRORS = (MemoryError, RuntimeError, OSError)
 _PATIENCE = 1.0  # seconds that a rank waits for one that is too late, in place of ten minutes
 
+
+def _vote(ballot: Ballot, number: int) -> None:
+    ballot._store.set(f"{number}/ready/{ballot.rank}", "")
+
+
 # Each breaks the promise, on the rank that does so.
 BROKEN: dict[str, tuple[type, str, Callable[..., Any]]] = {
     "the undo log is thrown away": (UndoLog, "restore", UndoLog.forget),
-    "nobody waits for the others": (Ballot, "agree", lambda ballot, number: None),
+    "nobody waits for the others": (Ballot, "agree", _vote),
 }
 
 
