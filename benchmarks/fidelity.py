@@ -43,6 +43,7 @@ from flashquant.profiles.making import (
     write_w8a8,
 )
 from flashquant.profiles.making.discovery import find_sites, linear_layers
+from flashquant.profiles.making.groups import alone, choose_for_groups
 from flashquant.profiles.making.search import choose, factors_of, watch
 from flashquant.schemes import scaled
 from tools.models import flashrl
@@ -154,8 +155,6 @@ def start_engines(
     made = profile_of(own, source.items(), dict.fromkeys(layers), "b")
     save_profile(made, scratch / "b.safetensors")
     ours = write_w8a8(source, made, scratch / "b")
-    del model, parameters, seen
-    gc.collect()
 
     def entry(model: Path, profile: str, scales: str) -> tuple[Path, str]:
         file = scratch / f"{profile}-{scales}.yaml"
@@ -180,8 +179,11 @@ def start_engines(
         "fp8_tensor": (path, "fp8_tensor"),
         "fp8_vllm": (path, "fp8_vllm"),
         "int4_g32": (path, "int4_g32"),
+        "int4_g32, profile": (path, in_groups(scratch, source, model, windows)),
         "int4_channel": (path, "int4_channel"),
     }
+    del model, parameters, seen
+    gc.collect()
     wanted = {name: how for name, how in made_of.items() if only is None or name in only}
     return {name: start(*how) for name, how in {"bf16": (path, "bf16"), **wanted}.items()}
 
@@ -191,6 +193,25 @@ def keeping(scratch: Path, keep: list[Any]) -> str:
     profile = str(scratch / "b.safetensors")
     file = scratch / f"keep-{len(keep)}.yaml"
     file.write_text(json.dumps({"configs": [{"fn": "int8", "profile": profile, "keep": keep}]}))
+    return str(file)
+
+
+def in_groups(scratch: Path, source: Checkpoint, model: nn.Module, windows: list[Tensor]) -> str:
+    """A configuration of the bf16 checkpoint in int4, through a profile of its own."""
+    layers = [f"{name}.weight" for name in linear_layers(model)]
+    sites = find_sites(model, windows[0][:, :48])
+    sites += alone(sites, layers)
+    seen, parameters = watch(model, sites, windows), dict(model.named_parameters())
+    with torch.no_grad():
+        found = [choose_for_groups(site, seen.pop(site), parameters, 32) for site in sites]
+    held = {name: hundredths for _, of_site in found for name, hundredths in of_site.items()}
+    factors = factors_of([choice for choice, _ in found], parameters)
+    kinds = dict.fromkeys(layers)
+    made = profile_of(factors, source.items(), kinds, "g32", scheme="int4_g32", held=held)
+    save_profile(made, scratch / "g32.safetensors")
+    file = scratch / "g32.yaml"
+    entry = {"fn": "int4_g32", "profile": "g32.safetensors"}
+    file.write_text(json.dumps({"configs": [entry]}))
     return str(file)
 
 

@@ -47,7 +47,7 @@ def main() -> int:
         entry = {"fn": "bf16", "kv_cache": "fp8"}
         configs = {
             _ONES: entry,
-            **dict.fromkeys((_KEPT, _REFRESHED), {**entry, "kv_scales": "kv.json"}),
+            **{arm: {**entry, "kv_scales": "kv.json"} for arm in (_KEPT, _REFRESHED)},
         }
         engines = {"bf16": start(path, "bf16")}
         for number, (arm, config) in enumerate(configs.items()):

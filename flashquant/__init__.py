@@ -217,8 +217,8 @@ def reload_weights(
             all; `report.pause_seconds` is what requests see of it.
         kv_scales: of an engine whose KV cache is in fp8 (`kv_cache: fp8`): the scale of keys and
             that of values, finite and above 0, by attention layers of the checkpoint
-            (`model.layers.0.self_attn`), as `kv_scales()` makes them. They go live with the weights, or not at all; layers that
-            are not named keep theirs.
+            (`model.layers.0.self_attn`), as `kv_scales()` makes them. They go live with the
+            weights, or not at all; layers that are not named keep theirs.
 
     Returns:
         A `ReloadReport`: `version`, `tensors`, `bytes_in` and `bytes_out`, `seconds` and `phases`
@@ -269,9 +269,10 @@ def kv_scales(
 ) -> dict[str, tuple[float, float]]:
     """Compute the scales of an fp8 KV cache from the policy, to be sent with its weights.
 
-    Runs the prompts through the model and looks at what each attention layer caches. A scale is the
-    smallest power of two under which the largest key (or value) that was seen fills at most half of
-    what e4m3 holds. It knows nothing of the engine, so all of its workers get the same.
+    Runs the prompts through the model and looks at what each attention layer caches. Under its
+    scale, the largest key (or value) that was seen fills a quarter to half of what e4m3 holds; of
+    the scales that do, it is the one at which rounding moves keys (or values) least. It knows
+    nothing of the engine, so all of its workers get the same.
 
     Args:
         model: of transformers, on any device, wrapped by FSDP or `torch.compile` or not; of FSDP,

@@ -137,7 +137,11 @@ def _entry(flash: FlashConfig, index: int, ranks: int, chosen: argparse.Namespac
 
 
 def _resolved(config: RolloutConfig, index: int, ranks: range, chosen: argparse.Namespace) -> Entry:
-    from flashquant.config.resolve import check_same_scheme, checkpoint_of, profile_of
+    from flashquant.config.resolve import (
+        check_same_scheme,
+        checkpoint_of,
+        profile_of,
+    )
 
     scheme = SCHEMES[config.scheme]
     _check_served(config.fn, scheme)
@@ -194,10 +198,13 @@ def _check_profile(
 ) -> None:
     """As an engine refuses it: one that is missing, cannot be read, or wants another checkpoint."""
     if profile is not None:
+        from flashquant.config.resolve import check_profile_is_for
         from flashquant.profiles import load_profile
 
         own = checkpoint is None or checkpoint.quantization is not None
-        if not load_profile(profile.path).knows_weight_scales() and not own:
+        read = load_profile(profile.path)
+        check_profile_is_for(read.scheme, config, profile)
+        if not read.knows_weight_scales() and not own:
             raise ConfigError(
                 f"the profile {profile.reference} scales by what its W8A8 checkpoint holds, and "
                 "this one is not quantized. Name that checkpoint under `model`, or leave `profile` "

@@ -1,6 +1,6 @@
 """`flashquant profile`: make profiles, look at them, compare and convert them.
 
-make NEW --model BF16 --text FILE...     calibrate: run text through the model
+make NEW --model BF16 --text FILE...     calibrate int8 or int4: run text through the model
 make NEW --model BF16 --text FILE... --kv    scales of an fp8 KV cache
 make NEW --model BF16 --twin W8A8        from a W8A8 checkpoint of the same model
 inspect PROFILE [--plot PNG]             what a profile holds
@@ -20,13 +20,15 @@ from rich.console import Console
 from rich.progress import Progress, TaskID, track
 from rich.table import Column, Table
 
+from flashquant.config.schemes import SCHEMES
 from flashquant.errors import ProfileError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from flashquant.profiles import Profile
-    from flashquant.profiles.making import Checkpoint, Factors
+    from flashquant.profiles.making import Checkpoint
+    from flashquant.profiles.making.calibrate import Calibrated
     from flashquant.profiles.making.search import Chosen
 
 _BASE_FILES = "folder of the bf16 checkpoint: config.json, safetensors, tokenizer"
@@ -67,6 +69,12 @@ def _add_make(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
         "--text", nargs="+", metavar="FILE", help="to run through it: .txt, or .jsonl with 'text'"
     )
     make.add_argument(
+        "--scheme",
+        choices=[s.name for s in SCHEMES.values() if s.takes_profile and not s.held_as],
+        default="int8",
+        help="that it is for (default: %(default)s)",
+    )
+    make.add_argument(
         "--kv", action="store_true", help="make the scales of an fp8 KV cache, into a .json file"
     )
     make.add_argument("--checkpoint", metavar="FOLDER", help="also write the W8A8 checkpoint there")
@@ -80,6 +88,11 @@ def _make(chosen: argparse.Namespace) -> int:
     from flashquant.profiles import Base, save_profile, with_base
     from flashquant.profiles.making import Checkpoint, factors_of_twins, profile_of, write_w8a8
 
+    if chosen.scheme != "int8" and (chosen.twin or chosen.checkpoint):
+        raise ProfileError(
+            f"--twin and --checkpoint are of W8A8 checkpoints, which {chosen.scheme} has none of. "
+            "Give --text, and start the engine on the bf16 checkpoint."
+        )
     source = Checkpoint(chosen.model)
     base = Base(model=chosen.model, revision=chosen.revision)
     console = Console()
@@ -89,9 +102,17 @@ def _make(chosen: argparse.Namespace) -> int:
         factors, scales = factors_of_twins(source, twin)
         profile = profile_of(factors, source.items(), scales, chosen.new, base)
     else:
-        factors, layers, choices = _calibrate(source, chosen)
-        profile = profile_of(factors, source.items(), dict.fromkeys(layers), chosen.new, base)
-        console.print(_table_of(choices))
+        found = _calibrate(source, chosen)
+        profile = profile_of(
+            found.factors,
+            source.items(),
+            dict.fromkeys(found.layers),
+            chosen.new,
+            base,
+            scheme=chosen.scheme,
+            held=found.held,
+        )
+        console.print(_table_of(found.chosen))
     if chosen.checkpoint is not None:
         twin = Checkpoint(write_w8a8(source, profile, chosen.checkpoint))
         console.print(f"{chosen.checkpoint}: its W8A8 checkpoint")
@@ -125,9 +146,7 @@ def _make_kv(chosen: argparse.Namespace) -> int:
     return 0
 
 
-def _calibrate(
-    source: Checkpoint, chosen: argparse.Namespace
-) -> tuple[Factors, list[str], list[Chosen]]:
+def _calibrate(source: Checkpoint, chosen: argparse.Namespace) -> Calibrated:
     from flashquant.profiles.making.calibrate import calibrate
 
     with Progress(console=Console(stderr=True), transient=True) as progress:
@@ -143,6 +162,7 @@ def _calibrate(
             _texts(chosen.text),
             tokens=chosen.tokens,
             device=chosen.device,
+            group=SCHEMES[chosen.scheme].group,
             note_progress=note,
         )
 
@@ -169,9 +189,11 @@ def _table_of(choices: Iterable[Chosen]) -> Table:
     """What was chosen for each kind of site; strengths and errors over all blocks."""
     from flashquant.profiles.making.discovery import kind_of
 
-    kinds: dict[str, list[Chosen]] = {}
+    kinds: dict[tuple[str, ...], list[Chosen]] = {}
     for choice in choices:
-        kinds.setdefault(kind_of(choice.site.producers[0].name), []).append(choice)
+        site = choice.site
+        makers = [producer.name for producer in site.producers]
+        kinds.setdefault((*map(kind_of, makers[:1]), kind_of(site.consumers[0])), []).append(choice)
     table = Table("divided", "read by", "strength", "error", "without", box=None)
     for kind, found in kinds.items():
         readers = ", ".join(map(_short, found[0].site.consumers))
@@ -179,9 +201,9 @@ def _table_of(choices: Iterable[Chosen]) -> Table:
         span = f"{min(strengths)} to {max(strengths)}" if strengths else ""
         none = len(found) - len(strengths)
         table.add_row(
-            _short(kind),
+            _short(kind[0]) if found[0].site.producers else "",
             readers,
-            ", ".join(filter(None, [span, f"none in {none}" if none else ""])),
+            ", ".join(filter(None, [span, f"none in {none}" if none and span else ""])),
             f"{sum(c.error for c in found) / len(found):.2%}",
             f"{sum(c.error_without for c in found) / len(found):.2%}",
         )

@@ -102,6 +102,26 @@ def profile_of(config: RolloutConfig) -> Located | None:
     return next((profile for profile in found if profile is not None), None)
 
 
+def check_profile_is_for(scheme: str, config: RolloutConfig, profile: Located) -> None:
+    """A profile scales by the codes and groups of the scheme that it was made for.
+
+    Args:
+        scheme: the one that the profile is for.
+        config: the entry that asks for it.
+        profile: where it was found.
+
+    Raises:
+        ConfigError: the entry asks for another one.
+
+    """
+    if scheme not in (config.scheme, SCHEMES[config.scheme].held_as):
+        raise ConfigError(
+            f"the profile {profile.reference} is for {scheme}, and fn {config.fn!r} asks for "
+            f"{config.scheme}. Make one with `flashquant profile make --scheme {config.scheme}`, "
+            "or name another under `profile`."
+        )
+
+
 def check_same_scheme(own: Mapping[str, Any], scheme: str, model: str) -> None:
     """A checkpoint that is quantized already is served as it is, if that is what was asked for.
 

@@ -170,9 +170,10 @@ class RolloutConfig(BaseModel):
 
     @model_validator(mode="after")
     def _only_int8_has_scales_to_keep(self) -> RolloutConfig:
-        if "scales" in self.model_fields_set and not NAMES[self.fn].takes_profile:
+        scheme = NAMES[self.fn]
+        if "scales" in self.model_fields_set and not (scheme.takes_profile and scheme.bits == 8):
             raise ValueError(
-                f"scales is {self.scales!r}, but fn {self.fn!r} knows no profile; leave scales "
+                f"scales is {self.scales!r}, but fn {self.fn!r} has none to keep; leave scales "
                 "out, or write fn: int8"
             )
         return self
@@ -181,8 +182,8 @@ class RolloutConfig(BaseModel):
     def _a_profile_needs_real_weights_to_start_from(self) -> RolloutConfig:
         if NAMES[self.fn].takes_profile and self.profile and self.load_format == "dummy":
             raise ValueError(
-                "load_format is 'dummy', but an int8 profile scales by what the w8a8 checkpoint "
-                "holds; write load_format: auto"
+                "load_format is 'dummy', but a profile scales by what the checkpoint holds; write "
+                "load_format: auto"
             )
         return self
 

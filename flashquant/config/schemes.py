@@ -113,9 +113,11 @@ SCHEMES: Final[Mapping[str, Scheme]] = MappingProxyType(
                 held_as="int8",
             ),
             Scheme("nvfp4", codes="float4_e2m1fn", scales="group", bits=4, group=16, emulated=True),
-            Scheme("int4", codes="int4", scales="group", bits=4, group=128),
-            Scheme("int4_g32", codes="int4", scales="group", bits=4, group=32),
-            Scheme("int4_channel", codes="int4", scales="channel", bits=4, group=-1),
+            Scheme("int4", codes="int4", scales="group", bits=4, group=128, takes_profile=True),
+            Scheme("int4_g32", codes="int4", scales="group", bits=4, group=32, takes_profile=True),
+            Scheme(
+                "int4_channel", codes="int4", scales="channel", bits=4, group=-1, takes_profile=True
+            ),
         )
     }
 )

@@ -151,7 +151,8 @@ def _tensors(layer: Any, side: str) -> list[Tensor]:
 def _write(layer: Any, pair: tuple[Tensor, Tensor]) -> None:
     for side, scale in zip(_SIDES, pair, strict=True):
         for tensor in _tensors(layer, side):
-            tensor.copy_(scale)
+            if scale.numel() == tensor.numel():  # shapes differ: [] and [1]
+                tensor.copy_(scale.view_as(tensor))
         if scale.numel() == 1:
             setattr(layer, f"{side}_float", scale.item())
 

@@ -44,7 +44,7 @@ def kept_by(vllm_config: VllmConfig) -> frozenset[str]:
 
 
 def kv_scales_of(vllm_config: VllmConfig) -> dict[str, tuple[float, float]]:
-    """What the KV cache starts with, of keys and of values, by attention layer; empty for vLLM's."""
+    """The scales that the KV cache starts with, by attention layer; empty for vLLM's."""
     if not asks_for_session(vllm_config):
         return {}
     held = vllm_config.additional_config[ADDITIONAL_CONFIG_KEY].get(KV_SCALES_KEY, {})

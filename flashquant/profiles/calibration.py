@@ -21,6 +21,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from flashquant.config.schemes import SCHEMES
 from flashquant.errors import MisfitTensor
 from flashquant.profiles.fit import Fit
 from flashquant.profiles.profile import Entry, Profile
@@ -28,6 +29,7 @@ from flashquant.profiles.pruning import Pruning, Undo
 from flashquant.schemes import (
     Doubts,
     check_finite,
+    int4_refreshed,
     int8_frozen,
     int8_refreshed,
     scaled,
@@ -92,6 +94,7 @@ class Calibration:
         self._worth: dict[tuple[str, torch.device], Tensor] = {}
         self._kept = frozenset(name for name in kept if name in self._entries)
         self._fit = Fit(profile, starts_on_floats=starts_on_floats, kept=self._kept)
+        self._group = SCHEMES[profile.scheme].group or -1  # of int4, which has groups
         self._pruning = Pruning(self._entries) if prunes else None
 
     def __contains__(self, name: str) -> bool:
@@ -149,6 +152,9 @@ class Calibration:
             stored = scaled_norm(tensor, columns, entry.offset).to(entry.kind)
             yield name, stored if self._pruning is None else self._pruning.norm(name, stored)
             return
+        if entry.held is not None:
+            yield from self._stored_in_groups(name, tensor, entry, entry.held, into)
+            return
         scale = self._weight_scale(name, tensor.device)
         if name in self._kept:
             yield name, (scaled(tensor, columns, rows) * scale).to(tensor.dtype)
@@ -165,13 +171,24 @@ class Calibration:
         if self._pruning is not None and (norm := self._pruning.codes(name, codes)):
             yield norm
 
+    def _stored_in_groups(
+        self, name: str, tensor: Tensor, entry: Entry, held: Tensor, into: Tensor | None
+    ) -> Iterator[tuple[str, Tensor]]:
+        columns, rows = entry.input_scale, entry.output_scale
+        if name in self._kept:
+            yield name, scaled(tensor, columns, rows).to(tensor.dtype)
+            return
+        codes, scale = int4_refreshed(tensor, columns, rows, held, into, group=self._group)
+        yield name, codes
+        yield f"{name}_scale", scale
+
     def quantizers(self) -> Iterator[Callable[[Tensor], object]]:
         """Each way in which weights go through this profile, with factors of one, as a function
         of rows: what is compiled for it is what a push will launch."""
         factors = {
             (entry.input_scale is not None, entry.output_scale is not None)
             for entry in self._entries.values()
-            if entry.kind == torch.int8
+            if entry.kind == torch.int8 and entry.held is None
         }
         for has_input, has_output in sorted(factors):
             yield functools.partial(

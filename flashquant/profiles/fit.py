@@ -166,8 +166,10 @@ class Fit:
             yield f"{name} has shape {shape}, and {wanted} by the profile"
         if makes_codes:
             scale = self.weight_scales.get(name)
-            if scale is None or scale.numel() != shape[0]:
-                yield f"{name} has no weight scale for each of its {shape[0]} rows"
+            many = shape[0] if entry.held is None else entry.held.numel()
+            if scale is None or scale.numel() != many:
+                of = "rows" if entry.held is None else "groups"
+                yield f"{name} has no weight scale for each of its {many} {of}"
             elif not (scale.isfinite() & (scale > 0)).all():
                 yield f"{name} has weight scales that are not finite and positive"
             elif self._is_of_others(entry, scale):
@@ -192,6 +194,8 @@ def _likeness(weight: Tensor, entry: Entry) -> float:
     found = [
         row_absmax(scaled(weight[part], entry.input_scale, None)) for part in row_chunks(weight)
     ]
-    smoothing = 1.0 if entry.output_scale is None else entry.output_scale * rows
+    smoothing: Tensor | float = 1.0
+    if entry.output_scale is not None:
+        smoothing = entry.output_scale if entry.held is not None else entry.output_scale * rows
     pair = torch.stack([torch.cat(found).flatten() * smoothing, rows]).clamp_min(1e-30).log()
     return float(torch.corrcoef(pair)[0, 1])

@@ -7,7 +7,7 @@
 
 The tensors beside it are `NAME.input_scale`, `NAME.output_scale` and `NAME.weight_scale`,
 float32, one number a channel. One that is missing stands for ones; a weight scale, for that of the
-checkpoint.
+checkpoint. A profile for int4 also has `NAME.held`, uint8, one number a group.
 """
 
 from __future__ import annotations
@@ -51,6 +51,6 @@ class Header(_Strict):
 
     format: Literal["flashquant-profile"] = "flashquant-profile"
     version: Literal[1] = 1
-    scheme: Literal["int8_channel"] = "int8_channel"
+    scheme: Literal["int8_channel", "int4", "int4_g32", "int4_channel"] = "int8_channel"
     base: Base | None = None
     entries: dict[str, EntryHeader] = Field(min_length=1)

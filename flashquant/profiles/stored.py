@@ -18,9 +18,10 @@ from torch import Tensor
 
 from flashquant.errors import ProfileError
 from flashquant.profiles.header import EntryHeader, Header
-from flashquant.profiles.profile import KINDS, SIDES, Entry, Profile
+from flashquant.profiles.profile import HELD, KINDS, SIDES, Entry, Profile
 
 _HEADER: Final = "flashquant_profile"
+_INT8, _INT8_BY_CHANNEL = "int8", "int8_channel"  # the scheme, and what files have always called it
 
 
 class _Entries(Mapping[str, Entry]):
@@ -32,12 +33,12 @@ class _Entries(Mapping[str, Entry]):
 
     def __getitem__(self, name: str) -> Entry:
         header = self._headers[name]
-        columns, rows, worth = (
+        columns, rows, worth, held = (
             self._file.get_tensor(key) if (key := f"{name}.{side}") in self._stored else None
-            for side in SIDES
+            for side in (*SIDES, HELD)
         )
         try:
-            entry = Entry(KINDS[header.kind], columns, rows, worth, header.offset)
+            entry = Entry(KINDS[header.kind], columns, rows, worth, header.offset, held)
             if entry.shape != tuple(header.shape):
                 raise ProfileError(f"is {header.shape} by the header, {list(entry.shape)} by size")
         except ProfileError as refusal:
@@ -77,12 +78,20 @@ def read_stored(path: Path, source: str) -> Profile:
         problem = error.errors(include_url=False)[0]
         place = ".".join(map(str, problem["loc"]))
         raise ProfileError(f"{source}: header, {place}: {problem['msg']}") from None
-    known = {f"{name}.{side}" for name in header.entries for side in SIDES}
-    if foreign := sorted(set(file.keys()) - known):
+    known = {f"{name}.{side}" for name in header.entries for side in (*SIDES, HELD)}
+    stored = set(file.keys())
+    if foreign := sorted(stored - known):
         raise ProfileError(
             f"{source} holds {foreign[0]!r}, which its header does not speak of. Make it anew."
         )
-    return Profile(_Entries(file, header.entries, source), source, header.base)
+    scheme = _INT8 if header.scheme == _INT8_BY_CHANNEL else header.scheme
+    for name, entry in header.entries.items():
+        if (f"{name}.{HELD}" in stored) != (entry.kind == _INT8 != scheme):
+            raise ProfileError(
+                f"{source} is for {scheme}, and {name} has {HELD} of int4, or lacks it. Make it "
+                "anew."
+            )
+    return Profile(_Entries(file, header.entries, source), source, header.base, scheme)
 
 
 def save_profile(profile: Profile, path: str | os.PathLike[str]) -> None:
@@ -108,9 +117,10 @@ def save_profile(profile: Profile, path: str | os.PathLike[str]) -> None:
                 "offset": int(entry.offset),
             }
         )
-        for side, vector in entry.vectors.items():
+        for side, vector in entry.tensors.items():
             tensors[f"{name}.{side}"] = vector.detach().clone()  # vectors may share memory
-    header = Header(base=profile.base, entries=headers)
+    scheme = _INT8_BY_CHANNEL if profile.scheme == _INT8 else profile.scheme
+    header = Header.model_validate({"scheme": scheme, "base": profile.base, "entries": headers})
     unfinished = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         save_file(tensors, unfinished, metadata={_HEADER: header.model_dump_json()})

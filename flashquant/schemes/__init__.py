@@ -39,7 +39,7 @@ from flashquant.schemes.quick import (
     storing,
     warm,
 )
-from flashquant.schemes.smoothed import scaled, scaled_norm
+from flashquant.schemes.smoothed import int4_refreshed, scaled, scaled_norm
 from flashquant.schemes.stored import has_groups, holds_codes, quantizer
 from flashquant.schemes.validation import (
     Doubts,
@@ -76,6 +76,7 @@ __all__ = [
     "fp8_tensor_rows",
     "has_groups",
     "holds_codes",
+    "int4_refreshed",
     "int8_channel",
     "int8_frozen",
     "int8_refreshed",

@@ -17,11 +17,13 @@ _HALF_OF_RANGE = 7.5  # -8 and 7 are as far from zero as each other
 _TINY = torch.finfo(torch.bfloat16).tiny
 
 
-def int4_group(weight: Tensor, codes: Tensor | None = None, *, group: int) -> tuple[Tensor, Tensor]:
+def int4_group(
+    weight: Tensor, codes: Tensor | None = None, *, group: int, held: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Quantize each group of columns to its own absolute maximum, rounded to nearest.
 
-    scale = bf16(absmax / 7.5), code = clamp(round_half_even(weight / scale), -8, 7), in float32
-    and by true division: the range of compressed-tensors' symmetric int4
+    scale = bf16(held * absmax / 7.5), code = clamp(round_half_even(weight / scale), -8, 7), in
+    float32 and by true division: the range of compressed-tensors' symmetric int4
     (`calculate_qparams` in its quantization/utils/helpers.py), whose checkpoints store scales in
     the model's dtype, too. Codes are made by the scale as it is stored. A group of zeros has codes
     0 and scale 1; so has one whose scale would be no normal number (below 1.2e-38).
@@ -30,6 +32,8 @@ def int4_group(weight: Tensor, codes: Tensor | None = None, *, group: int) -> tu
         weight: `[N, K]`, or of several matrices `[E, N, K]`; bf16, fp16 or fp32.
         codes: of the same shape, where they are to be written; new memory if not given.
         group: how many columns share a scale; -1 for a whole row.
+        held: `[..., N, K / group]` float32, how much of each group's absolute maximum codes reach;
+            what is beyond is clipped. All of it if not given.
 
     Returns:
         codes `[..., N, K]` int8 in [-8, 7] and scales `[..., N, K / group]` bfloat16.
@@ -49,6 +53,8 @@ def int4_group(weight: Tensor, codes: Tensor | None = None, *, group: int) -> tu
     groups, into = weight.reshape(-1, form[-1], width), codes.view(-1, form[-1], width)
     for rows in row_chunks(weight.reshape(-1, columns)):
         peak = row_absmax(groups[rows].reshape(-1, width)).view(-1, form[-1], 1)
+        if held is not None:
+            peak = peak * held.view(-1, form[-1], 1)[rows]
         # A 0-d tensor is divided by; a Python number would be turned into a reciprocal.
         scale = (peak / torch.tensor(_HALF_OF_RANGE, device=weight.device)).bfloat16().float()
         scale = torch.where(scale < _TINY, 1.0, scale)  # NaN stays, for it is not less

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import hardshrink
 
 from flashquant.schemes.chunks import row_chunks
+from flashquant.schemes.int4 import int4_group
 from flashquant.schemes.int8 import int8_channel
 
 # A scale of absmax / 127.5 puts the maximum of each row between two codes: that is no clipping.
@@ -112,4 +113,40 @@ def int8_refreshed(
         factor = None if output_scale is None else output_scale[rows]
         codes[rows], counted = int8_channel(scaled(weight[rows], input_scale, factor))
         scales[rows] = weight_scale[rows] * counted
+    return codes, scales
+
+
+def int4_refreshed(
+    weight: Tensor,
+    input_scale: Tensor | None,
+    output_scale: Tensor | None,
+    held: Tensor,
+    codes: Tensor | None = None,
+    *,
+    group: int,
+) -> tuple[Tensor, Tensor]:
+    """`int4_group` of the smoothed weight w'.
+
+    Args:
+        weight: `[N, K]`.
+        input_scale: `[K]` float32.
+        output_scale: `[N]` float32.
+        held: `[N, K / group]` uint8, hundredths of each group's absolute maximum that codes reach.
+        codes: `[N, K]`, where they are to be written; new memory if not given.
+        group: how many columns share a scale; -1 for a whole row.
+
+    Returns:
+        codes `[N, K]` int8 in [-8, 7] and scales `[N, K / group]` bfloat16.
+
+    """
+    if codes is None:
+        codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    scales = torch.empty(held.shape, dtype=torch.bfloat16, device=weight.device)
+    hundred = torch.tensor(100.0, device=weight.device)
+    for rows in row_chunks(weight):
+        factor = None if output_scale is None else output_scale[rows]
+        smoothed = scaled(weight[rows], input_scale, factor)
+        codes[rows], scales[rows] = int4_group(
+            smoothed, group=group, held=held[rows].float() / hundred
+        )
     return codes, scales

@@ -154,3 +154,20 @@ def test_the_scales_of_a_kv_cache_are_made(
     assert "model.layers.0.self_attn" in capsys.readouterr().out
     assert make(folder, new, "--twin", str(folder / "w8a8"), "--kv") == 1
     assert "give --text" in capsys.readouterr().err
+
+
+def test_a_profile_for_int4_is_made(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    new, text = tmp_path / "new.safetensors", str(folder / "words.txt")
+
+    assert make(folder, new, "--text", text, "--scheme", "int4_g32") == 0
+
+    profile = load_profile(new)
+    assert profile.scheme == "int4_g32"
+    held = {name: entry.held for name, entry in profile.entries.items() if entry.held is not None}
+    assert len(held) == 7
+    assert "o_proj" in capsys.readouterr().out
+    assert make(folder, new, "--twin", str(folder / "w8a8"), "--scheme", "int4") == 1
+    assert "W8A8 checkpoints" in capsys.readouterr().err
+    assert main(["profile", "inspect", str(new)]) == 0

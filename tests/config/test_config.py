@@ -181,6 +181,7 @@ def test_a_misspelt_configs_gives_one_line(write):
         ("configs: [{fn: int8, quantization: fp8}]", "leave quantization out, or change fn"),
         ("configs: [{fn: bf16, quantization: fp8}]", "leave quantization out, or change fn"),
         ("configs: [{fn: fp8, scales: frozen}]", "leave scales out, or write fn: int8"),
+        ("configs: [{fn: int4, scales: frozen}]", "has none to keep"),
         ("configs: [{kv_scales: kv.json}]", "write kv_cache: fp8, or leave kv_scales out"),
         ("configs: [{fn: bf16, quantize_towers: true}]", "leave it out, or change fn"),
         ("configs: [{quantize_towers: 1}]", "must be true or false"),

@@ -115,7 +115,7 @@ def _entry(name, **values):
     [
         (_set(format="other"), "header, format: Input should be 'flashquant-profile'"),
         (_set(version=2), "header, version: Input should be 1"),
-        (_set(scheme="int4"), "header, scheme: Input should be 'int8_channel'"),
+        (_set(scheme="int5"), "header, scheme: Input should be 'int8_channel', 'int4'"),
         (_set(extra=1), "header, extra: Extra inputs are not permitted"),
         (_set(entries={}), "header, entries: Dictionary should have at least 1 item"),
         (_set(base={"model": "m", "fingerprint": {"a": "b"}}), r"base\.fingerprint\.a: String sh"),
@@ -204,3 +204,46 @@ def test_a_fingerprint_is_of_the_bytes():
     assert fingerprint(tensor) == fingerprint(tensor.t().contiguous().t())
     assert fingerprint(tensor) != fingerprint(tensor + 1)
     assert fingerprint(tensor.bfloat16()) == fingerprint(tensor.bfloat16().clone())
+
+
+HELD = torch.full((2, 3), 95, dtype=torch.uint8)
+
+
+def test_a_profile_for_int4_is_read_as_it_was_saved(tmp_path):
+    entry = Entry(torch.int8, torch.ones(12), None, torch.ones(2), held=HELD)
+    save_profile(
+        Profile({"up.weight": entry}, "here", scheme="int4_g32"), tmp_path / "p.safetensors"
+    )
+
+    profile = load_profile(tmp_path / "p.safetensors")
+
+    assert profile.scheme == "int4_g32"
+    assert profile.knows_weight_scales()
+    assert same(profile.entries["up.weight"].held, HELD)
+    assert profile.entries["up.weight"].shape == (2, 12)
+
+
+def test_groups_belong_to_int4_alone(tmp_path):
+    plain, grouped = (
+        Entry(torch.int8, torch.ones(12), None),
+        Entry(torch.int8, None, None, held=HELD),
+    )
+    for scheme, entry in (("int8", grouped), ("int4", plain)):
+        save_profile(
+            Profile({"up.weight": entry}, "here", scheme=scheme), tmp_path / "p.safetensors"
+        )
+        with pytest.raises(ProfileError, match=rf"is for {scheme}, and up.weight has held of int4"):
+            load_profile(tmp_path / "p.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("held", "says"),
+    [
+        (HELD.float(), "it should be uint8"),
+        (HELD[0], "it should be uint8"),
+        (HELD * 0, "reach nothing"),
+    ],
+)
+def test_groups_that_cannot_be_are_refused(held, says):
+    with pytest.raises(ProfileError, match=says):
+        Entry(torch.int8, None, None, held=held)

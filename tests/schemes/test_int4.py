@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from flashquant.errors import MisfitTensor
-from flashquant.schemes import DEFINITIONS, chunks
+from flashquant.schemes import DEFINITIONS, chunks, int4_refreshed
 from flashquant.schemes.int4 import check_int4, int4_group
 
 FLOATS = [torch.bfloat16, torch.float16, torch.float32]
@@ -51,6 +51,21 @@ def test_codes_and_scales_are_the_arithmetic_of_the_docstring(
     expected_codes, expected_scales = again(weight, group)
     assert np.array_equal(codes.numpy(), expected_codes)
     assert np.array_equal(scales.float().numpy(), expected_scales)
+
+
+def test_what_is_held_of_each_group_sets_its_scale_and_the_rest_is_clipped():
+    weight = gaussian(6, 64, torch.bfloat16)
+    held = torch.tensor([[60, 100]]).repeat(6, 1).to(torch.uint8)
+
+    codes, scales = int4_refreshed(weight, None, None, held, group=32)
+
+    whole, _ = again(weight, 32)
+    peak = weight.float().view(6, 2, 32).abs().amax(2)
+    expected = (peak * (held.float() / 100) / torch.tensor(7.5)).bfloat16()
+    assert torch.equal(scales, expected)
+    assert np.array_equal(codes[:, 32:].numpy(), whole[:, 32:])
+    assert set(codes[:, :32].abs().amax(1).tolist()) <= {7, 8}
+    assert (codes[:, :32] == -8).sum() + (codes[:, :32] == 7).sum() > 6
 
 
 def test_a_group_of_zeros_has_codes_of_zeros_and_a_scale_that_can_be_divided_by():

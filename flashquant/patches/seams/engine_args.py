@@ -18,7 +18,7 @@ from transformers import PretrainedConfig
 from flashquant.config import env
 from flashquant.config.checks import Checks, checks_from_env
 from flashquant.config.locate import Located, split_revision
-from flashquant.config.resolve import profile_of
+from flashquant.config.resolve import check_profile_is_for, profile_of
 from flashquant.config.schema import FlashConfig, RolloutConfig, config_from_env
 from flashquant.config.schemes import SCHEMES, Scheme
 from flashquant.errors import ConfigError
@@ -158,7 +158,8 @@ def _check_profile(
     """Refuse a scheme without the profile it needs, and a profile without its checkpoint.
 
     Raises:
-        ConfigError: there is none where one is needed, or it needs a W8A8 checkpoint.
+        ConfigError: there is none where one is needed, it is for another scheme, or it needs a W8A8
+            checkpoint.
         ProfileError: it cannot be read, which is better known here than in a worker.
 
     """
@@ -169,7 +170,9 @@ def _check_profile(
                 "it under `profile`, or use int8."
             )
         return
-    if not load_profile(profile.path).knows_weight_scales() and not is_quantized:
+    read = load_profile(profile.path)
+    check_profile_is_for(read.scheme, config, profile)
+    if not read.knows_weight_scales() and not is_quantized:
         raise ConfigError(
             f"the profile {profile.reference} scales by what its W8A8 checkpoint holds, and "
             f"{model} is not quantized. Name that checkpoint under `model`, or leave "

@@ -1,4 +1,4 @@
-"""Making int8 profiles: which factors a model can be smoothed by, and which serve it best.
+"""Making profiles: which factors a model can be smoothed by, and which serve it best.
 
 SmoothQuant (Xiao et al., 2022, arXiv:2211.10438) divides a channel of activations by s and
 multiplies the column of weights that reads it, so that large activations cost fewer codes:
@@ -8,7 +8,8 @@ multiplies the column of weights that reads it, so that large activations cost f
 Whoever made x is divided once and for all: a norm, or the rows of the layer before.
 
     discovery   bf16 model            -> sites: who may be divided for whom, proved by running it
-    search      sites and activations -> s of each
+    search      sites and activations -> s of each, for int8
+    groups      the same for int4, and how much of each group its codes reach
     kv_scales   model and prompts     -> what its keys and values are divided by in a cache
     w8a8_pairs  bf16 and W8A8 weights -> the s that another tool has chosen
     checkpoint  profile and weights   -> the W8A8 checkpoint in compressed-tensors format

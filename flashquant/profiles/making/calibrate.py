@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,28 @@ from flashquant.errors import ProfileError
 from flashquant.profiles.making.checkpoint import Checkpoint
 from flashquant.profiles.making.discovery import find_sites, linear_layers
 from flashquant.profiles.making.factors import Factors
+from flashquant.profiles.making.groups import alone, choose_for_groups
 from flashquant.profiles.making.search import Chosen, choose, factors_of, watch
 
 _TOKENS_OF_A_PROOF = 48
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """How a model is to be scaled.
+
+    Attributes:
+        factors: by name.
+        layers: the weights that are to be stored as codes.
+        chosen: what was decided where.
+        held: of int4, `[N, groups]` uint8 by layer: hundredths of each group that codes reach.
+
+    """
+
+    factors: Factors
+    layers: list[str]
+    chosen: list[Chosen]
+    held: dict[str, Tensor]
 
 
 def calibrate(
@@ -26,9 +46,10 @@ def calibrate(
     length: int = 512,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
+    group: int | None = None,
     note_progress: Callable[[str, float], None] = lambda phase, done: None,
-) -> tuple[Factors, list[str], list[Chosen]]:
-    """Choose how a bf16 model is smoothed for int8, from the model alone.
+) -> Calibrated:
+    """Choose how a bf16 model is smoothed, from the model alone.
 
     Args:
         source: the model, with its tokenizer; transformers runs it.
@@ -37,14 +58,12 @@ def calibrate(
         length: of the windows that they are cut into.
         device: where the model runs.
         dtype: it runs in.
+        group: how many columns share a scale in int4, -1 for a whole row; None for int8.
         note_progress: called with the phase, and which part of it is done.
-
-    Returns:
-        The factors, the weights that are to be stored as codes, and what was chosen where.
 
     Raises:
         ProfileError: transformers is missing, or does not know the model or its tensors by the
-            names in the checkpoint; or there is no text.
+            names in the checkpoint; there is no text; or a layer is no whole groups.
 
     """
     model, tokenizer = load(source.folder, device, dtype)
@@ -58,6 +77,10 @@ def calibrate(
     windows = windows_of(tokenizer, texts, tokens, length, device)
     note_progress("finding what can be smoothed", 0)
     sites = find_sites(model, windows[0][:, :_TOKENS_OF_A_PROOF])
+    parameters = dict(model.named_parameters())
+    if group is not None:
+        _check_groups({name: parameters[name] for name in layers}, group)
+        sites += alone(sites, layers)
     seen = 0
 
     def note_tokens(count: int) -> None:
@@ -66,14 +89,28 @@ def calibrate(
         note_progress("running the text", seen / (len(windows) * length))
 
     watched = watch(model, sites, windows, note_tokens)
-    parameters = dict(model.named_parameters())
-    chosen = []
+    chosen: list[Chosen] = []
+    held: dict[str, Tensor] = {}
     with torch.no_grad():
         for done, site in enumerate(sites):
             note_progress("choosing strengths", done / len(sites))
-            chosen.append(choose(site, watched.pop(site), parameters))
+            if group is None:
+                chosen.append(choose(site, watched.pop(site), parameters))
+                continue
+            found, of_site = choose_for_groups(site, watched.pop(site), parameters, group)
+            chosen.append(found)
+            held |= of_site
     note_progress("choosing strengths", 1)
-    return factors_of(chosen, parameters), layers, chosen
+    return Calibrated(factors_of(chosen, parameters), layers, chosen, held)
+
+
+def _check_groups(weights: Mapping[str, Tensor], group: int) -> None:
+    for name, weight in weights.items():
+        if group != -1 and weight.shape[1] % group:
+            raise ProfileError(
+                f"{name} has {weight.shape[1]} columns, no multiple of groups of {group}; make "
+                "the profile for int4_g32 or int4_channel"
+            )
 
 
 def load(folder: Path, device: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -86,6 +87,9 @@ def profile_of(
     layers: Mapping[str, Tensor | None],
     source: str,
     base: Base | None = None,
+    *,
+    scheme: str = "int8",
+    held: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> Profile:
     """A profile of a model under these factors.
 
@@ -96,6 +100,8 @@ def profile_of(
             None for a scale of the row's own: absmax / 127 after smoothing.
         source: for errors.
         base: of which checkpoint it is.
+        scheme: that it is for.
+        held: of each layer, for int4: `[N, groups]`, hundredths of what its codes reach.
 
     Raises:
         ProfileError: a layer is not in the checkpoint.
@@ -113,7 +119,10 @@ def profile_of(
                 peak = row_absmax(scaled(tensor, columns, rows)).flatten()
                 scale = torch.where(peak == 0, 1.0, peak) / torch.tensor(127.0, device=peak.device)
             counted = 1 / scale if rows is None else rows / scale
-            entries[name] = Entry(torch.int8, columns, counted, scale)
+            if name in held:
+                entries[name] = Entry(torch.int8, columns, rows, scale, held=held[name])
+            else:
+                entries[name] = Entry(torch.int8, columns, counted, scale)
         elif rows is not None:
             if tensor.dtype not in KINDS.values():
                 raise ProfileError(f"{name} is {tensor.dtype}; known: {', '.join(KINDS)}")
@@ -123,4 +132,4 @@ def profile_of(
             f"{source} has no {min(missing)} ({len(missing)} such layers), so it is not the "
             "checkpoint of this model"
         )
-    return Profile(entries, source, base)
+    return Profile(entries, source, base, scheme)

@@ -1,17 +1,18 @@
 """The scales of a KV cache, from what a model caches of some prompts.
 
-    scale = 2 ** ceil(log2(max |x| / 224))        of the keys of a layer, and of its values
+    scale = 2 ** (j / 8) * 2 ** e        of the keys of a layer, and of its values
 
-e4m3 reaches 448, so the largest that was seen is cached as 112 to 224: another text may go twice as
-far. Powers of two, because division by one is exact: what is rounded is rounded once, and just as
-it would be under 1.0. So a scale takes away what 1.0 loses at the ends of the range, and adds
-nothing; and the sums of another device, of other ranks or of another kernel end at the same scale.
+e4m3 reaches 448. The power e has the largest that was seen cached as 112 to 224: another text may
+go twice as far. Within that octave, j is the one of eight at which rounding moves keys (or values)
+least, in squares. Floats of three bits round some numbers far better than others, and what a layer
+caches is not spread evenly: the large channels of keys have much the same values in every token.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
 
@@ -22,39 +23,74 @@ from flashquant.errors import ProfileError
 from flashquant.plan import unwrapped
 
 _REACH: Final = 224.0  # half of what e4m3 holds
-_MOST: Final = 126  # powers of two of a float32 that is normal
+_MOST: Final = 125  # powers of two of a float32 that is normal
+_STEPS: Final = 2.0 ** (torch.arange(8, dtype=torch.float64, device="cpu") / 8)
+_E4M3: Final = torch.float8_e4m3fn
 Prompt = Sequence[int] | Tensor
 
 
 def kv_scales(model: nn.Module, prompts: Iterable[Prompt]) -> dict[str, tuple[float, float]]:
     """`flashquant.kv_scales`, which is where it is described."""
-    peaks: dict[str, tuple[Tensor, Tensor]] = {}
+    seen: dict[str, tuple[_Side, _Side]] = {}
     _check_caches_keys(model)
     with _evaluated(model), _callers(model) as callers, torch.no_grad():
         for prompt in prompts:
-            model(input_ids=_tokens(model, prompt), past_key_values=_cache(callers, peaks))
-    if not peaks:
+            model(input_ids=_tokens(model, prompt), past_key_values=_cache(callers, seen))
+    if not seen:
         raise ProfileError(
             "the model has cached no key: there was no prompt, or its layers do not take "
             "transformers' cache (past_key_values). Give it a handful of prompts."
         )
     return {
         name: (_scale(name, "keys", keys), _scale(name, "values", values))
-        for name, (keys, values) in peaks.items()
+        for name, (keys, values) in seen.items()
     }
 
 
-def _scale(name: str, side: str, peak: Tensor) -> float:
-    largest = float(peak)
-    if not torch.isfinite(peak):
+@dataclass
+class _Side:
+    """What was cached of the keys, or of the values, of one layer.
+
+    Attributes:
+        peak: max |x|.
+        moved: `[8]` float64, by how much rounding moves them under each scale of the octave; sums
+            of squares.
+
+    """
+
+    peak: Tensor
+    moved: Tensor
+
+    @classmethod
+    def of(cls, cached: Tensor) -> _Side:
+        held = cached.float()
+        peak = held.abs().amax()
+        scales = _octave(peak)
+        moved = [((held / s).to(_E4M3).float() * s - held).square().sum() for s in scales]
+        return cls(peak, torch.stack(moved).double())
+
+    def add(self, other: _Side) -> None:
+        # NaN stays: torch.maximum hands it on.
+        self.peak, self.moved = torch.maximum(self.peak, other.peak), self.moved + other.moved
+
+
+def _octave(peak: Tensor) -> Tensor:
+    """`[8]` scales under which the largest is cached as 112 to 224; of nothing, about 1."""
+    steps = _STEPS.to(peak.device)
+    power = (peak.double() / _REACH / steps).log2().ceil().nan_to_num(0.0, 0.0, 0.0)
+    return (steps * power.clamp(-_MOST, _MOST).exp2()).float()
+
+
+def _scale(name: str, side: str, seen: _Side) -> float:
+    largest = float(seen.peak)
+    if not torch.isfinite(seen.peak):
         raise ProfileError(
             f"the {side} of {name} reach {largest}, so no scale holds them. Are the weights sound, "
             "and do prompts hold tokens of this model?"
         )
     if largest == 0:
         return 1.0  # nothing to scale
-    power = torch.tensor(largest / _REACH, dtype=torch.float64).log2().ceil()
-    return float(2.0 ** power.clamp(-_MOST, _MOST))
+    return float(_octave(seen.peak)[int(seen.moved.argmin())])
 
 
 def _check_caches_keys(model: nn.Module) -> None:
@@ -75,7 +111,7 @@ def _tokens(model: nn.Module, prompt: Prompt) -> Tensor:
     return tokens.unsqueeze(0)
 
 
-def _cache(callers: Sequence[str], peaks: dict[str, tuple[Tensor, Tensor]]) -> Any:
+def _cache(callers: Sequence[str], seen: dict[str, tuple[_Side, _Side]]) -> Any:
     """A cache of transformers that looks at what comes, and keeps nothing of it."""
     try:
         from transformers import DynamicCache
@@ -83,14 +119,16 @@ def _cache(callers: Sequence[str], peaks: dict[str, tuple[Tensor, Tensor]]) -> A
         raise ProfileError(f"transformers is needed to run the model: {missing}") from missing
 
     class Watching(DynamicCache):
-        def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-            name = callers[-1]
-            found = [side.detach().abs().amax().float() for side in (keys, values)]
-            before = peaks.get(name, found)
-            # NaN stays: torch.maximum hands it on.
-            key, value = map(torch.maximum, found, before)
-            peaks[name] = key, value
-            return keys, values
+        def update(
+            self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any
+        ) -> tuple[Tensor, Tensor]:
+            keys, values = _Side.of(key_states), _Side.of(value_states)
+            if callers[-1] in seen:
+                for before, now in zip(seen[callers[-1]], (keys, values), strict=True):
+                    before.add(now)
+            else:
+                seen[callers[-1]] = keys, values
+            return key_states, value_states
 
     return Watching()
 
