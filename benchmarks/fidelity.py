@@ -80,7 +80,8 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=20, help="of real fine-tuning at 1e-5")
     parser.add_argument("--json", type=Path)
     chosen = parser.parse_args()
-    os.environ.update(arms.environment() | {"OMP_NUM_THREADS": str(os.cpu_count())})
+    ours = {"OMP_NUM_THREADS": str(os.cpu_count()), "FLASHQUANT_EMULATE": "1"}
+    os.environ.update(arms.environment() | ours)
     arms.enable_amx()
     results: dict[str, dict[str, Gap]] = {}
     with tempfile.TemporaryDirectory() as scratch:
@@ -178,6 +179,8 @@ def start_engines(
         "fp8_channel": (path, "fp8_channel"),
         "fp8_tensor": (path, "fp8_tensor"),
         "fp8_vllm": (path, "fp8_vllm"),
+        "mxfp8": (path, "mxfp8"),
+        "nvfp4": (path, "nvfp4"),
         "int4_g32": (path, "int4_g32"),
         "int4_g32, profile": (path, in_groups(scratch, source, model, windows)),
         "int4_channel": (path, "int4_channel"),

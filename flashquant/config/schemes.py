@@ -112,6 +112,17 @@ SCHEMES: Final[Mapping[str, Scheme]] = MappingProxyType(
                 takes_profile=True,
                 held_as="int8",
             ),
+            Scheme(
+                "mxfp4",
+                codes="float4_e2m1fn",
+                scales="group",
+                bits=4,
+                group=32,
+                vllm=None,
+                instead="no reload of it could be compared with a start (on a CPU, vLLM's "
+                "emulation of it wants amd-quark and Triton); nvfp4 has codes of four bits, too, "
+                "in smaller groups",
+            ),
             Scheme("nvfp4", codes="float4_e2m1fn", scales="group", bits=4, group=16, emulated=True),
             Scheme("int4", codes="int4", scales="group", bits=4, group=128, takes_profile=True),
             Scheme("int4_g32", codes="int4", scales="group", bits=4, group=32, takes_profile=True),

@@ -16,6 +16,7 @@ import flashquant
 from flashquant.errors import ConfigError, MisfitTensor, UnsupportedEngine
 from flashquant.patches.diagnostics.examination import engines
 from flashquant.patches.diagnostics.examination import policies as checkpoints
+from flashquant.patches.guard import vllm_is
 from flashquant.patches.seams import emulation
 from flashquant.schemes import nvfp4_matrix
 from flashquant.sender import Sender
@@ -86,6 +87,8 @@ MEANT = {"mxfp8": mxfp8, "nvfp4": nvfp4}
 def test_the_kernel_computes_with_what_codes_by_definition_stand_for(
     live: Serving, policies: Policies
 ) -> None:
+    if live.scheme == "mxfp8" and not vllm_is(">=0.27"):  # its codes go up to 2
+        pytest.skip("this vLLM has no mxfp8 that uses the range of its codes")
     layer: nn.Module = live.model.get_submodule(DOWN)
     weight = policies.tensors("a")[f"{DOWN}.weight"]
     identity = torch.eye(weight.shape[1], dtype=torch.bfloat16)

@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-SCHEMES = ("bf16", "int8", "fp8_vllm", "fp8_channel", "fp8_tensor", "fp8_block", "int4")
+SCHEMES = (
+    *("bf16", "int8", "fp8_vllm", "fp8_channel", "fp8_tensor", "fp8_block", "int4"),
+    *("mxfp8", "nvfp4"),
+)
 
 # The same over two ranks: each has a part of every tensor, or all of every second expert.
 RANKED = ("bf16 TP=2", "int8 TP=2", "bf16 EP=2", "int8 EP=2")

@@ -1,8 +1,8 @@
 """Whose fault is it? The same engine, with nothing of flashquant but its CPU fixes.
 
-Without those (permission to use AMX tiles, an op that vLLM leaves empty, a float32 bias)
-vLLM would run even less. It has no int8 for a bf16 checkpoint, so there its W8A8 sibling
-is served with made-up weights.
+Without those (permission to use AMX tiles, an op that vLLM leaves empty, a float32 bias, its
+emulation of kernels that are a GPU's) vLLM would run even less. It has no int8 for a bf16
+checkpoint, so there its W8A8 sibling is served with made-up weights.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 
 from flashquant.config.schemes import COMPRESSED, ONLINE
 from flashquant.patches.layers import cpu
+from flashquant.patches.seams import emulation
 from tools.compatibility.cell import ENGINE, WRONG, Cell, options_of, scheme_of
 from tools.compatibility.trial import kernels, policy
 
@@ -26,7 +27,8 @@ def blame(architecture: str, column: str, folder: Path) -> Cell:
 
     if not _APPLIED:
         cpu.allow_amx()
-        _APPLIED.extend(point.apply() for point in cpu.POINTS)
+        emulation.emulates = lambda _: True  # as FLASHQUANT_EMULATE=1 asks for
+        _APPLIED.extend(point.apply() for point in (*cpu.POINTS, *emulation.POINTS))
     scheme = scheme_of(column)
     options: dict[str, Any] = {"quantization": ONLINE.get(scheme)}
     if scheme in COMPRESSED:

@@ -116,7 +116,8 @@ def _shown(path: Path, scheme: str, caching: bool) -> Any:
 
     flashquant.patch()
     multiply_fp8_as_everywhere()
-    with mock.patch.dict(os.environ, FLASHRL_CONFIG=scheme), sights.understood():
+    asked = {"FLASHRL_CONFIG": scheme, "FLASHQUANT_EMULATE": "1"}
+    with mock.patch.dict(os.environ, asked), sights.understood():
         _KEPT.append(LLM(str(path), **sights.options(enable_prefix_caching=caching)))
     return _KEPT[-1]
 

@@ -24,9 +24,10 @@ import torch
 from torch import Tensor
 from vllm import LLM
 
-from flashquant.config.schemes import ONLINE
+from flashquant.config.schemes import ONLINE, SCHEMES
 from flashquant.patches import patch
 from flashquant.patches.remote import reload_weights
+from flashquant.patches.seams.emulation import is_emulated
 from flashquant.plan import named_tensors
 from flashquant.update import ReloadReport
 
@@ -87,7 +88,7 @@ def measure(path: Path, scheme: str, rounds: int) -> Result:
     weights = dict(named_tensors(path))
     patch()
     theirs = {NATIVE: start(path, None)}  # the first, so that it pays for what is global
-    if scheme in ONLINE:
+    if scheme in ONLINE and not is_emulated(SCHEMES[scheme]):  # vLLM alone would not start
         theirs[f"{NATIVE}, {ONLINE[scheme]}"] = start(path, None, quantization=ONLINE[scheme])
     began = time.perf_counter()
     ours = start(path, scheme)
