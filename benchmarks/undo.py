@@ -3,7 +3,7 @@
     python -m benchmarks.undo [--model smollm2] [--scheme bf16 int8 fp8_vllm fp8_channel]
                               [--rounds 9] [--out benchmarks/out]
 
-For each scheme four engines in this one process: an undo log on the host (twice, so that the ratio
+For each scheme four engines in one process: an undo log on the host (twice, so that the ratio
 of the two says how much of the others is noise), in the KV cache, and none at all. They take turns
 in an order that is shuffled every round; two policies alternate. A time is that of the whole call,
 with what the engine core does for it: preempting requests, lending the cache, clearing it.
@@ -16,13 +16,14 @@ that sleeps, so that it counts.
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 from unittest import mock
-
-import torch
 
 from benchmarks import contenders, environment, memory, models
 from benchmarks.results import described, machine, markdown, milliseconds, save_json, save_text
@@ -35,7 +36,7 @@ ARMS = {
     "host again": ("host", True),
     "cache": ("cache", True),
 }
-_CACHE = 1 << 30  # room for every log here
+_CACHE = 256 << 20  # bytes: room for every log here
 
 
 @dataclass(frozen=True)
@@ -58,11 +59,13 @@ class Found:
 
     @property
     def median(self) -> float:
-        return float(torch.tensor(self.seconds).median())
+        return median(self.seconds)
 
 
 def measure(model: str, scheme: str, rounds: int) -> dict[str, Found]:
     """Start an engine an arm, let them take their turns, then look at their memory."""
+    environment.prepare()
+    memory.give_back_at_once()
     from benchmarks.safety_cost import take_shuffled_turns
     from flashquant.patches.diagnostics import whole
 
@@ -147,14 +150,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/out"))
     arguments = parser.parse_args(argv)
-    environment.prepare()
-    memory.give_back_at_once()
-    found = []
+    models.checkpoint(arguments.model)
+    spawn, found = multiprocessing.get_context("spawn"), []
     for scheme in arguments.scheme:
-        found.append(measure(arguments.model, scheme, arguments.rounds))
+        with ProcessPoolExecutor(1, mp_context=spawn) as process:
+            task = process.submit(measure, arguments.model, scheme, arguments.rounds)
+            found.append(task.result())
         print(table(found[-1:]), flush=True)
     facts = machine()
-    text = f"{described(facts)}, threads: {torch.get_num_threads()}\n\n{table(found)}"
+    text = f"{described(facts)}\n\n{table(found)}"
     print(f"\n{text}")
     save_text(text, arguments.out / "undo.md")
     save_json([arm for arms in found for arm in arms.values()], facts, arguments.out / "undo.json")

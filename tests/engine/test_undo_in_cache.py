@@ -7,6 +7,7 @@ says after the same tokens: requests in flight, steps scheduled ahead, prefix ca
 from __future__ import annotations
 
 import gc
+import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -306,16 +307,18 @@ def test_the_peak_of_host_memory_is_that_of_a_reload_without_an_undo_log(
 ) -> None:
     """Measured: how far resident memory rises. The log on the host is what it rises by there."""
     path, weights = large
-    risen, logs = {}, {}
+    risen, logs = dict[tuple[str, bool], float](), dict[tuple[str, bool], int]()
     for place in ("host", "cache"):
         monkeypatch.setenv("FLASHQUANT_UNDO", place)
         live = serve(path, BY_ROW, kv_cache_memory_bytes=128 << 20, seed=place == "cache")
         for atomic in (True, False):
-            flashquant.reload_weights(live.llm, weights)  # learns the plan
-            live.session.transactions.free()
-            before = reset_high_water_mark()
-            report = flashquant.reload_weights(live.llm, weights, atomic=atomic)
-            risen[place, atomic] = high_water_mark() - before
+            each = []
+            for _ in range(5):  # the first learns the plan; where memory is short, some may swap
+                live.session.transactions.free()
+                before = reset_high_water_mark()
+                report = flashquant.reload_weights(live.llm, weights, atomic=atomic)
+                each.append(high_water_mark() - before)
+            risen[place, atomic] = statistics.median(each)
             logs[place, atomic] = report.undo_bytes
 
     log, none = logs["host", True], risen["host", False]
