@@ -142,7 +142,7 @@ def peaks(model: str, scheme: str) -> list[Peak]:
         contenders.session(llm).transactions.free()
         before = reset_high_water_mark()
         report = flashquant.reload_weights(llm, new, atomic=atomic)
-        resident = _status("VmHWM") - before
+        resident = high_water_mark() - before
         found.append(
             Peak(
                 model=model,
@@ -204,6 +204,11 @@ def reset_high_water_mark() -> int:
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     return _status("VmRSS")
+
+
+def high_water_mark() -> int:
+    """The most bytes that were resident since it was reset."""
+    return _status("VmHWM")
 
 
 def _status(key: str) -> int:

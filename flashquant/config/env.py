@@ -168,7 +168,7 @@ UNDO: Final[Variable[Place]] = Variable(
     "where the undo log of an update lies: in host memory (pinned, for a GPU), or, as far as it "
     "can, in the KV cache, which an update makes stale anyway: no memory of its own, and the "
     "device's bandwidth. Requests in flight are then computed anew also after an update that was "
-    "refused (docs/undo-log.md)",
+    "refused (docs/decisions/022-undo-in-the-cache.md)",
     _place,
 )
 BRACKET_TIMEOUT: Final = Variable(

@@ -35,7 +35,7 @@ from flashquant.patches.layers import (
 )
 from flashquant.update import Stage, UndoLog, in_place, pipeline, proofs
 from flashquant.update.in_place import InPlaceWrite
-from flashquant.update.reserve import Copies
+from flashquant.update.reserve import Borrowed, Copies
 
 SEED = 20261123
 INJECTED: Counter[str] = Counter()  # by engine; printed in pytest's summary
@@ -132,6 +132,8 @@ class Point:
 CALLS = (
     Point(pipeline, pipeline.as_stored, "before"),
     Point(Copies, Copies.of, "before"),
+    Point(Borrowed, Borrowed.of, "before"),
+    Point(Borrowed, Borrowed.has_room, "after"),
     Point(UndoLog, UndoLog.remember, "after"),
     Point(UndoLog, UndoLog.remember_how, "after"),
     Point(Stage, Stage.memory, "before"),

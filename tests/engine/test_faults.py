@@ -7,6 +7,8 @@ the counts are in pytest's summary.
 
 from __future__ import annotations
 
+import functools
+import os
 import random
 from collections.abc import Callable, Iterator
 from functools import cached_property
@@ -19,6 +21,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import flashquant
+from flashquant import ReloadReport
 from flashquant.errors import ReloadError
 from flashquant.schemes import fingerprint
 from flashquant.update import Stage, UndoLog
@@ -29,13 +32,15 @@ from tools.models.policies import Policies
 
 pytestmark = pytest.mark.engine
 
-# Packed tensors and closures (amx), a oneDNN handler (portable), transposed rows (fp8).
+# Packed tensors and closures (amx), a oneDNN handler (portable), transposed rows (fp8); and the
+# undo log in the KV cache.
 CASES = [
     ("bf16", "portable"),
     ("int8", "amx"),
     ("int8", "portable"),
     ("fp8_vllm", "native"),
     ("fp8_channel", "native"),
+    ("fp8_channel", "native", "cache"),
     ("int4", "native"),
     ("mxfp8", "native"),
     ("nvfp4", "native"),
@@ -56,13 +61,16 @@ class State(NamedTuple):
 class Target:
     """One live engine, the two policies it may serve, and what was found wrong with it."""
 
-    def __init__(self, scheme: str, kernels: str, policies: Policies) -> None:
-        self.name = f"{scheme}-{kernels}"
-        self.live, self._fresh = (serve(policies.bf16(policy), scheme, kernels) for policy in "ab")
+    def __init__(self, scheme: str, kernels: str, policies: Policies, place: str = "host") -> None:
+        self.name = f"{scheme}-{kernels}-{place}"
+        start = functools.partial(serve, scheme=scheme, kernels=kernels, seed=place == "cache")
+        self.live, self._fresh = (start(policies.bf16(policy)) for policy in "ab")
+        self._clear_cache()
         self.pushed = {policy: list(policies.tensors(policy).items()) for policy in "ab"}
         self.violations: list[str] = []
         self.serves = "b"
-        self.reload()
+        report = self.reload()
+        assert (report.undo_cache_bytes > 0) == (place == "cache")
 
     @cached_property
     def right(self) -> dict[str, dict[str, Tensor]]:
@@ -73,10 +81,11 @@ class Target:
     def other(self) -> str:
         return "b" if self.serves == "a" else "a"
 
-    def reload(self, weights: Any = None) -> None:
+    def reload(self, weights: Any = None) -> ReloadReport:
         """Update to the other policy, completely; or to what is given, and that is to fail."""
-        flashquant.reload_weights(self.live.llm, weights or self.pushed[self.other])
+        report = flashquant.reload_weights(self.live.llm, weights or self.pushed[self.other])
         self.serves = self.other
+        return report
 
     def inject(self, what: str, call: Callable[[], object], *, late: bool = False) -> None:
         """Let a call fail, look at the engine, and see whether the next update goes through.
@@ -98,10 +107,23 @@ class Target:
         held = [policy for policy in "ab" if self._holds(policy)]
         if not held or held[0] not in allowed:
             self._note(what, f"serves {held or 'a mixture'}, and was on {before}")
+        if any(cache.any() for cache in self._caches):
+            self._note(what, "left something in the KV cache")
+            self._clear_cache()
         if flashquant.status(self.live.llm).pending:
             self._note(what, "left something pending")
         self.serves = held[0] if held else before
         self._update(what)
+
+    @property
+    def _caches(self) -> list[Tensor]:
+        executor = self.live.llm.llm_engine.model_executor
+        caches: list[Tensor] = executor.driver_worker.worker.model_runner.kv_caches
+        return caches
+
+    def _clear_cache(self) -> None:
+        for cache in self._caches:
+            cache.zero_()
 
     def state(self) -> State:
         status, engine = flashquant.status(self.live.llm), self.live.session._engine
@@ -137,9 +159,11 @@ def policies(tmp_path_factory: pytest.TempPathFactory) -> Policies:
 
 @pytest.fixture(scope="module", params=CASES, ids="-".join)
 def target(request: pytest.FixtureRequest, policies: Policies) -> Iterator[Target]:
-    scheme, kernels = request.param
-    with choosing(kernels):
-        yield Target(scheme, kernels, policies)
+    scheme, kernels, place = (*request.param, "host")[:3]
+    place = os.environ.get("FLASHQUANT_UNDO", place)  # of all of them, where it is set
+    with choosing(kernels), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FLASHQUANT_UNDO", place)
+        yield Target(scheme, kernels, policies, place)
 
 
 def test_wrong_weights_at_every_tensor(target: Target) -> None:

@@ -6,7 +6,10 @@ says after the same tokens: requests in flight, steps scheduled ahead, prefix ca
 
 from __future__ import annotations
 
+import gc
+import statistics
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +21,7 @@ from flashquant.errors import ReloadError, TornWeights
 from tests.engine.serving import BY_ROW, Serving, needs, scheduling_ahead, serve
 from tests.engine.test_async_scheduling import core_of, cut
 from tests.engine.test_engine_state import PROMPT, answer, said
+from tools.models import tiny_models
 from tools.models.policies import Policies
 
 pytestmark = pytest.mark.engine
@@ -168,6 +172,23 @@ def test_requests_in_flight_go_on_as_a_fresh_engine_would(
     assert live.continued(PROMPT, 8) == fresh.continued(PROMPT, 8)
 
 
+def reset_high_water_mark() -> int:
+    """Let the kernel count anew; the bytes that are resident now."""
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")
+    return _status("VmRSS")
+
+
+def high_water_mark() -> int:
+    """The most bytes that were resident since then."""
+    return _status("VmHWM")
+
+
+def _status(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
+
+
 def in_flight(live: Serving, steps: int) -> Any:
     """A request that has begun, and what brings it to its end."""
     from vllm import SamplingParams
@@ -271,3 +292,37 @@ def test_what_a_small_cache_has_no_room_for_lies_on_the_host(policies: Policies)
 
     assert 0 < report.undo_cache_bytes <= 1 << 20 < report.undo_bytes
     live.snapshot().assert_same(serve(policies.bf16("b"), BY_ROW).start)
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Tensor]]:
+    """A model whose undo log is far larger than what else a reload needs, and weights for it."""
+    path = tmp_path_factory.mktemp("large") / "qwen2"
+    tiny_models.make("qwen2", 0, path, hidden=1024, layers=4, intermediate=3072)
+    return path, tiny_models.tensors(path)
+
+
+def test_the_peak_of_host_memory_is_that_of_a_reload_without_an_undo_log(
+    large: tuple[Path, dict[str, Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Measured: how far resident memory rises. The log on the host is what it rises by there."""
+    path, weights = large
+    risen, logs = dict[tuple[str, bool], float](), dict[tuple[str, bool], int]()
+    for place in ("host", "cache"):
+        monkeypatch.setenv("FLASHQUANT_UNDO", place)
+        live = serve(path, BY_ROW, kv_cache_memory_bytes=128 << 20, seed=place == "cache")
+        for atomic in (True, False):
+            each = []
+            for _ in range(5):  # the first learns the plan; where memory is short, some may swap
+                live.session.transactions.free()
+                before = reset_high_water_mark()
+                report = flashquant.reload_weights(live.llm, weights, atomic=atomic)
+                each.append(high_water_mark() - before)
+            risen[place, atomic] = statistics.median(each)
+            logs[place, atomic] = report.undo_bytes
+
+    log, none = logs["host", True], risen["host", False]
+    assert logs == {(place, atomic): atomic * log for place, atomic in logs}
+    assert log > 40 << 20
+    assert risen["host", True] > none + 0.9 * log
+    assert risen["cache", True] < none + 0.1 * log
