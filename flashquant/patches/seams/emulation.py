@@ -50,7 +50,7 @@ def asks_to_emulate(name: str, environ: Mapping[str, str]) -> bool:
         )
     logger.warning(
         "%s is computed by vLLM's emulation on this CPU, which makes floats of all codes: slower "
-        "than bf16, and hardly smaller. It is here to be tried; docs/schemes.md has numbers",
+        "than bf16, and hardly smaller. It is here to be tried (docs/schemes.md)",
         name,
     )
     return True
