@@ -314,10 +314,6 @@ class Session:
                 self._calibration.forget_device()
             self.transactions.serving.tear(self._planner.wanted)
 
-    def give_back(self) -> None:
-        """The engine needs what it lent: an update whose undo log lies there is rolled back."""
-        self.transactions.give_back()
-
     def overwritten(self) -> None:
         """Everything was overwritten: the engine is torn until a complete update was pushed."""
         self.abandon()

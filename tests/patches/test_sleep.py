@@ -95,7 +95,10 @@ def test_a_kv_cache_that_is_put_away_is_lent_to_nobody(put_away: Any, back: Any)
 def test_what_was_lent_of_a_kv_cache_is_given_back_before_it_is_discarded(
     monkeypatch: pytest.MonkeyPatch,
 ):
-    seen, session = [], SimpleNamespace(give_back=lambda: seen.append("given back"))
+    seen, session = (
+        [],
+        SimpleNamespace(transactions=SimpleNamespace(give_back=lambda: seen.append("given back"))),
+    )
     monkeypatch.setattr(sleep, "find_session", lambda model: session)
 
     sleep._discard(lambda *_: seen.append("discarded"), worker_of(Attention()), ("kv_cache",))

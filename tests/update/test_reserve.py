@@ -315,7 +315,7 @@ def test_an_engine_that_needs_its_kv_cache_gets_it_back_with_the_old_weights():
     assert session.proofs.digest() != before
     assert cache.any()
 
-    session.give_back()
+    session.transactions.give_back()
 
     assert session.proofs.digest() == before
     assert not cache.any()
@@ -329,7 +329,7 @@ def test_an_engine_that_needs_its_kv_cache_does_not_disturb_a_log_on_the_host():
     session.begin()
     session.push(list(NEW.items()))
 
-    session.give_back()
+    session.transactions.give_back()
 
     session.finish()
     assert session.version == 1

@@ -42,7 +42,7 @@ def _discard(original: Any, worker: Any, tags: tuple[str, ...]) -> None:
     if _CACHE in tags:
         CACHE_AWAY.put(worker, True)
         for session in _sessions(worker):
-            session.give_back()
+            session.transactions.give_back()
     if _WEIGHTS in tags:
         for session in _sessions(worker):
             session.sleep(keeps_weights=False)

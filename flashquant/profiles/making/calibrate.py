@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from flashquant.errors import ProfileError
 from flashquant.profiles.making.checkpoint import Checkpoint
 from flashquant.profiles.making.discovery import find_sites, linear_layers
-from flashquant.profiles.making.factors import Factors
+from flashquant.profiles.making.factors import Factors, Site
 from flashquant.profiles.making.groups import alone, choose_for_groups
-from flashquant.profiles.making.search import Chosen, choose, factors_of, watch
+from flashquant.profiles.making.search import Chosen, Seen, choose, factors_of, watch
 
 _TOKENS_OF_A_PROOF = 48
 
@@ -89,19 +89,33 @@ def calibrate(
         note_progress("running the text", seen / (len(windows) * length))
 
     watched = watch(model, sites, windows, note_tokens)
+    chosen, held = _chosen(
+        sites, watched, parameters, group, lambda done: note_progress("choosing strengths", done)
+    )
+    return Calibrated(factors_of(chosen, parameters), layers, chosen, held)
+
+
+@torch.no_grad()
+def _chosen(
+    sites: list[Site],
+    watched: dict[Site, Seen],
+    parameters: Mapping[str, Tensor],
+    group: int | None,
+    note_progress: Callable[[float], None],
+) -> tuple[list[Chosen], dict[str, Tensor]]:
+    """Of each site how it is scaled; of int4 what each group holds, by layer."""
     chosen: list[Chosen] = []
     held: dict[str, Tensor] = {}
-    with torch.no_grad():
-        for done, site in enumerate(sites):
-            note_progress("choosing strengths", done / len(sites))
-            if group is None:
-                chosen.append(choose(site, watched.pop(site), parameters))
-                continue
-            found, of_site = choose_for_groups(site, watched.pop(site), parameters, group)
-            chosen.append(found)
-            held |= of_site
-    note_progress("choosing strengths", 1)
-    return Calibrated(factors_of(chosen, parameters), layers, chosen, held)
+    for done, site in enumerate(sites):
+        note_progress(done / len(sites))
+        if group is None:
+            chosen.append(choose(site, watched.pop(site), parameters))
+            continue
+        found, of_site = choose_for_groups(site, watched.pop(site), parameters, group)
+        chosen.append(found)
+        held |= of_site
+    note_progress(1)
+    return chosen, held
 
 
 def _check_groups(weights: Mapping[str, Tensor], group: int) -> None:
