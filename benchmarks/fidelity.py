@@ -45,12 +45,14 @@ from flashquant.profiles.making import (
 from flashquant.profiles.making.discovery import find_sites, linear_layers
 from flashquant.profiles.making.groups import alone, choose_for_groups
 from flashquant.profiles.making.search import choose, factors_of, watch
+from flashquant.profiles.making.sensitivity import sensitivity
 from flashquant.schemes import scaled
 from tools.models import flashrl
 
 Weights = dict[str, Tensor]
 KVScales = Mapping[str, tuple[float, float]]
 LENGTH = 512
+BUDGETS = (0.006, 0.003)  # nats a token, for layers that stay in bf16
 _STRENGTH = 0.8  # llm-compressor's
 
 
@@ -185,6 +187,11 @@ def start_engines(
         "int4_g32, profile": (path, in_groups(scratch, source, model, windows)),
         "int4_channel": (path, "int4_channel"),
     }
+    for budget in BUDGETS:
+        name = f"int8, make (b), kept for {budget:g}"
+        if only is None or name in only:
+            keep = sensitivity(model, windows, "int8", budget, profile=made).keep
+            made_of[name] = (path, keeping(scratch, keep))
     del model, parameters, seen
     gc.collect()
     wanted = {name: how for name, how in made_of.items() if only is None or name in only}
@@ -194,7 +201,7 @@ def start_engines(
 def keeping(scratch: Path, keep: list[Any]) -> str:
     """A configuration of the bf16 checkpoint through profile (b), with some layers in bf16."""
     profile = str(scratch / "b.safetensors")
-    file = scratch / f"keep-{len(keep)}.yaml"
+    file = scratch / f"keep-{len(list(scratch.glob('keep-*')))}.yaml"
     file.write_text(json.dumps({"configs": [{"fn": "int8", "profile": profile, "keep": keep}]}))
     return str(file)
 

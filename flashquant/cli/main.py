@@ -3,7 +3,7 @@
 flashquant doctor [--engine|--gpu] [--json]   does it work on this machine? see `cli_doctor`
 flashquant config [FILE] [--env] [--json]     what does FLASHRL_CONFIG mean here? see `cli_config`
 flashquant inspect --model PATH [NAME]        where does each tensor land? see `cli_inspect`
-flashquant profile make|inspect|compare|convert    profiles: see `cli_profile`
+flashquant profile make|sensitivity|inspect|compare|convert    profiles: see `cli_profile`
 flashquant bench --model PATH                 how long does a sync take here? see `cli_bench`
 flashquant sync --from FOLDER --to URL        bring a trainer's bundles into servers: see `cli_sync`
 flashquant mismatch FILE.jsonl                what keeps trainer and rollout apart? `cli_mismatch`

@@ -1,5 +1,6 @@
 """`flashquant profile`: make profiles, look at them, compare and convert them.
 
+sensitivity --model BF16 --text FILE...  what each layer costs, and which to keep (sensitivity.py)
 make NEW --model BF16 --text FILE...     calibrate int8 or int4: run text through the model
 make NEW --model BF16 --text FILE... --kv    scales of an fp8 KV cache
 make NEW --model BF16 --twin W8A8        from a W8A8 checkpoint of the same model
@@ -11,8 +12,7 @@ convert OLD NEW [--model W8A8]           FlashRL's profile.pt becomes ours
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,8 @@ from rich.console import Console
 from rich.progress import Progress, TaskID, track
 from rich.table import Column, Table
 
+from flashquant.cli import sensitivity
+from flashquant.cli.texts import texts_of
 from flashquant.config.schemes import SCHEMES
 from flashquant.errors import ProfileError
 
@@ -39,6 +41,7 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     profile = commands.add_parser("profile", help="make int8 profiles, look at them, convert them")
     verbs = profile.add_subparsers(dest="verb", required=True)
     _add_make(verbs)
+    sensitivity.add_to(verbs)
     inspect = verbs.add_parser("inspect", help="what a profile holds")
     inspect.add_argument("profile", help="a path, or owner/repo/file@revision")
     inspect.add_argument("--plot", metavar="PNG", help="also draw its factors and outliers")
@@ -133,7 +136,7 @@ def _make_kv(chosen: argparse.Namespace) -> int:
     if chosen.text is None or chosen.checkpoint is not None:
         raise ProfileError("--kv runs text through the model: give --text, and no --checkpoint")
     model, tokenizer = load(Checkpoint(chosen.model).folder, chosen.device)
-    windows = windows_of(tokenizer, _texts(chosen.text), chosen.tokens, device=chosen.device)
+    windows = windows_of(tokenizer, texts_of(chosen.text), chosen.tokens, device=chosen.device)
     console = Console(stderr=True)
     scales = kv_scales(model, track(windows, "running the text", console=console, transient=True))
     save_kv_scales(scales, chosen.new, chosen.model)
@@ -159,30 +162,12 @@ def _calibrate(source: Checkpoint, chosen: argparse.Namespace) -> Calibrated:
 
         return calibrate(
             source,
-            _texts(chosen.text),
+            texts_of(chosen.text),
             tokens=chosen.tokens,
             device=chosen.device,
             group=SCHEMES[chosen.scheme].group,
             note_progress=note,
         )
-
-
-def _texts(paths: Iterable[str]) -> Iterator[str]:
-    for path in map(Path, paths):
-        try:
-            read = path.read_text("utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ProfileError(f"{path} is no text that can be read ({error})") from error
-        if path.suffix != ".jsonl":
-            yield read
-            continue
-        for number, line in enumerate(filter(str.strip, read.splitlines()), 1):
-            try:
-                yield str(json.loads(line)["text"])
-            except (ValueError, LookupError, TypeError):
-                raise ProfileError(
-                    f"{path}, line {number}: should be a JSON object with a 'text'"
-                ) from None
 
 
 def _table_of(choices: Iterable[Chosen]) -> Table:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from flashquant.cli.main import main
+from flashquant.config.schema import load_config
 from flashquant.profiles import check_profile_fits, load_kv_scales, load_profile
 from flashquant.profiles.making import Checkpoint
 from tools.models import flashrl, tiny_models
@@ -171,3 +172,30 @@ def test_a_profile_for_int4_is_made(
     assert make(folder, new, "--twin", str(folder / "w8a8"), "--scheme", "int4") == 1
     assert "W8A8 checkpoints" in capsys.readouterr().err
     assert main(["profile", "inspect", str(new)]) == 0
+
+
+def test_what_layers_cost_becomes_an_entry_that_keeps_some(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The file is one that FLASHRL_CONFIG may name."""
+    entry, png = tmp_path / "kept.yaml", tmp_path / "costs.png"
+    asked = ["profile", "sensitivity", "--model", str(folder / "bf16"), "--scheme", "fp8_channel"]
+    text = ["--text", str(folder / "words.txt"), "--tokens", "512"]
+
+    assert main([*asked, *text, "--budget", "1e-9", "--write", str(entry), "--png", str(png)]) == 0
+
+    assert "7 of 7 layers kept (100.0% of their weights): 0.0000" in capsys.readouterr().out
+    assert png.stat().st_size > 10_000
+    (read,) = load_config(str(entry)).configs
+    assert read.fn == "fp8_channel"
+    assert len(read.keep) == 7
+
+
+def test_an_entry_is_never_written_over(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("configs: []")
+    asked = ["profile", "sensitivity", "--model", str(folder / "bf16")]
+    text = ["--text", str(folder / "words.txt"), "--tokens", "512"]
+
+    assert main([*asked, *text, "--write", str(tmp_path / "mine.yaml")]) == 1
+
+    assert (tmp_path / "mine.yaml").read_text() == "configs: []"
