@@ -73,7 +73,8 @@ def _sensitivity(chosen: argparse.Namespace) -> int:
     if chosen.png is not None:
         from flashquant.profiles.plot import draw_costs
 
-        draw_costs(found.costs, found.keep, f"{chosen.model} in {found.scheme}", chosen.png)
+        title = f"{Path(chosen.model).name} in {found.scheme}"
+        draw_costs(found.costs, found.keep, title, chosen.png)
         console.print(f"{chosen.png}: what each layer costs", soft_wrap=True)
     return 0
 

@@ -29,7 +29,6 @@ def policies(tmp_path_factory: pytest.TempPathFactory) -> Policies:
         pytest.param("fp8_channel", marks=needs(">=0.28", "scales of whole rows over ranks")),
         pytest.param("fp8_tensor", marks=FP8_CHANNEL),
         "int4",
-        "int4_channel",
         "nvfp4",
     ],
 )
