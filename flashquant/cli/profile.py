@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import Progress, TaskID, track
+from rich.progress import track
 from rich.table import Column, Table
 
 from flashquant.cli import sensitivity
+from flashquant.cli.output import bars
 from flashquant.cli.texts import texts_of
 from flashquant.config.schemes import SCHEMES
 from flashquant.errors import ProfileError
@@ -152,14 +153,7 @@ def _make_kv(chosen: argparse.Namespace) -> int:
 def _calibrate(source: Checkpoint, chosen: argparse.Namespace) -> Calibrated:
     from flashquant.profiles.making.calibrate import calibrate
 
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        bars: dict[str, TaskID] = {}
-
-        def note(phase: str, done: float) -> None:
-            if phase not in bars:
-                bars[phase] = progress.add_task(phase, total=1.0)
-            progress.update(bars[phase], completed=done)
-
+    with bars() as note:
         return calibrate(
             source,
             texts_of(chosen.text),

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 from rich.console import Console
-from rich.progress import Progress, TaskID
 from rich.table import Table
 
+from flashquant.cli.output import bars
 from flashquant.cli.texts import texts_of
 from flashquant.errors import ProfileError
 
@@ -64,9 +64,10 @@ def _sensitivity(chosen: argparse.Namespace) -> int:
         soft_wrap=True,
     )
     if chosen.write is not None:
-        entry: dict[str, Any] = {"fn": found.scheme, "model": chosen.model, "keep": found.keep}
+        entry: dict[str, Any] = {"fn": found.scheme, "model": _from_anywhere(chosen.model)}
+        entry["keep"] = found.keep
         if chosen.profile is not None:
-            entry["profile"] = chosen.profile
+            entry["profile"] = _from_anywhere(chosen.profile)
         with Path(chosen.write).open("x", encoding="utf-8") as file:
             yaml.safe_dump({"configs": [entry]}, file, sort_keys=False)
         console.print(f"{chosen.write}: the entry, with what is kept", soft_wrap=True)
@@ -79,6 +80,11 @@ def _sensitivity(chosen: argparse.Namespace) -> int:
     return 0
 
 
+def _from_anywhere(name: str) -> str:
+    """A path holds where it was typed, and the entry's own are from its folder on."""
+    return str(Path(name).resolve()) if Path(name).exists() else name
+
+
 def _measured(chosen: argparse.Namespace, profile: Any) -> Sensitivity:
     from flashquant.profiles.making import Checkpoint
     from flashquant.profiles.making.calibrate import load, windows_of
@@ -86,14 +92,7 @@ def _measured(chosen: argparse.Namespace, profile: Any) -> Sensitivity:
 
     model, tokenizer = load(Checkpoint(chosen.model).folder, chosen.device)
     windows = windows_of(tokenizer, texts_of(chosen.text), chosen.tokens, device=chosen.device)
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        bars: dict[str, TaskID] = {}
-
-        def note(phase: str, done: float) -> None:
-            if phase not in bars:
-                bars[phase] = progress.add_task(phase, total=1.0)
-            progress.update(bars[phase], completed=done)
-
+    with bars() as note:
         return sensitivity(
             model, windows, chosen.scheme, chosen.budget, profile=profile, note_progress=note
         )

@@ -175,11 +175,15 @@ def test_a_profile_for_int4_is_made(
 
 
 def test_what_layers_cost_becomes_an_entry_that_keeps_some(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The file is one that FLASHRL_CONFIG may name."""
+    """The file is one that FLASHRL_CONFIG may name, wherever it lies."""
     entry, png = tmp_path / "kept.yaml", tmp_path / "costs.png"
-    asked = ["profile", "sensitivity", "--model", str(folder / "bf16"), "--scheme", "fp8_channel"]
+    monkeypatch.chdir(folder)
+    asked = ["profile", "sensitivity", "--model", "bf16", "--scheme", "fp8_channel"]
     text = ["--text", str(folder / "words.txt"), "--tokens", "512"]
 
     assert main([*asked, *text, "--budget", "1e-9", "--write", str(entry), "--png", str(png)]) == 0
@@ -188,6 +192,7 @@ def test_what_layers_cost_becomes_an_entry_that_keeps_some(
     assert png.stat().st_size > 10_000
     (read,) = load_config(str(entry)).configs
     assert read.fn == "fp8_channel"
+    assert read.model == str(folder / "bf16")
     assert len(read.keep) == 7
 
 

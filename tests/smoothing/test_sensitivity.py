@@ -111,3 +111,12 @@ def test_what_cannot_be_measured_is_refused(
 ) -> None:
     with pytest.raises(ProfileError, match=says):
         sensitivity(model, [TOKENS], scheme, budget)
+
+
+def test_experts_in_one_tensor_are_refused_by_name() -> None:
+    small = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    mixture = tiny("Qwen3Moe", {**small, "head_dim": 16})
+    with pytest.raises(
+        ProfileError, match=r"layers\.0\.mlp\.experts has its experts in one tensor"
+    ):
+        sensitivity(mixture, [TOKENS], "int8", 1.0)

@@ -99,12 +99,13 @@ def sensitivity(
         note_progress: called with the phase, and which part of it is done.
 
     Raises:
-        ProfileError: there is no text, the budget is not above 0, or what the scheme computes is
-            not known here (vLLM alone quantizes it).
+        ProfileError: there is no text, the budget is not above 0, what the scheme computes is
+            not known here (vLLM alone quantizes it), or the model stacks experts.
 
     """
     if not windows or not budget > 0:
         raise ProfileError(f"{len(windows)} windows of text and a budget of {budget:g}: give both")
+    _check_unstacked(model)
     layers = linear_layers(model)
     rounder = _Rounder(scheme, layers, profile)
     units = _together(model, layers, windows[0])
@@ -162,7 +163,23 @@ def _together(
     finally:
         for handle in handles:
             handle.remove()
-    return tuple(tuple(dict.fromkeys(names)) for names in read.values())
+    together = [tuple(dict.fromkeys(names)) for names in read.values()]
+    ran = {name for names in together for name in names}
+    # Where this text did not come by, as at an expert of its own: each by itself.
+    return (*together, *((name,) for name in layers if name not in ran))
+
+
+def _check_unstacked(model: nn.Module) -> None:
+    """Experts in one tensor are no linear layers: what they cost would be missing in every sum."""
+    convolutions = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    for name, module in model.named_modules():
+        if not isinstance(module, convolutions) and any(
+            parameter.dim() == 3 for parameter in module.parameters(recurse=False)
+        ):
+            raise ProfileError(
+                f"{name} has its experts in one tensor, and only linear layers are measured here; "
+                'choose for a mixture by hand, as with keep: ["*.experts"]'
+            )
 
 
 class _Measured:
