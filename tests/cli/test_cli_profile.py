@@ -190,6 +190,7 @@ def test_what_layers_cost_becomes_an_entry_that_keeps_some(
 
     assert "7 of 7 layers kept (100.0% of their weights): 0.0000" in capsys.readouterr().out
     assert png.stat().st_size > 10_000
+    monkeypatch.chdir(tmp_path)
     (read,) = load_config(str(entry)).configs
     assert read.fn == "fp8_channel"
     assert read.model == str(folder / "bf16")
