@@ -168,7 +168,8 @@ def summary(lines: list[dict[str, Any]]) -> Table:
     title = "the last three looks, mean over seeds"
     table = Table(title=title, box=box.MARKDOWN, title_justify="left")
     for heading in HEADINGS:
-        table.add_column(heading, justify="left" if heading == "arm" else "right")
+        is_name = heading == "arm"
+        table.add_column(heading, justify="left" if is_name else "right", no_wrap=is_name)
     for name in dict.fromkeys(line["arm"] for line in lines):
         own = [line for line in lines if line["arm"] == name]
         interval = judge.difference(lines, name, "bf16") if name != "bf16" else None
@@ -187,7 +188,7 @@ def cells(lines: list[dict[str, Any]], interval: judge.Interval | None) -> list[
     return [
         f"{len(ends)}",
         f"{sum(ends) / len(ends):.3f}",
-        f"{min(ends):.3f} to {max(ends):.3f}",
+        f"{min(ends):.3f} to {max(ends):.3f}" if len(ends) > 1 else "",
         "" if interval is None else str(interval),
         f"{mean('k3'):.1e}",
         f"{mean('ess'):.3f}",
