@@ -26,6 +26,7 @@ from flashquant.patches.seams.loading import session_of
 from flashquant.update import Session
 from tests.engine.kernels import choosing as choosing
 from tests.engine.kernels import multiply_fp8_as_everywhere, want_int4
+from tests.support.gpu import SHARE
 from tests.support.groups import make_experts_group
 
 _KEPT: list[Any] = []  # of every Serving, those that a test drops included
@@ -107,12 +108,13 @@ class Serving:
             llm = LLM(
                 str(self.checkpoint),
                 skip_tokenizer_init=True,
-                enforce_eager=True,
                 max_model_len=128,
                 dtype="bfloat16",
                 **{
+                    "enforce_eager": True,
                     "enable_prefix_caching": False,
                     "kv_cache_memory_bytes": 16 << 20,
+                    **SHARE,
                     **self.options,
                 },
             )

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from flashquant.plan import stored_names
 from tests.support import vision
+from tests.support.gpu import SHARE
 
 vision.make_ready()
 
@@ -197,6 +198,7 @@ def options(**more: Any) -> dict[str, Any]:
     return {
         "enforce_eager": True,
         "kv_cache_memory_bytes": 16 << 20,
+        **SHARE,
         "max_model_len": 256,
         "max_num_batched_tokens": 512,
         "dtype": "bfloat16",

@@ -16,10 +16,13 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 
+from tests.support.gpu import SHARE
+
 SAMPLING_RATE = 16000
 OPTIONS: dict[str, Any] = {
     "enforce_eager": True,
     "kv_cache_memory_bytes": 16 << 20,
+    **SHARE,
     "max_model_len": 1024,  # a sound of 30 s, by which vLLM measures, is 750 tokens
     "dtype": "bfloat16",
     "enable_prefix_caching": False,

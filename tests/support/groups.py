@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from vllm.distributed import parallel_state
 
+from tests.support.gpu import HAS_GPU
+
 
 def make_experts_group() -> None:
     """What an engine with experts needs, if the first one of this process was a dense one.
@@ -13,6 +15,7 @@ def make_experts_group() -> None:
     """
     if parallel_state.model_parallel_is_initialized() and parallel_state._EP is None:
         world = parallel_state.get_world_group()
+        backend = "nccl" if HAS_GPU else "gloo"
         parallel_state._EP = parallel_state.init_model_parallel_group(
-            [world.ranks], world.local_rank, "gloo", group_name="ep"
+            [world.ranks], world.local_rank, backend, group_name="ep"
         )

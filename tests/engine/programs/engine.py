@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from tests.support.gpu import SHARE
+
 RESULT_FILE = "RESULT_FILE"
 OPTIONS: dict[str, Any] = {
     "skip_tokenizer_init": True,
@@ -14,6 +16,7 @@ OPTIONS: dict[str, Any] = {
     "kv_cache_memory_bytes": 16 << 20,
     "max_model_len": 128,
     "dtype": "bfloat16",
+    **SHARE,
 }
 PROMPT = {"prompt_token_ids": list(range(5, 45))}
 
