@@ -30,6 +30,13 @@ if TYPE_CHECKING:
 SCHEMES = ("bf16", "int8", "fp8_vllm", "fp8_channel", "fp8_block")
 TITLES = ("reload", "median", "fastest", "of the copy", "of vLLM's bf16", "GB/s", "first")
 
+_SMALLEST_CACHE = 16 << 20  # bytes: of a rehearsal
+
+
+def checkpoint_bytes(path: Path) -> int:
+    """As much as any undo log of a model: a cache that is smaller than that would not hold one."""
+    return sum(file.stat().st_size for file in path.glob("*.safetensors"))
+
 
 class Engines:
     """Those that take turns, as they are started; one that does not start is left out."""
@@ -57,7 +64,7 @@ class Engines:
         return True
 
     def add_ours(self, scheme: str) -> None:
-        """flashquant's engine, with its undo log and without; on a GPU, one that keeps it there."""
+        """flashquant's engine, with its undo log and without; one that has it in the KV cache."""
         from flashquant.patches.diagnostics import bench
 
         name = f"flashquant, {scheme}"
@@ -65,11 +72,10 @@ class Engines:
         if llm is not None:
             self.syncs[name] = bench.whole(llm, atomic=True)
             self.syncs[f"{name}, no undo log"] = bench.whole(llm, atomic=False)
-        if llm is None or not torch.cuda.is_available():
-            return
-        name = f"flashquant, {scheme}, undo log on the GPU"
-        with patch.dict(os.environ, {env.UNDO.name: "device"}):
-            llm = self._facts.guarded(f"start of {name}", lambda: self._start(name, scheme, {}))
+        name = f"flashquant, {scheme}, undo log in the KV cache"
+        size = {"kv_cache_memory_bytes": max(_SMALLEST_CACHE, checkpoint_bytes(self._path))}
+        with patch.dict(os.environ, {env.UNDO.name: "cache"}):
+            llm = self._facts.guarded(f"start of {name}", lambda: self._start(name, scheme, size))
         if llm is not None:
             self.syncs[name] = bench.whole(llm, atomic=True)
 
