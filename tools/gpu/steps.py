@@ -8,6 +8,23 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 _DENSE = ("fp8_channel", "int8", "fp8_vllm", "fp8_tensor", "fp8_block", "int4", "bf16")
+# Files of tests/engine whose engines run in one process, eagerly; each a step.
+_TESTS = (
+    "on_gpu",
+    "reload_equals_restart",
+    "doors",
+    "undo_in_cache",
+    "faults",
+    "prepare",
+    "engine_state",
+    "moe",
+    "transfer",
+    "delta",
+    "kv_cache",
+    "profiles",
+    "kept_layers",
+    "tied",
+)
 _V1 = {"VLLM_USE_V2_MODEL_RUNNER": "0"}
 _TRITON = ("--attention", "TRITON_ATTN")
 _IMPORT = 20  # seconds of a doctor's own, before it looks at a scheme
@@ -82,6 +99,7 @@ def steps(device: str, work: Path, scratch: Path) -> list[Step]:
         Step("libraries", ("-m", "tools.gpu.libraries", "--device", device), 150, is_alone=True),
         Step("kernels", ("-c", _DOCTOR, "doctor", "--lines"), 150, is_alone=True),
         *_doctors(device),
+        *_tests(),
         *_benchmarks(device, work, scratch),
         *_more(device),
     ]
@@ -92,7 +110,7 @@ def steps(device: str, work: Path, scratch: Path) -> list[Step]:
 
 
 # All doctors together, for their time is spent on starting; then speed.
-_RANK = {"eager": 1, "graphs": 1, "experts": 1, "more": 1, "bench": 2, "speed": 3}
+_RANK = {"eager": 1, "graphs": 1, "experts": 1, "more": 1, "tests": 1, "bench": 2, "speed": 3}
 
 
 def doctor(
@@ -123,6 +141,13 @@ def _doctors(device: str) -> Iterator[Step]:
         yield doctor(f"experts-qwen3-moe-{scheme}", device, scheme, "eager", "qwen3-moe")
     for scheme in ("bf16", "int8", "fp8_channel"):
         yield doctor(f"experts-deepseek-v2-{scheme}", device, scheme, "eager", "deepseek-v2")
+
+
+def _tests() -> Iterator[Step]:
+    """The suite's own, which look at what a doctor does not."""
+    for file in _TESTS:
+        command = ("-m", "tools.gpu.suite", f"tests/engine/test_{file}.py")
+        yield Step(f"tests-{file}", command, 300)
 
 
 def _benchmarks(device: str, work: Path, scratch: Path) -> Iterator[Step]:
