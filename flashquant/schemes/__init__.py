@@ -21,7 +21,13 @@ from flashquant.schemes.build import BuildError, built
 from flashquant.schemes.by_name import DEFINITIONS, WHOLE
 from flashquant.schemes.chunks import row_chunks
 from flashquant.schemes.devices import current, resolved
-from flashquant.schemes.fingerprints.digests import Fingerprints, digest, digests, fingerprint
+from flashquant.schemes.fingerprints.digests import (
+    Fingerprints,
+    SeenMemory,
+    digest,
+    digests,
+    fingerprint,
+)
 from flashquant.schemes.int4 import check_int4
 from flashquant.schemes.nvfp4 import GROUP as NVFP4_GROUP
 from flashquant.schemes.nvfp4 import nvfp4_matrix
@@ -58,6 +64,7 @@ __all__ = [
     "Doubts",
     "Fingerprints",
     "Quantize",
+    "SeenMemory",
     "Storing",
     "built",
     "check_dtype",

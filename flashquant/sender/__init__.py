@@ -9,6 +9,7 @@ changes    what differs between two tensors, in few bytes
 
 from __future__ import annotations
 
+from flashquant.sender.changes import Change
 from flashquant.sender.delta import Delta, DeltaHeader, TensorChange
 from flashquant.sender.manifest import Manifest, TensorSpec, dtype_name, policy_digest
 from flashquant.sender.sender import Sender
@@ -16,6 +17,7 @@ from flashquant.sender.store import BundleStore
 
 __all__ = [
     "BundleStore",
+    "Change",
     "Delta",
     "DeltaHeader",
     "Manifest",

@@ -10,6 +10,7 @@ Elements are compared, and copied, by their bits: a zero with a sign is another 
 
 from __future__ import annotations
 
+import ctypes
 import functools
 from collections.abc import Callable
 from typing import Literal, NamedTuple
@@ -112,17 +113,30 @@ def write(found: Change, live: Tensor, remember: Remember | None = None) -> None
         live.copy_(found.values.view(live.shape))
         return
     check(found, live.numel())
-    if found.form == "bitmap":
-        places = _of_bitmap(found.places, live.numel()).to(live.device)
-        read, put = eager.picked, eager.put
-    else:
-        places, kernels = found.places, native.kernels(live, found.places)
-        read = functools.partial(kernels.gathered, count=found.values.numel())
-        put = kernels.scattered
+    if found.form == "gaps":
+        _write_at_gaps(found.places, found.values, live, remember)
+        return
+    places = _of_bitmap(found.places, live.numel()).to(live.device)
     if remember is not None:
-        old = read(live, places)
-        remember(functools.partial(put, live, places, old), old.nbytes + places.nbytes)
-    put(live, places, found.values)
+        old = eager.picked(live, places)
+        remember(functools.partial(eager.put, live, places, old), old.nbytes + places.nbytes)
+    eager.put(live, places, found.values)
+
+
+def _write_at_gaps(gaps: Tensor, values: Tensor, live: Tensor, remember: Remember | None) -> None:
+    """`write` at places that were looked at; the old elements are read in the same pass."""
+    kernels = native.kernels(live, gaps)
+    if remember is None:
+        kernels.scattered(live, gaps, values)
+        return
+    old, done = torch.empty_like(values, device=live.device), ctypes.c_int64()
+
+    def back() -> None:
+        if done.value:  # an interrupt may come between the promise and the exchange
+            kernels.scattered(live, gaps, old)
+
+    remember(back, old.nbytes + gaps.nbytes)
+    kernels.exchanged(live, gaps, values, old, done)
 
 
 def _bitmap(here: Tensor, numel: int) -> Tensor:

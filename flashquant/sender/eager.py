@@ -6,6 +6,7 @@ and copied by their bits.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Mapping
 from typing import Final
 
@@ -83,6 +84,22 @@ def gathered(values: Tensor, gaps: Tensor, count: int) -> Tensor:
 def scattered(live: Tensor, gaps: Tensor, values: Tensor) -> None:
     """Overwrite the elements there."""
     put(live, unpacked(gaps), values)
+
+
+def exchanged(
+    live: Tensor, gaps: Tensor, values: Tensor, old: Tensor, done: ctypes.c_int64
+) -> None:
+    """Overwrite the elements there.
+
+    Args:
+        old: takes what they were, before.
+        done: 1 from when that is so, and any of them may have been overwritten.
+
+    """
+    here = unpacked(gaps)
+    flat_bits(old).copy_(flat_bits(picked(live, here.to(live.device))))
+    done.value = 1
+    put(live, here, values)
 
 
 def put(live: Tensor, here: Tensor, values: Tensor) -> None:

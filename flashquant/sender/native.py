@@ -33,12 +33,15 @@ _SIGNATURES: Final[dict[str, list[Any]]] = {
     "span": [_POINTER, _SIZE, _POINTER],
     "gathered": [_POINTER, _POINTER, _SIZE, _POINTER],
     "scattered": [_POINTER, _POINTER, _SIZE, _POINTER],
+    "exchanged": [_POINTER, _POINTER, _SIZE, _POINTER, _POINTER, _POINTER],
 }
 _BITS: Final = (8, 16, 32)
 _SUFFIXES: Final[dict[str, tuple[str, ...]]] = {
     "sizes": ("",),
     **dict.fromkeys(("differing", "picked", "packed", "span"), tuple(f"_{b}" for b in _BITS)),
-    **dict.fromkeys(("gathered", "scattered"), tuple(f"_{g}_{b}" for g in _BITS for b in _BITS)),
+    **dict.fromkeys(
+        ("gathered", "scattered", "exchanged"), tuple(f"_{g}_{b}" for g in _BITS for b in _BITS)
+    ),
 }
 _MOST: Final = (1 << 32) - 1  # places are counted in 32 bits
 
@@ -92,6 +95,13 @@ class Kernels:
         call = self._calls[f"scattered_{_bits(gaps)}_{_bits(live)}"]
         call(live.data_ptr(), gaps.data_ptr(), gaps.numel(), values.data_ptr())
 
+    def exchanged(
+        self, live: Tensor, gaps: Tensor, values: Tensor, old: Tensor, done: ctypes.c_int64
+    ) -> None:
+        call = self._calls[f"exchanged_{_bits(gaps)}_{_bits(live)}"]
+        places = live.data_ptr(), gaps.data_ptr(), gaps.numel()
+        call(*places, values.data_ptr(), old.data_ptr(), ctypes.byref(done))
+
 
 def kernels(tensor: Tensor, other: Tensor) -> Any:
     """What takes these two: the kernels of this machine, or else the definition."""
@@ -143,6 +153,11 @@ def difference(found: Kernels) -> str | None:
             found.scattered(made := old.clone(), gaps, values)
             if not torch.equal(made, new):
                 return "scattered"
+            taken, done = torch.empty_like(values), ctypes.c_int64()
+            found.exchanged(made := old.clone(), gaps, values, taken, done)
+            right = torch.equal(made, new) and torch.equal(taken, eager.picked(old, places))
+            if not (right and done.value):
+                return "exchanged"
     return None
 
 

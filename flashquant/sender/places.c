@@ -6,6 +6,7 @@
  *     span        how many places gaps stand for, and the last of them
  *     gathered    the elements there
  *     scattered   other elements there
+ *     exchanged   both, in one pass
  *
  * Compiled on the machine that runs it, by native.py.
  */
@@ -111,6 +112,17 @@ void sizes(const uint32_t *here, int64_t count, int64_t *result) {
                                     const uint##bits##_t *values) {                                \
         for (int64_t i = 0; i < size; at += gaps[i++])                                             \
             if (gaps[i] != UINT##width##_MAX) at[gaps[i]] = *values++, at++;                       \
+    }                                                                                              \
+    void exchanged_##width##_##bits(uint##bits##_t *at, const uint##width##_t *gaps, int64_t size, \
+                                    const uint##bits##_t *values, uint##bits##_t *old,             \
+                                    int64_t *done) {                                               \
+        for (int64_t i = 0; i < size; at += gaps[i++])                                             \
+            if (gaps[i] != UINT##width##_MAX) {                                                    \
+                *old++ = at[gaps[i]];                                                              \
+                at[gaps[i]] = *values++;                                                           \
+                at++;                                                                              \
+            }                                                                                      \
+        *done = 1;                                                                                 \
     }
 GAPS(8)
 GAPS(16)

@@ -18,11 +18,12 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
-from flashquant.errors import BrokenDelta, ReloadError, StaleBase
-from flashquant.schemes import Fingerprints, check_finite, holds_codes
-from flashquant.sender import Delta, Manifest, TensorSpec, policy_digest
+from flashquant.errors import BrokenDelta, MisfitTensor, ReloadError, StaleBase
+from flashquant.schemes import Fingerprints, SeenMemory, check_finite, holds_codes
+from flashquant.sender import Change, Delta, Manifest, TensorSpec, policy_digest
 from flashquant.update.code_statistics import noted_in_place
 from flashquant.update.engine import Layer
 from flashquant.update.in_place import Window
@@ -42,6 +43,7 @@ class _Policy:
         engine: the engine's digest with it; None where none was taken.
         fingerprints: of every tensor, as it was sent.
         kept: the tensors that cannot be read back. Written only with the way back in an undo log.
+        seen: live memory as it was read last, if nothing has been written since.
 
     """
 
@@ -49,6 +51,7 @@ class _Policy:
     engine: str | None = None
     fingerprints: dict[str, str] = field(default_factory=dict)
     kept: dict[str, Tensor] = field(default_factory=dict)
+    seen: SeenMemory = field(default_factory=dict)
 
     @property
     def digest(self) -> str:
@@ -111,7 +114,8 @@ class Deltas:
         finally:
             self._session.abandon()
         policy, proofs = self._policy, self._session.proofs
-        report = proofs.digested(report, start, always=bool(policy.kept))
+        seen, policy.seen = policy.seen, {}
+        report = proofs.digested(report, start, always=bool(policy.kept), seen=seen)
         policy.engine, policy.version = report.digest, self._session.version
         return report
 
@@ -185,7 +189,8 @@ class Deltas:
         written = {n: w for n, w in in_place.items() if n in said}
         self._expect(self._checkpoint.layers({name: specs[name] for name in staged}), written)
         self._overwrite(written, delta)
-        new = Fingerprints((n, w.live.view(specs[n].shape)) for n, w in in_place.items())
+        new, seen = Fingerprints(), SeenMemory()
+        new.add(((n, w.live.view(specs[n].shape)) for n, w in in_place.items()), seen)
         for group in pushed:
             # All of a layer is read before any of it is written.
             tensors = {name: self._new(name, specs[name], delta, fresh) for name in group}
@@ -195,6 +200,7 @@ class Deltas:
         rest = (name for name in specs if name not in in_place and name not in staged)
         new.add(self._checkpoint.readable({name: specs[name] for name in rest}))
         fresh.fingerprints |= new.read()
+        fresh.seen = {} if pushed else seen  # what is pushed is written from now on
         if fresh.digest != delta.header.digest:
             raise BrokenDelta(
                 f"a bundle gives the policy {fresh.digest}, and says that it gives "
@@ -231,9 +237,9 @@ class Deltas:
         update, start = self._update, time.perf_counter()
         undo, statistics = update.undo, update.statistics
         changed: dict[str, tuple[Layer, list[str]]] = {}
+        _check_finite({name: delta.change(name) for name in windows})
         for name, window in windows.items():
             found = delta.change(name)
-            check_finite(name, found.values)
             if found.form == "whole":
                 undo.remember(window.live)
                 window.live.copy_(found.values.view(window.live.shape))
@@ -296,3 +302,24 @@ class Deltas:
             lambda back, size: undo.remember_how(back, live=False, nbytes=size),
         )
         return fresh.kept[name]
+
+
+def _check_finite(changes: Mapping[str, Change]) -> None:
+    """As `schemes.check_finite`; the few codes of many tensors are looked at together.
+
+    Raises:
+        MisfitTensor: a value is NaN or infinite.
+
+    """
+    few: dict[torch.dtype, dict[str, Tensor]] = {}
+    for name, found in changes.items():
+        if found.form != "whole" and holds_codes(found.values.dtype):
+            few.setdefault(found.values.dtype, {})[name] = found.values
+        else:
+            check_finite(name, found.values)
+    for values in few.values():
+        try:
+            check_finite("", torch.cat(list(values.values())))
+        except MisfitTensor:
+            for name, value in values.items():
+                check_finite(name, value)

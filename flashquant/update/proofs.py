@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flashquant.config.checks import Checks
 from flashquant.errors import MovedTensor
-from flashquant.schemes import Fingerprints, digest, digests
+from flashquant.schemes import Fingerprints, SeenMemory, digest, digests
 from flashquant.update.engine import Engine, Layer
 from flashquant.update.foreign_writes import ForeignWrites
 from flashquant.update.integrity import Footprint, check_unmoved, footprints
@@ -92,22 +92,30 @@ class Proofs:
             self._transactions.serving.moved = True
             raise
 
-    def digest(self) -> str:
+    def digest(self, seen: SeenMemory | None = None) -> str:
         """Fingerprint of everything the kernels read, equal for equal policies."""
-        return digest(self.digests())
+        return digest(self.digests(seen))
 
-    def digested(self, report: ReloadReport, start: float, *, always: bool = False) -> ReloadReport:
+    def digested(
+        self,
+        report: ReloadReport,
+        start: float,
+        *,
+        always: bool = False,
+        seen: SeenMemory | None = None,
+    ) -> ReloadReport:
         """The report of an update that began at `start`, with the digest of what is live now.
 
         Args:
             always: even where no digests are asked for.
+            seen: what the update has read of live memory since it last wrote any.
 
         """
         self.audit()
         if not (always or self.checks.digest):
             return replace(report, seconds=time.perf_counter() - start)
         digesting = time.perf_counter()
-        whole = self.digest()
+        whole = self.digest(seen)
         now = time.perf_counter()
         return replace(
             report,
@@ -117,10 +125,10 @@ class Proofs:
             seconds=now - start,
         )
 
-    def digests(self) -> dict[str, str]:
+    def digests(self, seen: SeenMemory | None = None) -> dict[str, str]:
         """The same for each thing they read, by name."""
         contents = (item for layer in self._engine.layers for item in layer.contents())
-        taken = digests(chain(contents, self._engine.cache_scales.contents()))
+        taken = digests(chain(contents, self._engine.cache_scales.contents()), seen)
         if not self._transactions.under_way:
             self._foreign_writes.compare(taken)
         return taken

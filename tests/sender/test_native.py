@@ -85,3 +85,24 @@ def test_what_was_written_goes_back_however_often(torch_alone):
 
     assert torch.equal(live, old)
     assert nbytes == 2 * 12
+
+
+@pytest.mark.parametrize("without_c", [False, True])
+def test_an_interrupt_before_the_exchange_leaves_nothing_to_put_back(without_c, torch_alone):
+    """The way back is noted first, and holds nothing until then."""
+    if without_c:
+        torch_alone()
+    old = torch.arange(100, dtype=torch.int8)
+    live, steps = old.clone(), []
+    found = change(old, torch.where(torch.arange(100) % 9 == 0, -old - 1, old))
+
+    def interrupted(undo, nbytes):
+        steps.append(undo)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write(found, live, interrupted)
+    for undo in steps:
+        undo()
+
+    assert torch.equal(live, old)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+import math
 
 import pytest
 import torch
 
 from flashquant.errors import BrokenDelta, IncompleteUpdate, MisfitTensor, StaleBase
-from flashquant.sender import Delta, Sender
+from flashquant.sender import Change, Delta, Sender
 from flashquant.update import Deltas
+from flashquant.update.deltas import _check_finite
 from tests.support.fake_engine import NEW, OLD, FakeEngine, breaking, fresh, serves, serving
 
 
@@ -281,3 +283,25 @@ def test_a_push_that_waits_is_dropped_by_a_bundle_as_by_any_bracket(engine, delt
 
     session.check_nothing_waits()
     assert serves(engine, fresh(NEW, dtype=torch.int8))
+
+
+def test_the_digest_of_the_report_is_that_of_what_is_live(engine, deltas, sender):
+    """What the update has read of live memory stands for a second look only if nothing is written
+    after it; written in place, pushed, and both in one bundle."""
+    weights = NEW
+    deltas.apply(sender.bundle(without_head(weights)))
+    for names in (["norm.weight"], ["q.weight"], ["q.weight", "norm.weight"]):
+        weights = weights | {name: moved(weights, 5)[name] for name in names}
+        report = deltas.apply(sender.bundle(without_head(weights)))
+        assert report.digest == deltas._session.proofs.digest()
+
+
+def test_a_nan_among_the_codes_of_many_tensors_is_named():
+    codes = torch.ones(3).to(torch.float8_e4m3fn)
+    nan = torch.tensor([1, math.nan]).to(torch.float8_e4m3fn)
+    gaps = torch.zeros(3, dtype=torch.uint8)
+    changes = {name: Change("gaps", gaps, codes) for name in ("q", "v")}
+    _check_finite(changes)
+
+    with pytest.raises(MisfitTensor, match=r"^k\b"):
+        _check_finite({"q": changes["q"], "k": Change("gaps", gaps[:2], nan), "v": changes["v"]})

@@ -17,6 +17,9 @@ from flashquant.schemes.fingerprints.quick import sums
 
 _BYTES: Final = 16  # of a fingerprint, and of a digest
 
+SeenMemory = dict[tuple[int, int], tuple[int, int]]
+"""Address and bytes of host memory -> its sums; true until anything there is written or freed."""
+
 
 class Fingerprints:
     """Fingerprints of many things, by name: taken where these lie, and read all at once.
@@ -30,11 +33,17 @@ class Fingerprints:
         self._sums: list[tuple[list[str], Tensor]] = []  # names, and what is not waited for
         self.add(contents)
 
-    def add(self, contents: Iterable[tuple[str, Tensor | str]]) -> None:
+    def add(
+        self, contents: Iterable[tuple[str, Tensor | str]], seen: SeenMemory | None = None
+    ) -> None:
         """Begin to take the fingerprints of tensors as they are now.
 
-        A string stands for memory whose bytes are out of reach: the fingerprint of what was
-        packed into it.
+        Args:
+            contents: by name. A string stands for memory whose bytes are out of reach: the
+                fingerprint of what was packed into it.
+            seen: sums that were just taken of host memory: what lies there is not read again, and
+                what else is read is noted.
+
         """
         by_device: dict[torch.device, dict[str, Tensor]] = {}
         for name, value in contents:
@@ -45,7 +54,7 @@ class Fingerprints:
             self._layouts[name], flat = _as_it_lies(value)
             by_device.setdefault(flat.device, {})[name] = flat
         for flats in by_device.values():
-            found = sums(list(flats.values()))
+            found = sums(list(flats.values())) if seen is None else _seen_sums(flats, seen)
             if isinstance(found, Tensor):
                 self._sums.append((list(flats), found))
             else:
@@ -65,9 +74,13 @@ class Fingerprints:
             self._known[name] = _hashed(self._layouts[name], first, second)
 
 
-def digests(contents: Iterable[tuple[str, Tensor | str]]) -> dict[str, str]:
-    """The fingerprint of each thing the kernels read, by name."""
-    return Fingerprints(contents).read()
+def digests(
+    contents: Iterable[tuple[str, Tensor | str]], seen: SeenMemory | None = None
+) -> dict[str, str]:
+    """The fingerprint of each thing the kernels read, by name; `seen` as for `Fingerprints`."""
+    found = Fingerprints()
+    found.add(contents, seen)
+    return found.read()
 
 
 def digest(parts: Mapping[str, str]) -> str:
@@ -82,6 +95,17 @@ def fingerprint(value: Tensor) -> str:
     Of the layout, and two sums of the bytes: `definition`.
     """
     return digests([("", value)])[""]
+
+
+def _seen_sums(flats: Mapping[str, Tensor], seen: SeenMemory) -> Tensor | Sequence[Sequence[int]]:
+    """The sums of tensors on one device, each piece of host memory read once."""
+    if next(iter(flats.values())).device.type != "cpu":
+        return sums(list(flats.values()))
+    places = {(flat.data_ptr(), flat.nbytes): flat for flat in flats.values()}
+    unread = {place: flat for place, flat in places.items() if place not in seen}
+    if unread:
+        seen.update(zip(unread, sums(list(unread.values())), strict=True))
+    return [seen[flat.data_ptr(), flat.nbytes] for flat in flats.values()]
 
 
 def _as_it_lies(value: Tensor) -> tuple[str, Tensor]:
