@@ -118,9 +118,14 @@ def write(found: Change, live: Tensor, remember: Remember | None = None) -> None
         return
     places = _of_bitmap(found.places, live.numel()).to(live.device)
     if remember is not None:
-        old = eager.picked(live, places)
-        remember(functools.partial(eager.put, live, places, old), old.nbytes + places.nbytes)
+        old, bitmap = eager.picked(live, places), found.places
+        remember(lambda: _put_at_bits(live, bitmap, old), old.nbytes + bitmap.nbytes)
     eager.put(live, places, found.values)
+
+
+def _put_at_bits(live: Tensor, bitmap: Tensor, values: Tensor) -> None:
+    """Places take 8 bytes each: they are found again where they are needed again."""
+    eager.put(live, _of_bitmap(bitmap, live.numel()), values)
 
 
 def _write_at_gaps(gaps: Tensor, values: Tensor, live: Tensor, remember: Remember | None) -> None:

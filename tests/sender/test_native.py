@@ -106,3 +106,18 @@ def test_an_interrupt_before_the_exchange_leaves_nothing_to_put_back(without_c, 
         undo()
 
     assert torch.equal(live, old)
+
+
+def test_the_way_back_of_many_changes_holds_a_bit_for_each_element():
+    old = torch.arange(1000, dtype=torch.int16)
+    live, steps = old.clone(), []
+    found = change(old, torch.where(torch.arange(1000) % 3 == 0, -old - 1, old))
+    assert found.form == "bitmap"
+
+    write(found, live, lambda undo, nbytes: steps.append((undo, nbytes)))
+    ((undo, nbytes),) = steps
+    assert not torch.equal(live, old)
+    undo()
+
+    assert torch.equal(live, old)
+    assert nbytes == 2 * 334 + 125
