@@ -14,8 +14,8 @@
 7. The int8 matmul for AMX takes rows only, and so does the bf16 one before vLLM 0.29. Models that
    run transformers' own code (OLMo 2, GPT-NeoX, SmolLM3) and vision towers hand them a batch of
    sequences, as rows from here on.
-8. Keys and values are cut off on their way into a cache in fp8, towards zero, where every GPU rounds
-   them to nearest: all of them come out smaller, and the model is four times as far from itself.
+8. Keys and values are cut off on their way into a cache in fp8, towards zero, where GPUs round
+   them to nearest: all of them come out smaller, and SmolLM2 three times as far from itself.
    They come rounded, so that there is nothing left to cut off.
 
 Nothing here touches another platform.
