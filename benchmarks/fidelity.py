@@ -294,9 +294,7 @@ def compare(
         for arm, llm in engines.items()
     }
     found = token_by_token(engines, asked)
-    return {
-        arm: Gap(*each.mean(1).tolist(), reports[arm].clipped) for arm, each in found.items()
-    }
+    return {arm: Gap(*each.mean(1).tolist(), reports[arm].clipped) for arm, each in found.items()}
 
 
 def token_by_token(engines: Mapping[str, Any], asked: list[int]) -> dict[str, Tensor]:
