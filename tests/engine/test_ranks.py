@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
+from flashquant.profiles import save_profile
+from flashquant.profiles.making import Checkpoint, profile_of
+from flashquant.profiles.making.calibrate import calibrate
 from tests.engine.kernels import NO_AMX_KERNELS, WORKER_KERNELS, has_amx_kernels, want_int4
 from tests.engine.processes import CORES, TORCHRUN, assert_lost, run, run_program
 from tests.engine.serving import FP8_CHANNEL, needs
+from tools.models import tiny_models
 from tools.models.policies import Policies
 
 pytestmark = pytest.mark.engine
@@ -28,18 +33,17 @@ def policies(tmp_path_factory: pytest.TempPathFactory) -> Policies:
         "fp8_vllm",
         pytest.param("fp8_channel", marks=needs(">=0.28", "scales of whole rows over ranks")),
         pytest.param("fp8_tensor", marks=FP8_CHANNEL),
-        "int4",
-        "nvfp4",
+        "int4 by a profile",
+        pytest.param("nvfp4 beside int4 and int8", marks=WHOLE_ROWS),
     ],
 )
 def test_two_workers_commit_together_or_not_at_all(policies: Policies, scheme: str) -> None:
     """Tensor parallel: rank 1 fails alone, and is then killed in the middle of an update."""
-    want_int4(scheme)
     place = "cache" if scheme == "fp8_vllm" else "host"
     answer = run_program(
         "tensor_parallel",
         policies,
-        FLASHRL_CONFIG=scheme,
+        FLASHRL_CONFIG=written(policies, scheme) if " " in scheme else scheme,
         FLASHQUANT_UNDO=place,
         FLASHQUANT_EMULATE="1",
         VLLM_ENABLE_V1_MULTIPROCESSING="1",
@@ -58,6 +62,26 @@ def test_two_workers_commit_together_or_not_at_all(policies: Policies, scheme: s
     assert steps["rank 1 failed in vLLM's reload"] == steps["started on a"]
     assert steps["pushed b by vLLM's reload"] == steps["pushed b"]
     assert_lost(answer["lost"], rank=1)
+
+
+def written(policies: Policies, scheme: str) -> str:
+    """A file of one entry: of several schemes, or of one and a profile, made of policy A."""
+    want_int4("int4")
+    entry: dict[str, object] = {"fn": scheme.split()[0]}
+    if scheme.endswith("profile"):
+        source = Checkpoint(tiny_models.add_tokenizer(policies.bf16("a")))
+        made = calibrate(source, [" ".join(f"w{n * 7 % 1000}" for n in range(400))], group=128)
+        layers = dict.fromkeys(made.layers)
+        tensors = (source.items(), layers, "a")
+        profile = profile_of(made.factors, *tensors, scheme="int4", held=made.held)
+        save_profile(profile, policies.folder / "int4.safetensors")
+        entry["profile"] = "int4.safetensors"
+    else:
+        cut_by_columns = {"match": "model.layers.0.self_attn.o_proj", "fn": "int4"}
+        entry["overrides"] = [cut_by_columns, {"match": {"last": 1}, "fn": "int8"}]
+    path = policies.folder / f"{len(scheme)}.yaml"
+    path.write_text(json.dumps({"configs": [entry]}))  # JSON is YAML
+    return str(path)
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ from flashquant.patches.point import PatchPoint
 from flashquant.patches.seams.blame import naming_the_layer
 from flashquant.patches.seams.in_bf16 import leaves_any, why_in_bf16
 from flashquant.patches.seams.kept import check_kept, name_as_vllm
-from flashquant.patches.seams.overrides import check_parts, served_overrides
+from flashquant.patches.seams.overrides import check_created, served_overrides
 from flashquant.patches.seams.peers import ballot_for
 from flashquant.patches.seams.towers import in_bf16
 from flashquant.update import Deltas, KVScales, Session
@@ -249,7 +249,7 @@ def _initialize_model(original: Any, vllm_config: Any, **kwargs: Any) -> nn.Modu
     with naming_the_layer(scheme_of(vllm_config), keeps=bool(kept)), in_bf16(vllm_config) as towers:
         model: nn.Module = original(vllm_config, **kwargs)
     towers.tell(model)
-    check_parts(model, overrides_of(vllm_config))
+    check_created(model, overrides_of(vllm_config))
     own = kwargs.get("model_config") or vllm_config.model_config  # a draft has its own
     vars(model)["load_weights"] = _Attached(model, vllm_config, own, towers.names)
     return model

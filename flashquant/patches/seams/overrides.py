@@ -16,6 +16,11 @@ from typing import Any
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    UnquantizedEmbeddingMethod,
+    VocabParallelEmbedding,
+)
 
 from flashquant.config.keep import modules_of, overridden_modules
 from flashquant.config.schema import RolloutConfig
@@ -56,17 +61,28 @@ def overridden(
     return chosen, targets
 
 
-def check_parts(model: nn.Module, overrides: Mapping[str, str]) -> None:
-    """Refuse a scheme for a part of what vLLM computes as one layer, once a model is created.
+def check_created(model: nn.Module, overrides: Mapping[str, str]) -> None:
+    """Refuse a scheme for a part of what vLLM computes as one layer, or for embeddings.
 
     Args:
         model: vLLM's, not loaded yet.
         overrides: the scheme of each module of the checkpoint that has another one.
 
     Raises:
-        ConfigError: there is such a part.
+        ConfigError: there is such a part, or vLLM has quantized embeddings.
 
     """
+    embeddings = (
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, VocabParallelEmbedding) and not isinstance(module, ParallelLMHead)
+    )
+    for name, module in embeddings if overrides else ():
+        if not isinstance(module.quant_method, UnquantizedEmbeddingMethod):
+            raise ConfigError(
+                f"overrides: what is matched has {name} in it, which holds embeddings. Match "
+                "linear layers and experts only."
+            )
     fused: Mapping[str, list[str]] = getattr(model, "packed_modules_mapping", {})
     for module, scheme in overrides.items():
         above, _, last = module.rpartition(".")
