@@ -70,7 +70,7 @@ def written(policies: Policies, scheme: str) -> str:
     entry: dict[str, object] = {"fn": scheme.split()[0]}
     if scheme.endswith("profile"):
         source = Checkpoint(tiny_models.add_tokenizer(policies.bf16("a")))
-        made = calibrate(source, [" ".join(f"w{n * 7 % 1000}" for n in range(400))], group=128)
+        made = calibrate(source, [" ".join(f"w{n * 7 % 1000}" for n in range(1200))], group=128)
         layers = dict.fromkeys(made.layers)
         tensors = (source.items(), layers, "a")
         profile = profile_of(made.factors, *tensors, scheme="int4", held=made.held)

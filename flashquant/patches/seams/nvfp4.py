@@ -54,7 +54,7 @@ def _process_weights(original: Any, form: Any, layer: nn.Module) -> None:
     floats = layer._parameters.get(_FLOATS)
     if floats is None:
         original(form, layer)  # of a packed checkpoint
-    elif floats.dtype != torch.uint8:  # vLLM processes all layers, those that it has processed, too
+    elif floats.is_floating_point():  # not again: vLLM comes to layers that it has processed, too
         delattr(layer, _FLOATS)
         for name, made in zip(_CODES, nvfp4_matrix(floats.data, _peak(layer, floats)), strict=True):
             layer.register_parameter(name, Parameter(made, requires_grad=False))
