@@ -6,14 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from flashquant.profiles import save_profile
-from flashquant.profiles.making import Checkpoint, profile_of
-from flashquant.profiles.making.calibrate import calibrate
+from flashquant.profiles.making import Factors, profile_of
 from tests.engine.kernels import NO_AMX_KERNELS, WORKER_KERNELS, has_amx_kernels, want_int4
 from tests.engine.processes import CORES, TORCHRUN, assert_lost, run, run_program
 from tests.engine.serving import FP8_CHANNEL, needs
-from tools.models import tiny_models
 from tools.models.policies import Policies
 
 pytestmark = pytest.mark.engine
@@ -65,16 +64,20 @@ def test_two_workers_commit_together_or_not_at_all(policies: Policies, scheme: s
 
 
 def written(policies: Policies, scheme: str) -> str:
-    """A file of one entry: of several schemes, or of one and a profile, made of policy A."""
+    """A file of one entry: of several schemes, or of one and a profile of policy A."""
     want_int4("int4")
     entry: dict[str, object] = {"fn": scheme.split()[0]}
     if scheme.endswith("profile"):
-        source = Checkpoint(tiny_models.add_tokenizer(policies.bf16("a")))
-        made = calibrate(source, [" ".join(f"w{n * 7 % 1000}" for n in range(1200))], group=128)
-        layers = dict.fromkeys(made.layers)
-        tensors = (source.items(), layers, "a")
-        profile = profile_of(made.factors, *tensors, scheme="int4", held=made.held)
-        save_profile(profile, policies.folder / "int4.safetensors")
+        dice, policy = torch.Generator().manual_seed(0), policies.tensors("a")
+        layers = {n: (len(w), w.shape[1] // 128) for n, w in policy.items() if "_proj.weight" in n}
+        held = {
+            name: torch.randint(60, 111, shape, dtype=torch.uint8, generator=dice)
+            for name, shape in layers.items()
+        }
+        made = profile_of(
+            Factors(), policy.items(), dict.fromkeys(layers), "a", scheme="int4", held=held
+        )
+        save_profile(made, policies.folder / "int4.safetensors")
         entry["profile"] = "int4.safetensors"
     else:
         cut_by_columns = {"match": "model.layers.0.self_attn.o_proj", "fn": "int4"}
