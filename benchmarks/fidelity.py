@@ -293,24 +293,22 @@ def compare(
         arm: flashquant.reload_weights(llm, weights, kv_scales=kv_scales.get(arm))
         for arm, llm in engines.items()
     }
-    windows = [asked[i : i + LENGTH] for i in range(0, len(asked), LENGTH)]
-    sums = {arm: torch.zeros(3, dtype=torch.float64) for arm in engines}
-    for window in windows:
+    found = token_by_token(engines, asked)
+    return {arm: Gap(*each.mean(1).tolist(), reports[arm].clipped) for arm, each in found.items()}
+
+
+def token_by_token(engines: Mapping[str, Any], asked: list[int]) -> dict[str, Tensor]:
+    """`[3, tokens]` float64 of each arm: the three that `Gap` has the means of."""
+    found: dict[str, list[Tensor]] = {arm: [] for arm in engines}
+    for window in (asked[i : i + LENGTH] for i in range(0, len(asked), LENGTH)):
         target = torch.tensor(window[1:]).unsqueeze(1)
         exact = log_probs(engines["bf16"], window)
         for arm, llm in engines.items():
             said = log_probs(llm, window)
-            sums[arm] += torch.stack(
-                [
-                    (said.gather(1, target) - exact.gather(1, target)).abs().sum(),
-                    (said.exp() * (said - exact)).sum(),
-                    (said.argmax(1) == exact.argmax(1)).sum(),
-                ]
-            ).double()
-    count = len(asked) - len(windows)
-    return {
-        arm: Gap(*(total / count).tolist(), reports[arm].clipped) for arm, total in sums.items()
-    }
+            change = (said.gather(1, target) - exact.gather(1, target)).abs().squeeze(1)
+            kl = (said.exp() * (said - exact)).sum(1)
+            found[arm].append(torch.stack([change, kl, said.argmax(1) == exact.argmax(1)]).double())
+    return {arm: torch.cat(each, 1) for arm, each in found.items()}
 
 
 def log_probs(llm: Any, window: list[int]) -> Tensor:

@@ -49,6 +49,7 @@ class Engine:
     device, shares_scales = torch.device("cpu"), False
     tied: Mapping[str, str] = MappingProxyType({})
     in_bf16: Mapping[str, WhyInBf16] = MappingProxyType({})
+    overrides: Mapping[str, str] = MappingProxyType({})
     cache_scales = SimpleNamespace(
         contents=lambda: iter(()), set=lambda scales, undo: None, restore=lambda: None
     )

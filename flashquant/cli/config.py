@@ -27,10 +27,11 @@ from rich.table import Table
 from flashquant.cli import output
 from flashquant.cli.here import serve_here
 from flashquant.config import env
-from flashquant.config.schemes import COMPRESSED, SCHEMES, Scheme
+from flashquant.config.schemes import COMPRESSED, MIXABLE, SCHEMES, Scheme
 from flashquant.errors import ConfigError
 
 if TYPE_CHECKING:
+    from flashquant.config.keep import Kept
     from flashquant.config.locate import Located
     from flashquant.config.resolve import Checkpoint
     from flashquant.config.schema import FlashConfig, RolloutConfig
@@ -144,7 +145,8 @@ def _resolved(config: RolloutConfig, index: int, ranks: range, chosen: argparse.
     )
 
     scheme = SCHEMES[config.scheme]
-    _check_served(config.fn, scheme)
+    for name in config.schemes:
+        _check_served(name, SCHEMES[name])
     model = config.model or chosen.model
     checkpoint = None if model is None else checkpoint_of(model)
     own = None if checkpoint is None else checkpoint.quantization
@@ -224,6 +226,16 @@ def _by(config: RolloutConfig, own: Mapping[str, Any] | None) -> str:
     if own is not None:
         return f"nothing: the checkpoint holds codes already ({own.get('quant_method')})"
     towers = () if config.quantize_towers else ("towers of a multimodal model",)
+    if config.overrides:
+        others = ", ".join(
+            f"{one.match} as {MIXABLE[one.scheme]['format']}" for one in config.overrides
+        )
+        held = MIXABLE[scheme.name]
+        left = ", ".join((*held["ignore"], *towers))
+        return (
+            f"flashquant, while vLLM loads (as {held['quant_method']} {held['format']}, {others}; "
+            f"not {left})"
+        )
     if scheme.online is not None:
         left = "".join(f"; not {one}" for one in towers)
         return f"vLLM, while it loads (quantization={scheme.online!r}{left})"
@@ -251,14 +263,21 @@ def _layers(
 
 def _about_layers(config: RolloutConfig, scheme: str) -> dict[str, Any]:
     """Of an entry, as a file has it, what decides which layers are quantized."""
-    keep = [one if isinstance(one, str) else {one.end: one.count} for one in config.keep]
+    keep = [_as_written(one) for one in config.keep]
+    overrides = [{"match": _as_written(one.match), "fn": one.fn} for one in config.overrides]
     listed = config.profile if SCHEMES[scheme].lists_layers else None
     return {
         "fn": scheme,
         **({"keep": keep} if keep else {}),
+        **({"overrides": overrides} if overrides else {}),
         **({"quantize_towers": True} if config.quantize_towers else {}),
         **({"profile": listed} if listed else {}),
     }
+
+
+def _as_written(one: Kept) -> str | dict[str, int]:
+    """A name, or a number of blocks, as a file has it."""
+    return one if isinstance(one, str) else {one.end: one.count}
 
 
 def _quantized_or_not(inspection: Inspection) -> dict[str, tuple[str, ...]]:

@@ -1,9 +1,10 @@
-"""`keep` of an entry: which modules of a checkpoint stay in bf16.
+"""`keep` of an entry: which modules of a checkpoint stay in bf16; `overrides`: in another scheme.
 
     keep: ["*.down_proj"]            a glob on the names of modules; `*` crosses dots
     keep: [model.layers.0]           a module, and everything in it
     keep: [lm_head, router, vision]  words: the head, what chooses experts, the vision tower
     keep: [{first: 2}, {last: 1}]    blocks of the language model, from either end
+    overrides: [{match: "*.down_proj", fn: fp8_channel}]    the same four, under `match`
 
 Names are those of the checkpoint, which are those that a trainer pushes: `q_proj`, not vLLM's
 fused `qkv_proj`. This room knows names and nothing else; `patches.kept` gets them, and holds
@@ -87,8 +88,46 @@ def kept_modules(
     modules = modules_of(tensors)
     kept: set[str] = set()
     for one in keep:
-        kept |= _blocks(one, modules, depth) if isinstance(one, Blocks) else _named(one, modules)
+        kept |= _found("keep", one, modules, depth)
     return tuple(sorted(kept))
+
+
+def overridden_modules(
+    overrides: Iterable[tuple[Kept, str]],
+    tensors: Iterable[str],
+    kept: Iterable[str] = (),
+    depth: int | None = None,
+) -> dict[str, str]:
+    """The modules of a checkpoint that an entry has in another scheme, and in which.
+
+    Args:
+        overrides: what each of them matches, and its scheme.
+        tensors: every name in the checkpoint.
+        kept: modules that stay in bf16, whatever matches them.
+        depth: as for `kept_modules`.
+
+    Raises:
+        ConfigError: one of them matches nothing, or what another one matches.
+
+    """
+    modules, in_bf16 = modules_of(tensors), set(kept)
+    chosen: dict[str, str] = {}
+    by: dict[str, Kept] = {}
+    for match, scheme in overrides:
+        found = sorted(_found("overrides", match, modules, depth) - in_bf16)
+        if not found:
+            raise ConfigError(
+                f"overrides: all that {str(match)!r} matches stays in bf16 by `keep`. Leave one of "
+                "the two out."
+            )
+        if twice := next((module for module in found if module in by), None):
+            raise ConfigError(
+                f"overrides: {str(by[twice])!r} and {str(match)!r} both match {twice}. Write them "
+                "so that a module is matched once."
+            )
+        by |= dict.fromkeys(found, match)
+        chosen |= dict.fromkeys(found, scheme)
+    return chosen
 
 
 def modules_of(tensors: Iterable[str]) -> tuple[str, ...]:
@@ -109,9 +148,14 @@ def nearest(wanted: str, modules: Iterable[str]) -> str:
     return ("the nearest are " if near else "it has ") + ", ".join(found)
 
 
-def _named(pattern: str, modules: tuple[str, ...]) -> set[str]:
-    if pattern in WORDS:
-        return WORDS[pattern](modules)
+def _found(key: str, one: Kept, modules: tuple[str, ...], depth: int | None) -> set[str]:
+    """The modules that one element of an entry's key stands for."""
+    if isinstance(one, Blocks):
+        return _blocks(key, one, modules, depth)
+    return WORDS[one](key, modules) if one in WORDS else _named(key, one, modules)
+
+
+def _named(key: str, pattern: str, modules: tuple[str, ...]) -> set[str]:
     found = {
         module
         for module in modules
@@ -119,7 +163,7 @@ def _named(pattern: str, modules: tuple[str, ...]) -> set[str]:
     }
     if not found:
         raise ConfigError(
-            f"keep: {pattern!r} matches no module of the checkpoint; {nearest(pattern, modules)}. "
+            f"{key}: {pattern!r} matches no module of the checkpoint; {nearest(pattern, modules)}. "
             "Write names as the checkpoint has them, without `.weight`."
         )
     return found
@@ -132,29 +176,29 @@ def with_parents(module: str) -> Iterator[str]:
         module = module.rpartition(".")[0]
 
 
-def _heads(modules: tuple[str, ...]) -> set[str]:
+def _heads(_: str, modules: tuple[str, ...]) -> set[str]:
     """May be none: a head that is tied to the embeddings has no name of its own."""
     return {module for module in modules if module.rpartition(".")[2] == "lm_head"}
 
 
-def _routers(modules: tuple[str, ...]) -> set[str]:
+def _routers(key: str, modules: tuple[str, ...]) -> set[str]:
     """Whatever stands right beside experts; norms among it are never quantized anyway."""
     blocks = {m.partition(".experts")[0] for m in modules if ".experts" in m}
     found = {module for module in modules if module.rpartition(".")[0] in blocks}
     found -= {module for module in found if module.endswith(".experts")}
     if not found:
         raise ConfigError(
-            "keep: 'router' stands for what is beside the experts of a block, and no module of "
+            f"{key}: 'router' stands for what is beside the experts of a block, and no module of "
             "the checkpoint is. Leave it out, or write names."
         )
     return found
 
 
-def _sight(modules: tuple[str, ...]) -> set[str]:
+def _sight(key: str, modules: tuple[str, ...]) -> set[str]:
     found = {module for module in modules if _sees(module)}
     if not found:
         raise ConfigError(
-            f"keep: 'vision' stands for modules with {' or '.join(_SIGHT)} in their name, and the "
+            f"{key}: 'vision' stands for modules with {' or '.join(_SIGHT)} in their name, and the "
             f"checkpoint has none; it begins with {modules[0] if modules else 'nothing'}. Write a "
             "glob on its names."
         )
@@ -165,7 +209,7 @@ def _sees(module: str) -> bool:
     return any(word in module for word in _SIGHT)
 
 
-def _blocks(wanted: Blocks, modules: tuple[str, ...], depth: int | None) -> set[str]:
+def _blocks(key: str, wanted: Blocks, modules: tuple[str, ...], depth: int | None) -> set[str]:
     """Of the list of modules that holds most: that of the language model, towers aside."""
     lists: dict[str, dict[int, list[str]]] = {}
     for module in modules:
@@ -175,14 +219,14 @@ def _blocks(wanted: Blocks, modules: tuple[str, ...], depth: int | None) -> set[
     order = sorted(blocks)[:depth]
     if wanted.count > len(order):
         raise ConfigError(
-            f"keep: {wanted} is more than the {len(order)} blocks of the checkpoint. Write at most "
-            "as many."
+            f"{key}: {wanted} is more than the {len(order)} blocks of the checkpoint. Write at "
+            "most as many."
         )
     chosen = order[: wanted.count] if wanted.end == "first" else order[-wanted.count :]
     return {module for index in chosen for module in blocks[index]}
 
 
-WORDS: Final[Mapping[str, Callable[[tuple[str, ...]], set[str]]]] = MappingProxyType(
+WORDS: Final[Mapping[str, Callable[[str, tuple[str, ...]], set[str]]]] = MappingProxyType(
     {"lm_head": _heads, "router": _routers, "vision": _sight}
 )
-"""What may be written instead of names, and which modules it stands for."""
+"""What may be written instead of names, and which modules it stands for; the key is for errors."""

@@ -32,6 +32,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from flashquant.config import env
 from flashquant.config.keep import Kept, read_kept
 from flashquant.config.locate import locate, named_in
+from flashquant.config.overrides import Override, check_mixable
 from flashquant.config.schemes import NAMES
 from flashquant.errors import ConfigError, LocateError
 
@@ -63,7 +64,8 @@ class RolloutConfig(BaseModel):
     itself never reads the second.
 
     `keep` lists the modules that stay in bf16, at the first load and at every push
-    (`flashquant.config.keep`).
+    (`flashquant.config.keep`); `overrides`, those that are stored in another scheme
+    (`flashquant.config.overrides`).
 
     `kv_cache` has keys and values cached in fp8 (e4m3), whatever the weights are in; `kv_scales`
     names the file of the scales that it starts with.
@@ -85,6 +87,7 @@ class RolloutConfig(BaseModel):
     scales: Literal["frozen", "refreshed"] = "refreshed"
     clipped_warning: float = Field(default=0.001, ge=0, le=1)
     keep: tuple[Kept, ...] = ()
+    overrides: tuple[Override, ...] = ()
     kv_cache: Literal["fp8"] | None = None
     kv_scales: str | None = None
     quantize_towers: bool = Field(default=False, strict=True)
@@ -98,6 +101,11 @@ class RolloutConfig(BaseModel):
     def scheme(self) -> str:
         """The canonical name of what a quantized layer stores."""
         return NAMES[self.fn].name
+
+    @property
+    def schemes(self) -> tuple[str, ...]:
+        """The canonical names of all that it stores, that of most layers first."""
+        return tuple(dict.fromkeys([self.scheme, *(one.scheme for one in self.overrides)]))
 
     @field_validator("fn")
     @classmethod
@@ -142,6 +150,23 @@ class RolloutConfig(BaseModel):
             raise ValueError(
                 f"keep names layers that stay in bf16, and with fn {self.fn!r} all of them do; "
                 "leave keep out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _schemes_can_stand_beside_each_other(self) -> RolloutConfig:
+        if not self.overrides:
+            return self
+        check_mixable(self.fn)
+        if same := next((one for one in self.overrides if one.scheme == self.scheme), None):
+            raise ValueError(
+                f"overrides has {str(same.match)!r} in {same.fn!r}, which is what fn says of all "
+                "layers; leave it out"
+            )
+        if self.profile is not None and NAMES[self.fn].takes_profile:
+            raise ValueError(
+                "profile scales the layers of one scheme, and overrides asks for several; leave "
+                "one of the two out"
             )
         return self
 
@@ -333,12 +358,20 @@ def _sentence(problem: ErrorDetails, source: str) -> str:
         return f"{source}: has no key 'configs'; put the entries in a list under it"
     if kind == "extra_forbidden":
         *parents, key = loc
-        holder, model = ("an entry", RolloutConfig) if parents else ("the file", _ConfigFile)
+        holder, model = _HOLDERS[sum(isinstance(part, str) for part in parents)]
         return (
             f"{_place(source, parents)}: {key!r} is not a key of {holder}; "
             f"{_nearest(str(key), model.model_fields)}"
         )
     return f"{_place(source, loc)}: {found}, but {_SHOULD_BE.get(kind, problem['msg'])}"
+
+
+_HOLDERS: Final[tuple[tuple[str, type[BaseModel]], ...]] = (
+    ("the file", _ConfigFile),
+    ("an entry", RolloutConfig),
+    ("an override", Override),
+)
+"""Whose keys they are, by the number of keys above them."""
 
 
 def _place(source: str, loc: Iterable[int | str]) -> str:

@@ -5,7 +5,7 @@ To add one is to add a record here and its definition in `flashquant.schemes`, u
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Final, Literal
@@ -199,3 +199,31 @@ COMPRESSED: Final[Mapping[str, Mapping[str, Any]]] = MappingProxyType(
     }
 )
 """What a bf16 checkpoint is served as in schemes of which vLLM has no online quantization."""
+
+MIXABLE: Final[Mapping[str, Mapping[str, Any]]] = MappingProxyType(
+    {**COMPRESSED, "fp8_channel": _by_channel("float")}
+)
+"""The schemes that vLLM serves beside one another in one engine, as what they are served then."""
+
+
+def numbers_of(scheme: str) -> Mapping[str, Any]:
+    """How compressed-tensors describes the layers of a scheme that is `MIXABLE`."""
+    held = MIXABLE[scheme]
+    return {**held["config_groups"]["group_0"], "format": held["format"]}
+
+
+def mixed(scheme: str, layers: Mapping[str, Iterable[str]]) -> Mapping[str, Any]:
+    """The quantization config of an engine of several schemes.
+
+    Args:
+        scheme: of all layers but those that are named.
+        layers: by each other scheme, its layers as compressed-tensors names them.
+
+    """
+    others = ({**numbers_of(other), "targets": list(named)} for other, named in layers.items())
+    groups = (numbers_of(scheme), *others)
+    return {
+        **MIXABLE[scheme],
+        "format": "mixed-precision",
+        "config_groups": {f"group_{i}": group for i, group in enumerate(groups)},
+    }

@@ -12,6 +12,7 @@ ADDITIONAL_CONFIG_KEY: Final = "flashquant"
 PROFILE_KEY: Final = "profile"  # in it, where pushes are quantized by one
 STARTS_ON_FLOATS: Final = "starts_on_floats"  # in it: the load makes the codes
 KEPT_KEY: Final = "kept"  # in it: the modules of the checkpoint that stay in bf16
+OVERRIDES_KEY: Final = "overrides"  # in it: the scheme of each module that has another one
 LISTED_KEY: Final = "listed"  # in it, where they are those that FlashRL's list leaves out
 EMULATE_KEY: Final = "emulate"  # in it, where vLLM's emulation computes on a CPU
 KV_SCALES_KEY: Final = "kv_scales"  # in it, where the KV cache starts with some of its own
@@ -34,6 +35,20 @@ def scheme_of(vllm_config: VllmConfig) -> str:
     if not asks_for_session(vllm_config):
         return "bf16"
     return str(vllm_config.additional_config[ADDITIONAL_CONFIG_KEY]["scheme"])
+
+
+def overrides_of(vllm_config: VllmConfig) -> dict[str, str]:
+    """The modules of the checkpoint that are to be stored in another scheme, and in which."""
+    if not asks_for_session(vllm_config):
+        return {}
+    return dict(vllm_config.additional_config[ADDITIONAL_CONFIG_KEY].get(OVERRIDES_KEY, {}))
+
+
+def schemes_of(vllm_config: VllmConfig | None) -> frozenset[str]:
+    """All that flashquant was asked to serve; none where there is no engine."""
+    if vllm_config is None:
+        return frozenset()
+    return frozenset({scheme_of(vllm_config), *overrides_of(vllm_config).values()})
 
 
 def kept_by(vllm_config: VllmConfig) -> frozenset[str]:

@@ -17,7 +17,12 @@ from flashquant.config.checks import Checks
 from flashquant.config.schemes import SCHEMES
 from flashquant.errors import UnsupportedEngine
 from flashquant.patches.cache_scales import CacheScales
-from flashquant.patches.decided import ADDITIONAL_CONFIG_KEY, PROFILE_KEY, kept_by
+from flashquant.patches.decided import (
+    ADDITIONAL_CONFIG_KEY,
+    PROFILE_KEY,
+    kept_by,
+    overrides_of,
+)
 from flashquant.patches.layers import (
     LayerBlueprint,
     LayerChoice,
@@ -49,8 +54,10 @@ class LiveEngine:
         """
         decided = vllm_config.additional_config[ADDITIONAL_CONFIG_KEY]
         self.scheme = str(decided["scheme"]) if quantized else "bf16"
+        self.overrides: Mapping[str, str] = overrides_of(vllm_config) if quantized else {}
         self.checks = Checks(**decided["checks"])
-        self.shares_scales = SCHEMES[self.scheme].by_layer and _cuts_weights(vllm_config)
+        by_layer = any(SCHEMES[scheme].by_layer for scheme in self._schemes)
+        self.shares_scales = by_layer and _cuts_weights(vllm_config)
         # vLLM says `cuda`, which is never equal to the device of a tensor.
         self.device = resolved(torch.device(vllm_config.device_config.device))
         profile = decided.get(PROFILE_KEY) if quantized else None
@@ -149,6 +156,11 @@ class LiveEngine:
         self._blueprint.release_originals()
         warm(tuple(self._quantizers()), self._vllm_config.model_config.dtype, self.device)
 
+    @property
+    def _schemes(self) -> tuple[str, ...]:
+        """All that its layers are stored in."""
+        return tuple(dict.fromkeys([self.scheme, *self.overrides.values()]))
+
     def _online_quantizer(self) -> Quantizer | None:
         """What makes the same codes of a layer's floats as vLLM, where flashquant can."""
         # The scale of a tensor that other workers hold a shard of, vLLM has to find.
@@ -161,8 +173,8 @@ class LiveEngine:
         """What pushes are quantized with, where it is not vLLM that does it."""
         if self.calibration is not None:
             yield from self.calibration.quantizers()
-        elif self.scheme in DEFINITIONS:
-            yield DEFINITIONS[self.scheme]
+            return
+        yield from (DEFINITIONS[scheme] for scheme in self._schemes if scheme in DEFINITIONS)
 
     @contextmanager
     def _context(self) -> Iterator[None]:

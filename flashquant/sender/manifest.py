@@ -36,6 +36,7 @@ class TensorSpec(BaseModel):
             manifest, too. None where it is sent as it is.
         rounds_to: the dtype in which the engine would hold floats before it makes codes of them;
             None where codes are made of what the trainer has.
+        scheme: the canonical name of the scheme of its codes, where that is not the engine's.
 
     """
 
@@ -45,6 +46,7 @@ class TensorSpec(BaseModel):
     dtype: Dtype
     scales: str | None = None
     rounds_to: Dtype | None = None
+    scheme: str | None = None
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -65,7 +67,7 @@ class Manifest(BaseModel):
 
     Attributes:
         format: of this description.
-        scheme: the canonical name of the engine's scheme.
+        scheme: the canonical name of the engine's scheme, that of most layers.
         version: how many updates the engine has committed.
         digest: of the policy that is live, over the tensors as they would be sent; equal for
             every engine that serves the same policy in the same scheme, whatever its kernels

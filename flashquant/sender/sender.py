@@ -187,9 +187,8 @@ class Sender:
             tensor = tensor.to(spec.rounds_to_torch)
         scale_spec = self.manifest.tensors[spec.scales]
         stacked = len(spec.shape) > 2
-        quantize = quantizer(
-            _form(spec), _form(scale_spec), name, self.manifest.scheme, stacked=stacked
-        )
+        scheme = spec.scheme or self.manifest.scheme
+        quantize = quantizer(_form(spec), _form(scale_spec), name, scheme, stacked=stacked)
         codes, scales = quantize(tensor.detach().contiguous(), None)
         check_finite(name, scales)  # a row that holds NaN or Inf has such a scale
         yield name, codes.reshape(spec.shape)

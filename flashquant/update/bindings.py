@@ -19,7 +19,7 @@ from torch import Tensor
 from flashquant.plan import Fill, Planner, Replay, Step, TensorPlan, Write
 from flashquant.profiles import Calibration
 from flashquant.schemes import check_dtype, check_form, check_plain
-from flashquant.update.engine import Engine, Layer
+from flashquant.update.engine import Engine, Layer, scheme_of
 from flashquant.update.in_place import InPlaceWrite, Window, in_place_write
 from flashquant.update.quantize import Recipe, is_float
 from flashquant.update.staging import Stage
@@ -165,7 +165,7 @@ class Bindings:
             plan = self._planner.of(name, sent)  # type: ignore[arg-type]  # it is a tensor
             engine = self._engine
             stored, loaded = engine.stored, engine.targets
-            recipe = Recipe(name, plan, stored, self._calibration, loaded, engine.scheme)
+            recipe = Recipe(name, plan, stored, self._calibration, loaded, scheme_of(name, engine))
             tie = None if plan.steps else self._planner.tie_of(name, sent)  # type: ignore[arg-type]
             binding = self.known[name] = Binding(name, plan, recipe, tie)
             if recipe.makes_codes and plan.steps:

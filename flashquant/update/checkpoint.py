@@ -204,6 +204,7 @@ class Checkpoint:
                 dtype=dtype_name(codes[0]),
                 scales=recipe.scale_name,
                 rounds_to=rounds_to,
+                scheme=None if recipe.scheme == self.scheme else recipe.scheme,
             ),
         )
         yield (

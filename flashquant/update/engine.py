@@ -138,7 +138,15 @@ class Engine(Loader, Protocol):
         ...
 
     @property
-    def scheme(self) -> str: ...
+    def scheme(self) -> str:
+        """Of all layers but those that `overrides` names."""
+        ...
+
+    @property
+    def overrides(self) -> Mapping[str, str]:
+        """The modules of the checkpoint that are stored in another scheme, and in which."""
+        ...
+
     @property
     def device(self) -> torch.device: ...
     @property
@@ -157,3 +165,8 @@ class Engine(Loader, Protocol):
     def shares_scales(self) -> bool:
         """Whether scales span the shards of other workers: maxima of whole tensors are wanted."""
         ...
+
+
+def scheme_of(name: str, engine: Engine) -> str:
+    """The scheme that a tensor of the checkpoint is stored in, if it is quantized."""
+    return engine.overrides.get(name.rpartition(".")[0], engine.scheme)

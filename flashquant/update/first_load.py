@@ -13,7 +13,7 @@ from flashquant.plan import NamedTensors, Planner, few_at_a_time
 from flashquant.profiles import Calibration
 from flashquant.schemes import holds_codes
 from flashquant.update.code_statistics import CodeStatistics
-from flashquant.update.engine import Engine
+from flashquant.update.engine import Engine, scheme_of
 from flashquant.update.quantize import Recipe, as_stored
 
 
@@ -60,7 +60,7 @@ class FirstLoad:
         if calibration is not None:
             calibration.note(name, tensor)
         engine, plan = self._engine, self._planner.plan[name]
-        recipe = Recipe(name, plan, engine.targets, quantizes, scheme=engine.scheme)
+        recipe = Recipe(name, plan, engine.targets, quantizes, scheme=scheme_of(name, engine))
         for stored, values in as_stored(recipe, tensor):
             if quantizes is not None:
                 quantizes.note_stored(stored, values)

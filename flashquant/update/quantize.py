@@ -40,6 +40,7 @@ class Recipe:
         dtypes: of the parameters it lands in.
         loads: the dtype in which the engine's loader holds it until codes are made of it; None
             where it is sent codes, which are then made of what the trainer sends.
+        scheme: that it is stored in, where it becomes codes.
         has_groups: whether a row of its codes has several scales.
         calibration: of an engine that is served through a profile, if that speaks of it.
 
@@ -58,7 +59,7 @@ class Recipe:
         entry: its plan.
         parameters: every parameter as it is stored, on meta.
         loaded: the same as the engine's loader fills them.
-        scheme: that the engine serves.
+        scheme: that the engine stores it in.
 
         """
         self.name, self.scale_name = name, f"{name}_scale"
@@ -69,7 +70,7 @@ class Recipe:
         form = loaded.get(self._codes) if self._codes else None
         self.loads = form.dtype if form is not None and is_float(form) else None
         self._entry = entry
-        self._parameters, self._scheme = parameters, scheme
+        self._parameters, self.scheme = parameters, scheme
         self.has_groups = self._codes is not None and has_groups(scheme)
 
     @property
@@ -88,7 +89,7 @@ class Recipe:
             return None  # a byte for each code of four bits: floats say more in twice the room
         codes, scales = self._parameters[self._codes], self._parameters.get(f"{self._codes}_scale")
         try:
-            quantizer(codes, scales, self._codes)
+            quantizer(codes, scales, self._codes, self.scheme)
         except UnsupportedEngine:
             return None
         return None if scales is None else (codes.dtype, scales.dtype)
@@ -116,7 +117,7 @@ class Recipe:
             self._parameters[self._codes],
             scales,
             self._codes,
-            self._scheme,
+            self.scheme,
             stacked=turned or len(self._entry.shape) > 2,
         )
         return functools.partial(_turned, quantize) if turned else quantize

@@ -196,7 +196,7 @@ class Status:
     """How one model stands between two reloads.
 
     Attributes:
-        scheme: canonical name of the scheme its layers are stored in; of several, where
+        scheme: canonical name of the scheme of its layers, but for `overrides`; of several, where
             data-parallel replicas serve different ones.
         version: how many updates it has committed; 0 is the checkpoint it started on.
         torn: its live weights are a mixture and it refuses to serve.
@@ -226,6 +226,7 @@ class Status:
         in_bf16: the linear layers and experts that stay in bf16 in an engine of codes, by their
             names in the checkpoint, and why: `keep` (the configuration keeps them), `tower` (of a
             multimodal model), `router` (of a mixture), or `vllm` (it leaves them by itself).
+        overrides: those that are stored in another scheme, and in which.
         quiet: of an update that was begun and is not finished, the seconds since anything came of
             it; None where none is open. Until it is over, `digest` and `parameters` are of what
             it has written so far.
@@ -249,6 +250,7 @@ class Status:
     refused: tuple[str, ...] = ()
     refusal: Refusal | None = None
     in_bf16: Mapping[str, WhyInBf16] = field(default_factory=dict)
+    overrides: Mapping[str, str] = field(default_factory=dict)
     quiet: float | None = None
 
     @classmethod
@@ -297,6 +299,9 @@ class Status:
         for why, said in _IN_BF16.items():
             if names := [name for name, because in self.in_bf16.items() if because == why]:
                 parts.append(f"{len(names)} {said} ({some_of(names)})")
+        for scheme in dict.fromkeys(self.overrides.values()):
+            names = [name for name, held in self.overrides.items() if held == scheme]
+            parts.append(f"{len(names)} in {scheme} ({some_of(names)})")
         if self.torn:
             parts.append("TORN, refuses to serve until a complete reload")
         if self.foreign:

@@ -120,6 +120,7 @@ class Reporter:
             staged=tuple(placed["staged"]),
             fallback=tuple(placed["fallback"]),
             in_bf16=self._engine.in_bf16,
+            overrides=self._engine.overrides,
             quiet=self._transactions.quiet,
         )
 

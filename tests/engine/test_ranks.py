@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
+import torch
 
+from flashquant.profiles import save_profile
+from flashquant.profiles.making import Factors, profile_of
 from tests.engine.kernels import NO_AMX_KERNELS, WORKER_KERNELS, has_amx_kernels, want_int4
 from tests.engine.processes import CORES, TORCHRUN, assert_lost, run, run_program
 from tests.engine.serving import FP8_CHANNEL, needs
@@ -28,18 +32,17 @@ def policies(tmp_path_factory: pytest.TempPathFactory) -> Policies:
         "fp8_vllm",
         pytest.param("fp8_channel", marks=needs(">=0.28", "scales of whole rows over ranks")),
         pytest.param("fp8_tensor", marks=FP8_CHANNEL),
-        "int4",
-        "nvfp4",
+        "int4 by a profile",
+        pytest.param("nvfp4 beside int4 and int8", marks=WHOLE_ROWS),
     ],
 )
 def test_two_workers_commit_together_or_not_at_all(policies: Policies, scheme: str) -> None:
     """Tensor parallel: rank 1 fails alone, and is then killed in the middle of an update."""
-    want_int4(scheme)
     place = "cache" if scheme == "fp8_vllm" else "host"
     answer = run_program(
         "tensor_parallel",
         policies,
-        FLASHRL_CONFIG=scheme,
+        FLASHRL_CONFIG=written(policies, scheme) if " " in scheme else scheme,
         FLASHQUANT_UNDO=place,
         FLASHQUANT_EMULATE="1",
         VLLM_ENABLE_V1_MULTIPROCESSING="1",
@@ -58,6 +61,30 @@ def test_two_workers_commit_together_or_not_at_all(policies: Policies, scheme: s
     assert steps["rank 1 failed in vLLM's reload"] == steps["started on a"]
     assert steps["pushed b by vLLM's reload"] == steps["pushed b"]
     assert_lost(answer["lost"], rank=1)
+
+
+def written(policies: Policies, scheme: str) -> str:
+    """A file of one entry: of several schemes, or of one and a profile of policy A."""
+    want_int4("int4")
+    entry: dict[str, object] = {"fn": scheme.split()[0]}
+    if scheme.endswith("profile"):
+        dice, policy = torch.Generator().manual_seed(0), policies.tensors("a")
+        layers = {n: (len(w), w.shape[1] // 128) for n, w in policy.items() if "_proj.weight" in n}
+        held = {
+            name: torch.randint(60, 111, shape, dtype=torch.uint8, generator=dice)
+            for name, shape in layers.items()
+        }
+        made = profile_of(
+            Factors(), policy.items(), dict.fromkeys(layers), "a", scheme="int4", held=held
+        )
+        save_profile(made, policies.folder / "int4.safetensors")
+        entry["profile"] = "int4.safetensors"
+    else:
+        cut_by_columns = {"match": "model.layers.0.self_attn.o_proj", "fn": "int4"}
+        entry["overrides"] = [cut_by_columns, {"match": {"last": 1}, "fn": "int8"}]
+    path = policies.folder / f"{len(scheme)}.yaml"
+    path.write_text(json.dumps({"configs": [entry]}))  # JSON is YAML
+    return str(path)
 
 
 @pytest.mark.parametrize(

@@ -473,7 +473,7 @@ def test_a_tower_and_a_prefix_of_vllms_own_are_no_obstacle() -> None:
     """What is kept whole is asked for by one expression, below any prefix; parts by their names."""
     modules = ("layers.0.a.q", "layers.0.a.k", "layers.1.a.q", "layers.1.a.k", "layers.10.a.q")
 
-    names = kept_seam._patterns(frozenset({"layers.1.a.q", "layers.1.a.k"}), modules)
+    names = kept_seam.patterns(frozenset({"layers.1.a.q", "layers.1.a.k"}), modules)
 
     (expression,) = (name.removeprefix("re:") for name in names if name.startswith("re:"))
     assert re.match(expression, "model.layers.1.a.qk")

@@ -20,7 +20,7 @@ INDEX = json.dumps({"weight_map": {"a.q_proj.weight": "1.safetensors", "a.norm.w
 def test_an_index_in_a_folder_is_enough_if_its_files_are_there(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(INDEX)
     with pytest.raises(ConfigError, match=r"keep names modules of the checkpoint, and .*folder"):
-        kept._names_in(str(tmp_path), None)
+        kept.names_in(str(tmp_path), None)
 
 
 def test_of_a_model_on_the_hub_only_the_index_is_fetched(tmp_path: Path) -> None:
@@ -42,7 +42,7 @@ def test_a_model_on_the_hub_without_safetensors_is_refused(tmp_path: Path) -> No
 
 def names_of(model: str, endpoint: str, home: Path) -> str:
     """In a process of its own: the client reads its environment when it is imported."""
-    program = f"from flashquant.patches.seams import kept; print(kept._names_in({model!r}, None))"
+    program = f"from flashquant.patches.seams import kept; print(kept.names_in({model!r}, None))"
     environ = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0"}
     ran = subprocess.run(
         [sys.executable, "-c", program], env=environ, capture_output=True, text=True, check=False

@@ -91,6 +91,7 @@ class FakeEngine:
 
     scheme, device, shares_scales, tied = "int8", CPU, False, MappingProxyType({})
     in_bf16: Mapping[str, WhyInBf16] = MappingProxyType({})
+    overrides: Mapping[str, str] = MappingProxyType({})
     cache_scales = SimpleNamespace(
         contents=lambda: iter(()), set=lambda scales, undo: None, restore=lambda: None
     )

@@ -73,6 +73,7 @@ _CUTLASS_INT8, _CUTLASS_FP8 = "CutlassInt8ScaledMMLinearKernel", "CutlassFP8Scal
 _TRITON_INT8 = "TritonInt8ScaledMMLinearKernel"  # CUTLASS has none from Blackwell on
 _MARLIN, _CUTLASS_BLOCK = "MarlinFP8ScaledMMLinearKernel", "CutlassFp8BlockScaledMMKernel"
 _MARLIN_INT4, _MACHETE = "MarlinLinearKernel", "MacheteLinearKernel"
+_MARLIN_MXFP8, _MARLIN_NVFP4 = "MarlinMxfp8LinearKernel", "MarlinNvFp4LinearKernel"
 _TORCH = "ChannelWiseTorchFP8ScaledMMLinearKernel"
 
 _FP8 = (ADA, HOPPER, BLACKWELL, RTX_BLACKWELL)
@@ -89,6 +90,9 @@ LINEAR = (
     Case(AMPERE, "fp8_tensor", _MARLIN, "packed"),
     *(Case(machine, "int4", _MARLIN_INT4, "packed") for machine in (AMPERE, ADA, BLACKWELL)),
     Case(_off(HOPPER, _MACHETE), "int4", _MARLIN_INT4, "packed"),
+    # Where FlashInfer or CUTLASS come first, they pack for Blackwell by ops of their own.
+    *(Case(machine, "mxfp8", _MARLIN_MXFP8, "packed") for machine in (AMPERE, HOPPER, BLACKWELL)),
+    *(Case(machine, "nvfp4", _MARLIN_NVFP4, "packed") for machine in (AMPERE, HOPPER, BLACKWELL)),
     Case(AMPERE, "fp8_vllm", _MARLIN, "packed"),
     Case(AMPERE, "fp8_channel_stored", _MARLIN, "packed"),
     Case(AMPERE, "fp8_block", _MARLIN, "packed"),

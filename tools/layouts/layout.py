@@ -24,6 +24,7 @@ from tools.models.policies import Policies, config_name
 
 # Schemes that vLLM has for checkpoints of codes only: `make_quantized` makes them.
 _MADE = ("fp8_tensor", "int4")
+_BY_ITSELF = "nvfp4"  # tests/engine/test_emulated.py compares its start with vLLM's of packed codes
 _ODD = {"odd": 516, "odd-k": 520}
 
 
@@ -87,6 +88,8 @@ def look(case: Case, folder: Path) -> Layout:
 def load(case: Case, folder: Path, policy: str, scheme: str | None) -> nn.Module:
     """With flashquant in a scheme, or as vLLM alone would, from what it calls the same."""
     policies = _policies(case, folder)
+    if scheme is None and case.scheme == _BY_ITSELF:
+        scheme = case.scheme
     if scheme is not None:
         checkpoint, options = policies.served(policy, case.scheme), {}
     else:
@@ -135,4 +138,5 @@ def _stored(case: Case, live: nn.Module) -> dict[str, MemoryLayout]:
 def _same(one: Tensor, other: Tensor) -> bool:
     if (one.shape, one.stride(), one.dtype) != (other.shape, other.stride(), other.dtype):
         return False
-    return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
+    first, second = (tensor.flatten().contiguous().view(torch.uint8) for tensor in (one, other))
+    return torch.equal(first, second)

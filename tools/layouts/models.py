@@ -21,6 +21,7 @@ from vllm.model_executor.model_loader import get_model
 
 import flashquant
 from flashquant.patches.layers import kernel_state
+from flashquant.patches.seams import engine_args
 from tests.support.groups import make_experts_group
 from tools.layouts.machine import Machine, pretending
 
@@ -29,7 +30,8 @@ def configured(checkpoint: Path, scheme: str | None, **options: Any) -> VllmConf
     """What an engine on this checkpoint would be configured with; by flashquant, in a scheme."""
     flashquant.patch()
     environment = {} if scheme is None else {"FLASHRL_CONFIG": scheme}
-    with mock.patch.dict(os.environ, environment):
+    has_kernels = mock.patch.object(engine_args, "asks_to_emulate", return_value=False)
+    with mock.patch.dict(os.environ, environment), has_kernels:
         return EngineArgs(
             model=str(checkpoint),
             skip_tokenizer_init=True,

@@ -14,6 +14,9 @@
 7. The int8 matmul for AMX takes rows only, and so does the bf16 one before vLLM 0.29. Models that
    run transformers' own code (OLMo 2, GPT-NeoX, SmolLM3) and vision towers hand them a batch of
    sequences, as rows from here on.
+8. Keys and values are cut off on their way into a cache in fp8, towards zero, where GPUs round
+   them to nearest: all of them come out smaller, and SmolLM2 three times as far from itself.
+   They come rounded, so that there is nothing left to cut off.
 
 Nothing here touches another platform.
 
@@ -159,6 +162,32 @@ def _unquantized_by_rows(
     return _by_rows(lambda rows: original(layer, rows, weight, bias), x)
 
 
+def _reshape_and_cache(
+    original: Any,
+    key: Tensor,
+    value: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slot_mapping: Tensor,
+    isa: str,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
+    kv_cache_dtype: str = "auto",
+) -> None:
+    if (form := _FORMS_OF_CACHES.get(kv_cache_dtype)) is not None:
+        # What they round to, every dtype of a model holds: it is cached under a scale of 1.
+        key, k_scale = _rounded(key, k_scale, form), 1.0
+        value, v_scale = _rounded(value, v_scale, form), 1.0
+    original(
+        key, value, key_cache, value_cache, slot_mapping, isa, k_scale, v_scale, kv_cache_dtype
+    )
+
+
+def _rounded(cached: Tensor, scale: float, form: torch.dtype) -> Tensor:
+    largest = torch.finfo(form).max  # torch would make NaN of what is beyond
+    return (cached.float() / scale).clamp_(-largest, largest).to(form).to(cached.dtype)
+
+
 def _refuse_left_over_rows(original: Any, kernel: Any, layer: Any) -> None:
     rows = layer.weight.shape[0]
     if rows % _ROWS_AT_A_TIME:
@@ -171,6 +200,11 @@ def _refuse_left_over_rows(original: Any, kernel: Any, layer: Any) -> None:
 
 
 _ROWS_AT_A_TIME = 32
+_FORMS_OF_CACHES = {
+    "fp8": torch.float8_e4m3fn,
+    "fp8_e4m3": torch.float8_e4m3fn,
+    "fp8_e5m2": torch.float8_e5m2,
+}
 _KERNELS = "vllm.model_executor.kernels.linear.scaled_mm.cpu"
 
 POINTS = (
@@ -196,6 +230,21 @@ POINTS = (
         "vllm._custom_ops:create_onednn_mm",
         expects=("weight", ...),
         wrapper=_create_onednn_mm,
+    ),
+    PatchPoint(
+        "vllm._custom_ops:cpu_attn_reshape_and_cache",
+        expects=(
+            "key",
+            "value",
+            "key_cache",
+            "value_cache",
+            "slot_mapping",
+            "isa",
+            "k_scale",
+            "v_scale",
+            "kv_cache_dtype",
+        ),
+        wrapper=_reshape_and_cache,
     ),
     PatchPoint(
         f"{_KERNELS}:CPUInt8ScaledMMLinearKernel.apply_weights",

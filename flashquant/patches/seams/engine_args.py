@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,6 +30,7 @@ from flashquant.patches.decided import (
     KEPT_KEY,
     KV_SCALES_KEY,
     LISTED_KEY,
+    OVERRIDES_KEY,
     PROFILE_KEY,
     STARTS_ON_FLOATS,
     TOWERS_KEY,
@@ -38,6 +40,7 @@ from flashquant.patches.point import PatchPoint
 from flashquant.patches.seams.emulation import asks_to_emulate
 from flashquant.patches.seams.kept import keep_in_bf16
 from flashquant.patches.seams.logprobs import configure_logprobs
+from flashquant.patches.seams.overrides import overridden
 from flashquant.patches.seams.quantization_args import choose_quantization, held_as
 from flashquant.profiles import load_kv_scales, load_profile
 
@@ -49,7 +52,7 @@ def _create_model_config(original: Any, args: Any) -> Any:
     if flash is not None:
         env.check(os.environ)
         entry = ENTRY.get(args) or flash.for_rank(rank_of(args, flash, os.environ))
-        emulate = asks_to_emulate(entry.scheme, os.environ)
+        emulate = any(asks_to_emulate(scheme, os.environ) for scheme in entry.schemes)
         configure(args, entry, checks_from_env(os.environ), emulate=emulate)
         configure_logprobs(args, os.environ)
     return original(args)
@@ -99,7 +102,8 @@ def configure(args: Any, config: RolloutConfig, checks: Checks, *, emulate: bool
     profile = _profile_of(config)
     _check_profile(profile, config, args.model, is_quantized=own is not None)
     kept = keep_in_bf16(args, config, checkpoint)
-    choose_quantization(args, config, own)
+    overrides, others = overridden(args, config, checkpoint, kept)
+    choose_quantization(args, config, own, others)
     if config.params_to_ignore:
         logger.warning(
             "params_to_ignore has no effect, as in FlashRL, which never reads it: what a reload "
@@ -108,12 +112,17 @@ def configure(args: Any, config: RolloutConfig, checks: Checks, *, emulate: bool
     decided = _decided(config, checks, profile, starts_on_floats=own is None)
     if kept:
         decided[KEPT_KEY] = kept
+    if overrides:
+        decided[OVERRIDES_KEY] = overrides
     if emulate:
         decided[EMULATE_KEY] = True
     if config.profile is not None and SCHEMES[config.scheme].lists_layers:
         decided[LISTED_KEY] = True
     args.additional_config = {**(args.additional_config or {}), ADDITIONAL_CONFIG_KEY: decided}
     by = f", {len(kept)} modules kept in bf16" if kept else ""
+    by += "".join(
+        f", {count} modules in {scheme}" for scheme, count in Counter(overrides.values()).items()
+    )
     by += "" if profile is None else f" by {profile.reference}, scales {config.scales}"
     logger.info("flashquant serves %s in %s%s", args.model, config.scheme, by)
 
@@ -170,6 +179,11 @@ def _check_profile(
                 "it under `profile`, or use int8."
             )
         return
+    if config.overrides:
+        raise ConfigError(
+            f"the profile {profile.reference}, which lies in the model, scales the layers of one "
+            "scheme, and overrides asks for several. Take it away, or leave overrides out."
+        )
     read = load_profile(profile.path)
     check_profile_is_for(read.scheme, config, profile)
     if not read.knows_weight_scales() and not is_quantized:
@@ -205,12 +219,13 @@ def _decided(
 
 
 def _refuse_what_is_not_served(config: RolloutConfig) -> None:
-    scheme = SCHEMES[config.scheme]
-    if not is_served(scheme):
-        raise ConfigError(
-            f"{config.fn} is a valid name, but its scheme is not served in vLLM "
-            f"{vllm.__version__}: {scheme.instead}. Use another scheme."
-        )
+    for name in config.schemes:
+        scheme = SCHEMES[name]
+        if not is_served(scheme):
+            raise ConfigError(
+                f"{name} is a valid name, but its scheme is not served in vLLM "
+                f"{vllm.__version__}: {scheme.instead}. Use another scheme."
+            )
 
 
 def is_served(scheme: Scheme) -> bool:

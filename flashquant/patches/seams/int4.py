@@ -20,7 +20,7 @@ from vllm.model_executor.parameter import ModelWeightParameter, PackedvLLMParame
 from vllm.platforms import current_platform
 
 from flashquant.config.schemes import INT4
-from flashquant.patches.decided import scheme_of
+from flashquant.patches.decided import schemes_of
 from flashquant.patches.point import PatchPoint
 
 _ON_CPU = "cpu_gemm_wna16"
@@ -29,11 +29,11 @@ _SHAPE = "weight_shape"  # of a checkpoint, for whoever unpacks it; no kernel re
 
 
 def _create_weights(original: Any, form: Any, layer: nn.Module, *args: Any, **kwargs: Any) -> None:
-    if (group := _group()) is None:
+    if not schemes_of(get_current_vllm_config_or_none()) & INT4.keys():
         original(form, layer, *args, **kwargs)
         return
     width: int = kwargs["input_size_per_partition"]
-    _check_width(width, group)
+    _check_width(width, form.group_size)
     _check_kernel()
     original(form, layer, *args, **kwargs)
     packed = layer.get_parameter(_PACKED)
@@ -68,12 +68,6 @@ def _packed(form: Any, codes: Any) -> PackedvLLMParameter:
         packed_factor=form.pack_factor,
         weight_loader=codes.weight_loader,
     )
-
-
-def _group() -> int | None:
-    """How many columns share a scale in the engine that is being made; None in other schemes."""
-    config = get_current_vllm_config_or_none()
-    return None if config is None else INT4.get(scheme_of(config))
 
 
 def _check_width(width: int, group: int) -> None:

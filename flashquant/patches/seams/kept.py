@@ -64,13 +64,13 @@ def keep_in_bf16(
     listed = config.profile if SCHEMES[config.scheme].lists_layers else None
     if not config.keep and listed is None:
         return ()
-    names = _names_in(args.model, args.revision)
-    kept = kept_modules(config.keep, names, _depth_of(checkpoint))
+    names = names_in(args.model, args.revision)
+    kept = kept_modules(config.keep, names, depth_of(checkpoint))
     if listed is not None:
         kept = tuple(sorted({*kept, *_unlisted(listed, names)}))
     _refuse_quantized(kept, names, args.model)
     if checkpoint.get("quantization_config") is None:
-        _ignore_also(args, _patterns(frozenset(kept), modules_of(names)))
+        _ignore_also(args, patterns(frozenset(kept), modules_of(names)))
     return kept
 
 
@@ -134,8 +134,8 @@ def _refuse_parts(path: str, kept: list[str], others: list[str]) -> None:
         )
 
 
-def _names_in(model: str, revision: str | None) -> tuple[str, ...]:
-    """The names of all tensors in the checkpoint of a model.
+def names_in(model: str, revision: str | None, key: str = "keep") -> tuple[str, ...]:
+    """The names of all tensors in the checkpoint of a model; the key of an entry is for errors.
 
     Raises:
         ConfigError: it has no safetensors.
@@ -150,10 +150,10 @@ def _names_in(model: str, revision: str | None) -> tuple[str, ...]:
         if located is not None:
             return stored_names(located.path)
     except ReloadError as refusal:
-        raise ConfigError(f"keep names modules of the checkpoint, and {refusal}") from refusal
+        raise ConfigError(f"{key} names modules of the checkpoint, and {refusal}") from refusal
     raise ConfigError(
-        f"keep names modules of the checkpoint, and {model} has no safetensors to look for them "
-        "in. Serve a checkpoint in safetensors, or leave keep out."
+        f"{key} names modules of the checkpoint, and {model} has no safetensors to look for them "
+        f"in. Serve a checkpoint in safetensors, or leave {key} out."
     )
 
 
@@ -174,7 +174,7 @@ def _unlisted(profile: str, names: tuple[str, ...]) -> Iterator[str]:
     return (module for module in modules if module not in quantized)
 
 
-def _depth_of(checkpoint: Mapping[str, Any]) -> int | None:
+def depth_of(checkpoint: Mapping[str, Any]) -> int | None:
     """How many blocks the language model has, where the configuration says so."""
     own = checkpoint.get("text_config")
     depth = (own if isinstance(own, Mapping) else checkpoint).get("num_hidden_layers")
@@ -201,8 +201,8 @@ def _ignore_also(args: Any, patterns: list[str]) -> None:
         args.quantization_config = dataclasses.replace(theirs, ignore=[*theirs.ignore, *patterns])
 
 
-def _patterns(kept: AbstractSet[str], modules: Iterable[str]) -> list[str]:
-    """What vLLM is to ignore: each by name, and the largest that are kept whole by expression."""
+def patterns(kept: AbstractSet[str], modules: Iterable[str]) -> list[str]:
+    """How vLLM is told of modules: each by name, the largest that are whole by expression, too."""
     there = Counter(parent for module in modules for parent in with_parents(module))
     mine = Counter(parent for module in kept for parent in with_parents(module))
     whole = {module for module, count in mine.items() if count == there[module]}

@@ -16,13 +16,20 @@ from torch import Tensor, nn
 
 from flashquant.errors import ReloadError
 from flashquant.patches.channels import FORGOT
-from flashquant.patches.decided import asks_for_session, kept_by, kv_scales_of, scheme_of
+from flashquant.patches.decided import (
+    asks_for_session,
+    kept_by,
+    kv_scales_of,
+    overrides_of,
+    scheme_of,
+)
 from flashquant.patches.engine import LiveEngine
 from flashquant.patches.layers import packed_once
 from flashquant.patches.point import PatchPoint
 from flashquant.patches.seams.blame import naming_the_layer
 from flashquant.patches.seams.in_bf16 import leaves_any, why_in_bf16
 from flashquant.patches.seams.kept import check_kept, name_as_vllm
+from flashquant.patches.seams.overrides import check_created, served_overrides
 from flashquant.patches.seams.peers import ballot_for
 from flashquant.patches.seams.towers import in_bf16
 from flashquant.update import Deltas, KVScales, Session
@@ -61,26 +68,27 @@ class _Attached:
             return self.session.first_load(weights)
 
     def note_in_bf16(self, landed: Callable[[], Mapping[str, tuple[str, ...]]]) -> None:
-        """Find out what stays in bf16 of a model of codes.
+        """Find out what stays in bf16 of a model of codes, and what has another scheme.
 
         Args:
             landed: says where each tensor of the checkpoint lands, which costs a run of the loader.
 
         Raises:
-            ConfigError: what was to be kept is quantized all the same.
+            ConfigError: what was to be kept is quantized all the same, or in another scheme.
 
         """
-        model, config = self.engine.model, self._vllm_config
+        model, config, overrides = self.engine.model, self._vllm_config, self.engine.overrides
         kept = kept_by(config)
-        if self.engine.scheme == "bf16" or not (kept or leaves_any(model)):
+        if self.engine.scheme == "bf16" or not (kept or overrides or leaves_any(model)):
             return
         try:
             found = landed()
         except ReloadError:  # the first push will say it of the name that it is about
-            if kept:
+            if kept or overrides:
                 raise
             return
         check_kept(model, kept, found)
+        self.engine.overrides = served_overrides(model, overrides, found, config)
         self.engine.in_bf16 = why_in_bf16(model, found, config, self._towers)
 
     def note_version(self) -> int:
@@ -241,6 +249,7 @@ def _initialize_model(original: Any, vllm_config: Any, **kwargs: Any) -> nn.Modu
     with naming_the_layer(scheme_of(vllm_config), keeps=bool(kept)), in_bf16(vllm_config) as towers:
         model: nn.Module = original(vllm_config, **kwargs)
     towers.tell(model)
+    check_created(model, overrides_of(vllm_config))
     own = kwargs.get("model_config") or vllm_config.model_config  # a draft has its own
     vars(model)["load_weights"] = _Attached(model, vllm_config, own, towers.names)
     return model

@@ -19,7 +19,7 @@ from vllm.model_executor.layers.quantization.online import fp8 as online
 from vllm.model_executor.model_loader.reload.layerwise import initialize_online_processing
 from vllm.model_executor.parameter import ModelWeightParameter
 
-from flashquant.patches.decided import scheme_of
+from flashquant.patches.decided import schemes_of
 from flashquant.patches.point import PatchPoint
 from flashquant.schemes import NVFP4_GROUP, largest, nvfp4_matrix
 
@@ -28,8 +28,7 @@ _CODES = ("weight_packed", "weight_scale", "weight_global_scale")
 
 
 def _create_weights(original: Any, form: Any, layer: nn.Module, *args: Any, **kwargs: Any) -> None:
-    config = get_current_vllm_config_or_none()
-    if config is None or scheme_of(config) != "nvfp4":
+    if "nvfp4" not in schemes_of(get_current_vllm_config_or_none()):
         original(form, layer, *args, **kwargs)
         return
     width: int = kwargs["input_size_per_partition"]
@@ -55,7 +54,7 @@ def _process_weights(original: Any, form: Any, layer: nn.Module) -> None:
     floats = layer._parameters.get(_FLOATS)
     if floats is None:
         original(form, layer)  # of a packed checkpoint
-    elif floats.dtype != torch.uint8:  # vLLM processes all layers, those that it has processed, too
+    elif floats.is_floating_point():  # not again: vLLM comes to layers that it has processed, too
         delattr(layer, _FLOATS)
         for name, made in zip(_CODES, nvfp4_matrix(floats.data, _peak(layer, floats)), strict=True):
             layer.register_parameter(name, Parameter(made, requires_grad=False))

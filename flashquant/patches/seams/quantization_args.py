@@ -3,6 +3,7 @@
 a quantized checkpoint       is served as it is: it says itself which layers it leaves in bf16
 int8, fp8_tensor             a bf16 checkpoint gets the quantization config of its twin of codes
 the other 8-bit schemes      are vLLM's own, made while a bf16 checkpoint loads
+several (`overrides`)        a group of that config for each; fp8_channel is no online scheme there
 bf16                         quantizes nothing
 """
 
@@ -10,27 +11,34 @@ from __future__ import annotations
 
 import fnmatch
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from vllm.config.quantization import resolve_quantization_config
 
 from flashquant.config.resolve import check_same_scheme
 from flashquant.config.schema import RolloutConfig
-from flashquant.config.schemes import COMPRESSED, SCHEMES, Scheme
+from flashquant.config.schemes import COMPRESSED, SCHEMES, Scheme, mixed
 from flashquant.errors import ConfigError
 from flashquant.update import some_of
 
 logger = logging.getLogger(__name__)
 
 
-def choose_quantization(args: Any, config: RolloutConfig, own: Mapping[str, Any] | None) -> None:
+def choose_quantization(
+    args: Any,
+    config: RolloutConfig,
+    own: Mapping[str, Any] | None,
+    others: Mapping[str, Sequence[str]] = MappingProxyType({}),
+) -> None:
     """Let vLLM quantize as the scheme asks, or check that the checkpoint is quantized so already.
 
     Args:
         args: vLLM's `EngineArgs`, changed in place.
         config: which scheme is asked for.
         own: the `quantization_config` of the checkpoint, if it has one.
+        others: by each other scheme, the layers that are stored in it.
 
     Raises:
         ConfigError: an argument asks for what the scheme is not.
@@ -45,9 +53,14 @@ def choose_quantization(args: Any, config: RolloutConfig, own: Mapping[str, Any]
                 f"quantize_towers is for bf16 checkpoints, and {args.model} is quantized already: "
                 "it says itself which layers are. Leave quantize_towers out."
             )
+        if others:
+            raise ConfigError(
+                f"overrides are for bf16 checkpoints, and {args.model} is quantized already: it "
+                "says itself what its layers are. Leave overrides out."
+            )
         _refuse_another_ignore(args, own)
-    elif scheme in COMPRESSED:
-        _serve_as_compressed(args, scheme)
+    elif scheme in COMPRESSED or others:
+        _serve_as_compressed(args, scheme, mixed(scheme, others) if others else COMPRESSED[scheme])
     elif asked.online is not None:
         _refuse_overrides(args, config.scheme)
         _set_quantization(args, asked.online, asked.name)
@@ -134,13 +147,12 @@ def _settings(args: Any) -> dict[str, Any]:
     return {name: value for name, value in said.items() if value}
 
 
-def _serve_as_compressed(args: Any, scheme: str) -> None:
+def _serve_as_compressed(args: Any, scheme: str, twin: Mapping[str, Any]) -> None:
     """Give a bf16 checkpoint the quantization config of its compressed-tensors twin.
 
     vLLM has no online int8 for dense layers, and none by tensor with scales of channels. A bf16
     checkpoint is therefore served as if it were one that holds codes, and quantized on its way in.
     """
-    twin = COMPRESSED[scheme]
     if callable(args.hf_overrides):
         raise ConfigError(
             f"{scheme} on a bf16 checkpoint adds a quantization_config to hf_overrides, which was "

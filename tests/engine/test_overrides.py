@@ -1,0 +1,194 @@
+"""Layers in another scheme than the rest of their engine, on the real engine."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import flashquant
+from flashquant.errors import ConfigError, MisfitTensor
+from flashquant.sender import Sender
+from tests.engine.kernels import want_int4
+from tests.engine.serving import FP8_CHANNEL, Serving, serve
+from tests.engine.test_doors import DOORS, Weights
+from tools.models.policies import W8A8, Policies
+
+pytestmark = [pytest.mark.engine, FP8_CHANNEL]
+
+DOWN = "model.layers.{}.mlp.down_proj"
+MIXES: dict[str, dict[str, Any]] = {
+    "int8 + fp8_channel": {
+        "fn": "int8",
+        "overrides": [{"match": "*.down_proj", "fn": "fp8_channel"}],
+    },
+    "fp8_channel + int4 + fp8_tensor": {
+        "fn": "fp8_channel",
+        "overrides": [
+            {"match": "*.down_proj", "fn": "int4"},
+            {"match": "*.o_proj", "fn": "fp8_tensor"},
+        ],
+        "keep": ["model.layers.0.mlp.down_proj"],
+    },
+    "int4_g32 + nvfp4 + int8": {
+        "fn": "int4_g32",
+        "overrides": [
+            {"match": "model.layers.0.self_attn", "fn": "nvfp4"},
+            {"match": {"last": 1}, "fn": "int8"},
+        ],
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def policies(tmp_path_factory: pytest.TempPathFactory) -> Policies:
+    return Policies(tmp_path_factory.mktemp("policies"), "qwen2")
+
+
+def written(folder: Path, **entry: Any) -> str:
+    path = folder / f"{abs(hash(repr(entry)))}.yaml"
+    path.write_text(json.dumps({"configs": [entry]}))  # JSON is YAML
+    return str(path)
+
+
+@pytest.fixture(scope="module", params=MIXES.values(), ids=MIXES)
+def entry(request: pytest.FixtureRequest) -> dict[str, Any]:
+    for scheme in (request.param["fn"], *(one["fn"] for one in request.param["overrides"])):
+        want_int4(scheme)
+    found: dict[str, Any] = request.param
+    return found
+
+
+@pytest.fixture
+def live(policies: Policies, entry: dict[str, Any]) -> Serving:
+    return serve(policies.bf16("a"), written(policies.folder, **entry))
+
+
+@pytest.fixture
+def fresh(policies: Policies, entry: dict[str, Any]) -> Serving:
+    return serve(policies.bf16("b"), written(policies.folder, **entry))
+
+
+def whole(there: Serving, weights: Weights) -> None:
+    flashquant.reload_weights(there.llm, weights)
+
+
+def prepared(there: Serving, weights: Weights) -> None:
+    flashquant.reload_weights(there.llm, weights, prepare=True)
+
+
+def sent(there: Serving, weights: Weights) -> None:
+    flashquant.reload_weights(there.llm, Sender(flashquant.manifest(there.llm)).stream(weights))
+
+
+def bundled(there: Serving, weights: Weights) -> None:
+    flashquant.apply_delta(there.llm, Sender(flashquant.manifest(there.llm)).bundle(weights))
+
+
+@pytest.mark.parametrize(
+    "push", [*DOORS, whole, prepared, sent, bundled], ids=lambda door: door.__name__
+)
+def test_what_arrives_by_a_door_equals_a_fresh_start(
+    live: Serving, fresh: Serving, policies: Policies, push: Any
+) -> None:
+    push(live, policies.tensors("b"))
+    live.snapshot().assert_same(fresh.start)
+    push(live, policies.tensors("a"))
+    live.snapshot().assert_same(live.start)
+
+
+def test_each_layer_holds_what_an_engine_of_its_scheme_alone_holds(
+    live: Serving, entry: dict[str, Any], policies: Policies
+) -> None:
+    alone = {scheme: serve(policies.bf16("a"), scheme) for scheme in schemes(entry)}
+    held = flashquant.status(live.llm)
+
+    assert set(held.overrides.values()) == set(schemes(entry)) - {entry["fn"]}
+    for name, kept in live.start.contents.items():
+        module = name.partition("_proj")[0] + "_proj" if "_proj" in name else None
+        if module is None or module in held.in_bf16:
+            continue
+        fused = {"qkv_proj": "q_proj", "gate_up_proj": "gate_proj"}
+        last = module.rpartition(".")[2]
+        of = f"{module.rpartition('.')[0]}.{fused.get(last, last)}"
+        scheme = held.overrides.get(of, entry["fn"])
+        wanted = alone[scheme].start.contents[name]
+        assert torch.equal(kept.float(), wanted.float()), (name, scheme)
+
+
+def schemes(entry: dict[str, Any]) -> list[str]:
+    return [entry["fn"], *(one["fn"] for one in entry["overrides"])]
+
+
+def test_a_refused_push_leaves_no_trace(live: Serving, policies: Policies) -> None:
+    """NaN in what comes last, when the other schemes' layers have been written."""
+    weights = policies.tensors("b")
+    name = f"{DOWN.format(1)}.weight"
+    broken = {**{n: t for n, t in weights.items() if n != name}, name: weights[name] * torch.nan}
+
+    for prepare in (False, True):
+        with pytest.raises(MisfitTensor, match=r"down_proj.*NaN"):
+            flashquant.reload_weights(live.llm, broken, prepare=prepare)
+        live.snapshot().assert_same(live.start)
+
+
+def test_status_names_what_is_in_another_scheme(policies: Policies) -> None:
+    live = serve(policies.bf16("a"), written(policies.folder, **MIXES["int8 + fp8_channel"]))
+
+    status = flashquant.status(live.llm)
+
+    assert status.scheme == "int8"
+    assert status.overrides == dict.fromkeys(map(DOWN.format, (0, 1)), "fp8_channel")
+    assert "2 in fp8_channel (model.layers.0.mlp.down_proj" in str(status)
+
+
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "no such module": (
+        {"fn": "int8", "overrides": [{"match": "*.down_porj", "fn": "fp8_channel"}]},
+        r"overrides: '\*\.down_porj' matches no module.*mlp\.down_proj",
+    ),
+    "a part of a layer": (
+        {"fn": "int8", "overrides": [{"match": "*.q_proj", "fn": "int4"}]},
+        r"q_proj is to be in int4 and k_proj is not, but vLLM computes both in qkv_proj",
+    ),
+    "nothing that is quantized": (
+        {"fn": "int8", "overrides": [{"match": "*layernorm", "fn": "fp8_channel"}]},
+        r"nothing that is matched for fp8_channel is quantized.*input_layernorm",
+    ),
+    "embeddings": (
+        {"fn": "int8", "overrides": [{"match": "*.embed_tokens", "fn": "int4"}]},
+        r"has model\.embed_tokens in it, which holds embeddings",
+    ),
+}
+
+
+@pytest.mark.parametrize(("entry", "says"), BAD.values(), ids=BAD)
+def test_what_vllm_would_pass_over_is_refused_by_name(
+    policies: Policies, entry: dict[str, Any], says: str
+) -> None:
+    for one in entry["overrides"]:
+        want_int4(one["fn"])
+    with pytest.raises(ConfigError, match=says):
+        _ = Serving(policies.bf16("a"), written(policies.folder, **entry)).llm
+
+
+def test_a_quantized_checkpoint_has_no_overrides(policies: Policies) -> None:
+    config = written(policies.folder, **MIXES["int8 + fp8_channel"])
+    with pytest.raises(ConfigError, match="overrides are for bf16 checkpoints"):
+        _ = Serving(policies.served("a", W8A8), config).llm
+
+
+def test_names_are_those_of_the_checkpoint_where_vllm_has_others(tmp_path: Path) -> None:
+    """GPT-OSS: `self_attn` is `attn` in vLLM."""
+    policies = Policies(tmp_path, "gpt-oss")
+    other = [{"match": "*.self_attn.o_proj", "fn": "fp8_channel"}]
+    config = written(tmp_path, fn="int8", keep=["*.experts"], overrides=other)
+    live, fresh = (serve(policies.bf16(policy), config) for policy in "ab")
+
+    flashquant.reload_weights(live.llm, policies.tensors("b"))
+
+    live.snapshot().assert_same(fresh.start)
+    assert {name.rpartition(".")[2] for name in flashquant.status(live.llm).overrides} == {"o_proj"}
