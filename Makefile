@@ -52,10 +52,9 @@ lint: $(STAMP) ## ruff, mypy, and which room may import which
 test: $(STAMP) ## run the tests (PYTEST_ARGS="-m 'not engine'")
 	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
-# Not a part of `test`: it takes minutes, and torchvision's Python code, in a folder of its own.
+# What `test` leaves out of it: engines in other processes, a minute a model.
 vision: $(STAMP) ## vision-language models are shown images before and after pushes
-	$(PIP) install --quiet --no-deps --upgrade --target .venv/vision -r requirements/vision.txt
-	$(PY) -m pytest tests/engine/test_vision.py $(PYTEST_ARGS)
+	FLASHQUANT_TEST_VISION=1 $(PY) -m pytest tests/engine/test_vision.py $(PYTEST_ARGS)
 
 versions: $(STAMP) ## run the engine tests on every vLLM we claim, and write the table (VERSIONS_ARGS="...")
 	nice -n 5 $(PY) -m tools.versions $(VERSIONS_ARGS)
@@ -107,11 +106,14 @@ clean: ## remove caches and build results (.venv, .stacks and .versions stay)
 	.venv-$*/bin/python -m pip --disable-pip-version-check --no-input install --quiet --no-deps -r $<
 	@touch $@
 
-$(STAMP): pyproject.toml $(LOCK) | .venv/bin/python
+# .venv/vision is on nobody's path but the tests' (tests/support/vision.py).
+$(STAMP): pyproject.toml $(LOCK) requirements/vision.txt | .venv/bin/python
 	$(PIP) install --quiet $(PIP_PIN)
 	@$(PIP) install --quiet --no-deps '$(TORCH_PIN)' 2>/dev/null || { \
 	  echo "$(TORCH_PIN): trying $(PYTORCH_CPU_INDEX)"; \
 	  $(PIP) install --no-deps --extra-index-url '$(PYTORCH_CPU_INDEX)' '$(TORCH_PIN)'; }
 	$(PIP) install --quiet --no-deps -r $(LOCK)
+	rm -rf .venv/vision
+	$(PIP) install --quiet --no-deps --target .venv/vision -r requirements/vision.txt
 	$(PIP) install --quiet --no-deps --no-build-isolation -e .
 	@touch $@

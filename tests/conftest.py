@@ -19,7 +19,6 @@ from hypothesis import settings
 from tests.support import isa, vision
 
 isa.pretend()  # before torch is imported
-vision.make_ready()  # before transformers is
 os.environ.pop("FLASHRL_CONFIG", None)
 os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # would override kv_cache_memory_bytes
 os.environ.update(
@@ -31,6 +30,7 @@ os.environ.update(
     VLLM_ENABLE_V1_MULTIPROCESSING="0",
     VLLM_LOGGING_LEVEL="ERROR",
 )
+vision.make_ready()  # imports torch, which counts its threads then; before transformers
 # Some tests interrupt themselves, which a run in the background would ignore.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile("long", max_examples=1000)  # --hypothesis-profile long

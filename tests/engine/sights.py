@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -41,6 +42,7 @@ _TEXT: dict[str, Any] = {
     "pad_token_id": None,
 }
 _SPECIAL = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+_NEWLINES = ("\n", "\n\n", "\n\n\n", "\n\n\n\n")  # vLLM looks for Gemma's
 _SHOWN = (_WORDS, _WORDS + 2, _WORDS + 1)  # an image in a prompt
 _IDS = {
     "vision_start_token_id": _WORDS,
@@ -59,18 +61,21 @@ class Sight:
         files: what `save_pretrained` of its processor would write, by name.
         hub: a part of the names of transformers 5, and what stands there in checkpoints on the
             Hub, where vLLM knows only the latter.
+        named: tokens that the processor asks its tokenizer for.
 
     """
 
     config: Callable[[], transformers.PreTrainedConfig]
     files: dict[str, dict[str, Any]]
     hub: tuple[str, str] | None = None
+    named: dict[str, str] = field(default_factory=dict)
 
     def as_on_the_hub(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """The same weights by names that vLLM takes."""
-        return (
-            weights if self.hub is None else {n.replace(*self.hub): t for n, t in weights.items()}
-        )
+        if self.hub is None:
+            return weights
+        new, old = self.hub
+        return {n if old in n else n.replace(new, old): t for n, t in weights.items()}
 
 
 def _qwen25() -> transformers.PreTrainedConfig:
@@ -163,6 +168,38 @@ def _llava_files() -> dict[str, dict[str, Any]]:
     }
 
 
+def _gemma3() -> transformers.PreTrainedConfig:
+    vision = {
+        "hidden_size": 64,
+        "intermediate_size": 108,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 56,
+        "patch_size": 14,
+        "vision_use_head": False,
+    }
+    layers = ["sliding_attention", "full_attention"]
+    window = {"query_pre_attn_scalar": 64, "sliding_window": 64, "layer_types": layers}
+    return transformers.Gemma3Config(
+        text_config={**_TEXT, **window},  # its head is tied
+        vision_config=vision,
+        mm_tokens_per_image=4,
+        boi_token_index=_IDS["image_token_id"],  # where an image goes, in a prompt
+        eoi_token_index=_IDS["vision_end_token_id"],
+        image_token_index=_IDS["video_token_id"],
+    )
+
+
+def _gemma3_files() -> dict[str, dict[str, Any]]:
+    kind = {"processor_class": "Gemma3Processor"}
+    looks = {"size": {"height": 56, "width": 56}, "image_seq_length": 4}
+    image = {"image_processor_type": "Gemma3ImageProcessor", **kind, **looks}
+    return {
+        "preprocessor_config.json": image,
+        "processor_config.json": {**kind, "image_seq_length": 4},
+    }
+
+
 def _files(processor: str, video: str, patch: int) -> dict[str, dict[str, Any]]:
     sizes = {"patch_size": patch, "temporal_patch_size": 2, "merge_size": 2}
     area = {"shortest_edge": (2 * patch) ** 2 * 4, "longest_edge": (2 * patch) ** 2 * 16}
@@ -190,6 +227,12 @@ SIGHTS = {
     "llava-onevision": Sight(
         _llava, _llava_files(), hub=("vision_tower.", "vision_tower.vision_model.")
     ),
+    "gemma3-vl": Sight(
+        _gemma3,
+        _gemma3_files(),
+        hub=("vision_tower.", "vision_tower.vision_model."),
+        named={"boi_token": _SPECIAL[2], "eoi_token": _SPECIAL[1], "image_token": _SPECIAL[3]},
+    ),
 }
 
 
@@ -205,6 +248,11 @@ def options(**more: Any) -> dict[str, Any]:
         "limit_mm_per_prompt": {"image": 1, "video": 0},
         **more,
     }
+
+
+def in_tower(name: str) -> bool:
+    """Whether a weight is one of what turns images into embeddings."""
+    return re.search(r"\b(visual|vision_tower|vision_model)\.", name) is not None
 
 
 def missing() -> str:
@@ -238,7 +286,7 @@ def make(name: str, path: Path, seed: int) -> Path:
         saved = sight.as_on_the_hub(load_file(path / "model.safetensors"))
         save_file(saved, path / "model.safetensors", metadata={"format": "pt"})
     words = {f"w{number}": number for number in range(_WORDS)}
-    words |= {word: _WORDS + number for number, word in enumerate(_SPECIAL)}
+    words |= {word: _WORDS + number for number, word in enumerate((*_SPECIAL, *_NEWLINES))}
     tokenizer = Tokenizer(WordLevel(words, unk_token="w0"))
     tokenizer.pre_tokenizer = WhitespaceSplit()
     transformers.PreTrainedTokenizerFast(
@@ -246,6 +294,7 @@ def make(name: str, path: Path, seed: int) -> Path:
         unk_token="w0",
         pad_token="w1",
         additional_special_tokens=list(_SPECIAL),
+        **({"extra_special_tokens": sight.named} if sight.named else {}),
     ).save_pretrained(path)
     for file, said in sight.files.items():
         (path / file).write_text(json.dumps(said))

@@ -2,7 +2,7 @@
 
 PyPI has torchvision for CUDA only; its binary cannot be loaded here, and without the two operators
 that its Python code expects there, it cannot be imported. They are declared, and never called.
-`make vision` puts it into a folder of its own, which only tests look into.
+It lies in a folder of its own (see the Makefile), which only tests look into.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
-"""One engine is shown an image before and after each of several updates.
+"""Engines are shown an image before and after each of several updates.
 
-Usage: python -m tests.engine.programs.seen A B
-Prints one JSON object: what `converse` returns without prefix caching, and with it.
+Usage: python -m tests.engine.programs.seen A B SCHEME...
+Prints one JSON object: by scheme, what `converse` returns without prefix caching, and with it.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,20 @@ from tests.engine.programs.engine import print_result
 from tools.models import tiny_models
 
 
-def main(a: str, b: str) -> dict[str, Any]:
+def main(a: str, b: str, *schemes: str) -> dict[str, Any]:
+    return {scheme: [shown(a, b, scheme, caching) for caching in (0, 1)] for scheme in schemes}
+
+
+def shown(a: str, b: str, scheme: str, caching: int) -> list[Any]:
+    """Of an engine of its own, which ends with it."""
     from vllm import LLM
 
-    engines = {}
-    for caching in (False, True):
-        with sights.understood():
-            engines[caching] = LLM(a, **sights.options(enable_prefix_caching=caching))
-    return {str(caching): converse(llm, Path(a), Path(b)) for caching, llm in engines.items()}
+    os.environ["FLASHRL_CONFIG"] = scheme
+    with sights.understood():
+        llm = LLM(a, **sights.options(enable_prefix_caching=bool(caching)))
+    told = converse(llm, Path(a), Path(b))
+    llm.llm_engine.engine_core.shutdown()
+    return told
 
 
 def converse(llm: Any, a: Path, b: Path) -> list[Any]:
