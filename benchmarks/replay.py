@@ -48,6 +48,7 @@ class Engine:
 
     device, shares_scales = torch.device("cpu"), False
     tied: Mapping[str, str] = MappingProxyType({})
+    optional: frozenset[str] = frozenset()
     in_bf16: Mapping[str, WhyInBf16] = MappingProxyType({})
     cache_scales = SimpleNamespace(
         contents=lambda: iter(()), set=lambda scales, undo: None, restore=lambda: None
