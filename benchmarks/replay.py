@@ -48,6 +48,7 @@ class Engine:
 
     device, shares_scales = torch.device("cpu"), False
     tied: Mapping[str, str] = MappingProxyType({})
+    optional: frozenset[str] = frozenset()
     in_bf16: Mapping[str, WhyInBf16] = MappingProxyType({})
     overrides: Mapping[str, str] = MappingProxyType({})
     cache_scales = SimpleNamespace(

@@ -29,6 +29,7 @@ from flashquant.patches.layers import (
     LiveLayer,
     ModelBlueprint,
     Quantizer,
+    buffer_layers,
     is_deferred_attention_layer,
     is_processor,
 )
@@ -94,8 +95,14 @@ class LiveEngine:
 
     @property
     def targets(self) -> Mapping[str, Tensor]:
-        """Every checkpoint-format parameter, on meta."""
+        """Every checkpoint-format parameter, and every buffer that a checkpoint may bring, on
+        meta."""
         return self._blueprint.targets
+
+    @property
+    def optional(self) -> frozenset[str]:
+        """The buffers among them: a checkpoint brings some, or none."""
+        return frozenset(t for one in self._blueprint.buffers for t in one.targets.values())
 
     @property
     def tied(self) -> Mapping[str, str]:
@@ -150,7 +157,10 @@ class LiveEngine:
             aliases=self._blueprint.stale_aliases(),
             compared=frozenset(self.tied.values()),
         )
-        self.layers = tuple(choice.layer(group) for group in self._blueprint.groups())
+        self.layers = (
+            *(choice.layer(group) for group in self._blueprint.groups()),
+            *buffer_layers(self._blueprint.buffers),
+        )
         for layer in self.layers:
             self.stored |= {target: home.to("meta") for target, home in layer.homes.items()}
         self._blueprint.release_originals()

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from flashquant.plan.loader import Loader
 from flashquant.plan.planner import Planner
-from flashquant.plan.trace import storage_of, tensors_in, written_by
+from flashquant.plan.trace import replay, storage_of, tensors_in, written_by
 from flashquant.plan.weights import (
     NamedTensors,
     Offered,
@@ -44,6 +44,7 @@ __all__ = [
     "named_forms",
     "named_tensors",
     "naming_the_file",
+    "replay",
     "storage_of",
     "stored_names",
     "tensors_in",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager
 from typing import Protocol
 
@@ -16,7 +16,13 @@ class Loader(Protocol):
 
     @property
     def targets(self) -> Mapping[str, Tensor]:
-        """Checkpoint-format parameters, on meta: what its loader writes into."""
+        """Checkpoint-format parameters, on meta: what its loader writes into; and `optional`."""
+        ...
+
+    @property
+    def optional(self) -> Collection[str]:
+        """The targets that are buffers, of which a checkpoint may bring some: no update has to
+        fill one unless the checkpoint did."""
         ...
 
     @property

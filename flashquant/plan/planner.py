@@ -196,10 +196,11 @@ class Planner:
     def wanted(self) -> Mapping[str, None]:
         """The parameters that a complete update fills: those that the checkpoint filled.
 
-        An engine that started without one (dummy weights) needs all of them.
+        An engine that started without one (dummy weights) needs all of them, without the buffers.
         """
         if not self._checkpoint:
-            return dict.fromkeys(self._loader.targets)
+            optional = self._loader.optional
+            return dict.fromkeys(t for t in self._loader.targets if t not in optional)
         if self._wanted is None:
             self._wanted = self._filled()
         return self._wanted

@@ -9,16 +9,20 @@ Limits
 1. A loader that reads values (`.item()`, data-dependent branches) cannot run on
    meta tensors; the error of the loader is passed on under the tensor's name.
 2. A write that is neither a view copied nor a constant becomes a `Replay`.
+3. A loader that waits for a second tensor before it writes the first (codes in fp8 for their
+   scales) cannot take one by itself; both are refused by name.
 """
 
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -94,13 +98,38 @@ def trace_one(
         ) from refusal
 
 
+def replay(load: Load, entry: TensorPlan, tensor: Tensor, memory: Mapping[str, Tensor]) -> None:
+    """Let the loader write a tensor for real, where it wrote when it was watched.
+
+    Args:
+        load: the engine's loader; writes into `memory`.
+        entry: the plan of the tensor.
+        tensor: under the trainer's name.
+        memory: real tensors in place of the parameters that the plan speaks of.
+
+    Raises:
+        ReloadError: it leaves something out: that depends on other tensors, too.
+
+    """
+    watcher = _Watcher({entry.name: tensor}, memory)
+    with watcher:
+        load([(entry.name, tensor)])
+    written = {(step.target, step.target_view) for step in watcher.steps[entry.name]}
+    for step in entry.steps:
+        if (step.target, step.target_view) not in written:
+            raise ReloadError(_waits(entry.name, f"did not write {step.target!r} of it"))
+
+
 def _watch(
     load: Load, incoming: Mapping[str, Tensor], targets: Mapping[str, Tensor]
 ) -> dict[str, TensorPlan]:
-    watcher = _Watcher(incoming, targets)
     homes = {name: (target.data, storage_of(target)) for name, target in targets.items()}
+    # Tensors of our own: what is left of them afterwards, the loader has kept.
+    handed = {name: torch.empty_like(tensor) for name, tensor in incoming.items()}
+    left = {name: StorageWeakRef(tensor.untyped_storage()) for name, tensor in handed.items()}
+    watcher = _Watcher(handed, targets)
     with watcher:
-        load(iter(list(incoming.items())))
+        load(iter(list(handed.items())))
     for name, (data, storage) in homes.items():
         if storage_of(targets[name]) != storage:
             targets[name].data = data
@@ -108,10 +137,31 @@ def _watch(
                 f"the engine's loader replaced the memory of {name!r} instead of writing into it; "
                 "flashquant cannot reload this parameter in place"
             )
+    steps = watcher.steps
+    del watcher, handed
+    unwritten = {name: left[name] for name in incoming if not steps[name]}
+    if kept := _kept(unwritten):
+        raise ReloadError(_waits(kept[0], "kept it for a later call"))
     return {
-        name: TensorPlan(name, tuple(tensor.shape), tensor.dtype, tuple(watcher.steps[name]))
+        name: TensorPlan(name, tuple(tensor.shape), tensor.dtype, tuple(steps[name]))
         for name, tensor in incoming.items()
     }
+
+
+def _kept(tensors: Mapping[str, StorageWeakRef]) -> list[str]:
+    """Those that somebody still holds: a loader that has neither written nor dropped them."""
+    if any(not left.expired() for left in tensors.values()):
+        gc.collect()  # a loader's own frames may have held each other
+    return [name for name, left in tensors.items() if not left.expired()]
+
+
+def _waits(name: str, how: str) -> str:
+    return (
+        f"the engine's loader takes {name!r} together with another tensor only (by itself, it "
+        f"{how}), and flashquant takes each by itself. Such loaders wait for the scales of codes: "
+        "start the engine on a checkpoint in bf16, or unset FLASHRL_CONFIG to serve this one "
+        "unpatched."
+    )
 
 
 class _Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it untyped
@@ -165,6 +215,9 @@ class _Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch lea
         origins = self._origins_of(args) or self._writers.get(target, frozenset())
         if not origins:
             raise ReloadError(f"the engine's loader wrote {target!r} from nothing it was given")
+        if len(origins) > 1:
+            first, *others = sorted(origins)
+            raise ReloadError(_waits(first, f"does not make {target!r}: that takes {others[0]!r}"))
         reason = self._made_by.get(storage_of(args[1]), str(func)) if func is _COPY else str(func)
         for origin in origins:
             self.steps[origin].append(Replay(origin, target, View.of(into), reason))

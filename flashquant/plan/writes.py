@@ -134,8 +134,8 @@ class TensorPlan:
 def beside(name: str, codes: TensorPlan) -> TensorPlan:
     """The plan of the scales `[N, 1]` of a weight `[N, K]`: a scale goes where its row went.
 
-    Of experts `[E, N, K]` they are `[E, N, 1]`. Of a weight that the loader transposes, `[K, N]`,
-    the rows are those that come out.
+    Of experts `[E, N, K]` they are `[E, N, 1]`. Of a weight that the loader transposes, `[K, N]`
+    or `[E, K, N]`, the rows are those that come out.
 
     Args:
         name: of the scales.
@@ -145,9 +145,10 @@ def beside(name: str, codes: TensorPlan) -> TensorPlan:
         ReloadError: its loader does something else than to put rows, or parts of them, somewhere.
 
     """
+    *experts, first, second = codes.shape
     return TensorPlan(
         name,
-        (*(codes.shape[1:] if codes.turns_rows else codes.shape[:-1]), 1),
+        (*experts, second if codes.turns_rows else first, 1),
         torch.float32,
         tuple(_scale_step(name, codes, step) for step in codes.steps),
     )
@@ -155,9 +156,11 @@ def beside(name: str, codes: TensorPlan) -> TensorPlan:
 
 def _scale_step(name: str, codes: TensorPlan, step: Step) -> Write:
     views = (step.source_view, step.target_view) if isinstance(step, Write) else ()
-    if views and len(codes.shape) == 3 and all(map(_has_whole_rows, views)):
-        source, target = map(_row_by_row, views)
-        return Write(name, source, f"{step.target}_scale", target)
+    if views and len(codes.shape) == 3 and _has_whole_rows(views[1]):
+        turned = _column_by_column(views[0], codes.shape)
+        if turned is not None or _has_whole_rows(views[0]):
+            source = turned or _row_by_row(views[0])
+            return Write(name, source, f"{step.target}_scale", _row_by_row(views[1]))
     if not views or any(len(view.shape) != 2 or 1 not in view.stride for view in views):
         raise ReloadError(
             f"the engine's loader does more with {codes.name} than to put rows somewhere, so there "
@@ -178,6 +181,21 @@ def _row_by_row(window: View) -> View:
     row = window.stride[-2]
     strides = tuple(stride // row for stride in window.stride[:-1])
     return View((*window.shape[:-1], 1), (*strides, 1), window.offset // row)
+
+
+def _column_by_column(window: View, shape: tuple[int, ...]) -> View | None:
+    """A window of transposed matrices `[E, K, N]`, of what has one element a column, `[E, N, 1]`.
+
+    None where the window holds no parts of their columns.
+    """
+    *_, inner, columns = shape
+    matrix = inner * columns
+    *experts, column, last = window.stride
+    if (column, last) != (1, columns) or any(stride % matrix for stride in experts):
+        return None
+    strides = tuple(stride // inner for stride in experts)
+    expert, place = divmod(window.offset, matrix)
+    return View((*window.shape[:-1], 1), (*strides, 1, 1), expert * columns + place % columns)
 
 
 def _first_row(window: View) -> int:

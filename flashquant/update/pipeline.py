@@ -15,7 +15,7 @@ from itertools import chain
 from torch import Tensor
 
 from flashquant.errors import MisfitTensor, ReloadError
-from flashquant.plan import NamedTensors, Replay, View, Write
+from flashquant.plan import NamedTensors, Replay, View, Write, replay
 from flashquant.profiles import Calibration
 from flashquant.schemes import check_finite, row_absmax
 from flashquant.update.bindings import Binding, Bindings, Destination
@@ -197,7 +197,7 @@ class Pipeline:
         stages = {step.target: stage for step, _, stage in destination.steps}
         memory = {target: stage.memory(self._engine.device) for target, stage in stages.items()}
         with self._engine.laid_out(memory):
-            self._engine.load([(destination.plan.name, tensor)])
+            replay(self._engine.load, destination.plan, tensor, memory)
         for step, _, stage in destination.steps:
             check_finite(destination.plan.name, step.target_view.into(memory[step.target]))
             stage.arrived(step.target_view)

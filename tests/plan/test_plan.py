@@ -192,3 +192,25 @@ def test_scales_of_stacked_experts_go_where_their_rows_went():
     assert (plan.shape, step.target) == ((3, 4, 1), "w13_scale")
     assert held[:, 2:].equal(scales[:, 2:])
     assert not held[:, :2].any()
+
+
+@pytest.mark.parametrize("one_by_one", [False, True], ids=["together", "one by one"])
+def test_scales_of_stacked_experts_that_are_transposed_go_where_their_columns_went(one_by_one):
+    """The second of two halves of each expert, of which this rank holds the second half."""
+    whole = torch.arange(3 * 8 * 4).view(3, 8, 4)  # [E, K, N]
+    held = torch.zeros(3, 4, 4)
+    sources, targets = whole.mT[:, 2:, 4:], held[:, 2:]
+    if one_by_one:
+        pairs = list(zip(sources, targets, strict=True))
+    else:
+        pairs = [(sources, targets)]
+    steps = tuple(Write("up", View.of(s), "w13", View.of(t)) for s, t in pairs)
+    scales, placed = torch.arange(12.0).view(3, 4, 1), torch.zeros(3, 4, 1)
+
+    plan = beside("up_scale", TensorPlan("up", (3, 8, 4), torch.int8, steps))
+    for step in plan.steps:
+        step.target_view.into(placed).copy_(step.source_view.into(scales))
+
+    assert plan.shape == (3, 4, 1)
+    assert placed[:, 2:].equal(scales[:, 2:])
+    assert not placed[:, :2].any()

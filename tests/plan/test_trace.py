@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from flashquant.errors import ReloadError, UnknownWeight
-from flashquant.plan import Fill, Replay, TensorPlan, View, Write
+from flashquant.plan import Fill, Replay, TensorPlan, View, Write, replay
 from flashquant.plan.trace import trace, trace_one
 
 ROWS = {"q": (0, 4), "k": (4, 2), "v": (6, 2)}
@@ -216,17 +216,36 @@ def test_a_broadcast_is_no_copy_of_a_window():
     assert isinstance(step, Replay)
 
 
-def test_a_parameter_made_of_two_tensors_is_a_replay_of_both():
-    param, seen = meta(4), []
+def waiting(param: Tensor):
+    """A loader that keeps codes until their scales come, as some do of a checkpoint in fp8."""
+    kept: dict[str, Tensor] = {}
 
-    def write(_: str, loaded: Tensor) -> None:
-        seen.append(loaded)
-        if len(seen) == 2:
-            param.copy_(torch.cat(seen))
+    def write(name: str, loaded: Tensor) -> None:
+        kept[name] = loaded
+        if len(kept) == 2:
+            param.copy_(kept.pop("codes") * kept.pop("scales"))
 
-    plans = trace(loads(write), {"a": meta(2), "b": meta(2)}, {"ab": param})
+    return loads(write)
 
-    assert [type(step) for plan in plans.values() for step in plan.steps] == [Replay, Replay]
+
+@pytest.mark.parametrize("name", ["codes", "scales"])
+def test_what_a_loader_keeps_for_a_later_call_is_refused_by_name(name):
+    param, both = meta(4), {"codes": meta(4), "scales": meta(4)}
+
+    assert "codes" not in trace(waiting(param), both, {"w": param})
+    with pytest.raises(ReloadError, match=f"takes '{name}' together with another tensor only"):
+        trace_one(waiting(param), name, meta(4), {"w": param})
+
+
+def test_a_loader_that_writes_less_for_real_than_it_was_seen_to_is_refused():
+    param, memory = meta(4), torch.zeros(4)
+    plan = trace_one(loads(lambda _, t: param.copy_(t + 1)), "w", meta(4), {"w": param})["w"]
+
+    replay(loads(lambda _, t: memory.copy_(t + 1)), plan, torch.ones(4), {"w": memory})
+
+    assert memory.tolist() == [2, 2, 2, 2]
+    with pytest.raises(ReloadError, match="did not write 'w' of it"):
+        replay(loads(lambda _, t: None), plan, torch.ones(4), {"w": memory})
 
 
 def test_a_name_that_the_loader_drops_has_no_steps():

@@ -103,7 +103,7 @@ def inspect_model(path: Path, scheme: str) -> Inspection:
             layers=tuple(
                 _layer(group, chosen[_kind_of(group)], live, planner.replayed) for group in groups
             ),
-            unfilled=_unfilled(planner, engine.targets),
+            unfilled=_unfilled(planner, engine.targets, engine.optional),
             in_bf16=engine.in_bf16,
             looked_at=tuple(group[0].name for group in reversed(chosen.values())),
         )
@@ -310,8 +310,10 @@ def _form_of(leaf: Any) -> Form:
     return Form(str(leaf.dtype).removeprefix("torch."), tuple(leaf.shape))
 
 
-def _unfilled(planner: Planner, targets: Mapping[str, Tensor]) -> tuple[str, ...]:
+def _unfilled(
+    planner: Planner, targets: Mapping[str, Tensor], optional: AbstractSet[str]
+) -> tuple[str, ...]:
     """Parameters that nothing fills; scales are made with their codes."""
     filled = {target for name in planner.plan.names for target in planner.plan[name].targets}
     made = {f"{target}_scale" for target in filled if holds_codes(targets[target].dtype)}
-    return tuple(target for target in targets if target not in filled | made)
+    return tuple(target for target in targets if target not in filled | made | optional)

@@ -3,6 +3,7 @@
 As the model was created, and as it serves:
 
 blueprint, model_blueprint   the layers before their first weight; the way to load onto them
+buffers                      those that a checkpoint may bring
 aliases                      tensors of one layer that are windows of another's parameter
 kernel_state                 every tensor and handle that the kernels of a layer read
 attention                    the layers that vLLM processes after all others
@@ -37,6 +38,7 @@ from flashquant.patches.layers import cpu, tensor_parallel_maxima
 from flashquant.patches.layers.attention import is_deferred_attention_layer
 from flashquant.patches.layers.base import LiveLayer
 from flashquant.patches.layers.blueprint import LayerBlueprint
+from flashquant.patches.layers.buffers import buffer_layers
 from flashquant.patches.layers.choice import LayerChoice, Quantizer
 from flashquant.patches.layers.cpu import allow_amx, packed_once
 from flashquant.patches.layers.in_place import InPlaceLayer
@@ -59,6 +61,7 @@ __all__ = [
     "ProcessedLayer",
     "Quantizer",
     "allow_amx",
+    "buffer_layers",
     "is_deferred_attention_layer",
     "is_handle",
     "is_processor",

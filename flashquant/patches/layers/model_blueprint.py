@@ -23,6 +23,7 @@ from flashquant.patches.layers.blueprint import (
     module_blueprint,
     on_meta,
 )
+from flashquant.patches.layers.buffers import buffer_blueprints
 from flashquant.plan import storage_of
 
 
@@ -31,7 +32,8 @@ class ModelBlueprint:
 
     Attributes:
         layers: one blueprint a module, in the model's order.
-        targets: the parameters on meta, by name.
+        buffers: one blueprint a buffer that a checkpoint may bring.
+        targets: parameters and these buffers on meta, by name.
         tied: the other names of parameters that several modules hold, and the name of each.
 
     """
@@ -69,6 +71,8 @@ class ModelBlueprint:
             for name, child in parent.named_children()
         ]
         self.targets: dict[str, Tensor] = {names[key]: meta for key, meta in metas.items()}
+        self.buffers = tuple(buffer_blueprints(model))
+        self.targets |= {target: meta for one in self.buffers for target, meta in one.forms.items()}
         self.tied = dict(_other_names(model, self.layers, names))
         # Parameters are told apart by id; keeping them alive keeps the ids theirs.
         self._originals = list(model.parameters())
@@ -172,6 +176,7 @@ class ModelBlueprint:
         """Put other parameters under the model, each made of its layer, name and form."""
         modules = [*(layer.module for layer in self.layers), *(m for m, _ in self._of_caches)]
         kept = [(module, module._parameters) for module in modules]
+        held = [(one.module, dict(one.module._buffers)) for one in self.buffers]
         exchanged = self._dropped_children()
         children = [(parent, dict(parent._modules)) for parent, _, _ in exchanged]
         try:
@@ -182,12 +187,20 @@ class ModelBlueprint:
                     name: None if meta is None else parameter(layer, name, meta)
                     for name, meta in layer.parameters.items()
                 }
+            for one in self.buffers:
+                one.module._buffers.update(
+                    (name, parameter(one, name, meta))
+                    for name, meta in one.parameters.items()
+                    if meta is not None
+                )
             for module, scales in self._of_caches:
                 module.__dict__["_parameters"] = {**module._parameters, **scales}
             yield
         finally:
             for module, parameters in kept:
                 module.__dict__["_parameters"] = parameters
+            for module, buffers in held:
+                module._buffers.update(buffers)
             for parent, live in children:
                 parent._modules.clear()
                 parent._modules.update(live)
