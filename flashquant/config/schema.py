@@ -18,13 +18,10 @@ Limits
 
 from __future__ import annotations
 
-import difflib
 import os
-import reprlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Final, Literal
+from typing import Final, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -34,24 +31,10 @@ from flashquant.config.keep import Kept, read_kept
 from flashquant.config.locate import locate, named_in
 from flashquant.config.overrides import Override, check_mixable
 from flashquant.config.schemes import NAMES
+from flashquant.config.sentences import listed, nearest, place, sentences
 from flashquant.errors import ConfigError, LocateError
 
-if TYPE_CHECKING:
-    from pydantic_core import ErrorDetails
-
 _MAX_BYTES: Final = 1 << 20
-_MAX_PROBLEMS: Final = 8
-_SHOWN: Final = 60  # characters of a value that an error repeats
-_SHOULD_BE: Final[Mapping[str, str]] = MappingProxyType(
-    {
-        "bool_type": "must be true or false",
-        "invalid_key": "a key must be text; put it in quotes",
-        "model_type": "must be a mapping; write it as lines of `key: value`",
-        "string_type": "must be text; put it in quotes if YAML reads it as something else",
-        "tuple_type": "must be a list; write it as [first, second]",
-    }
-)
-"""pydantic's type of an error -> what the value should be, and how to write it."""
 
 
 class RolloutConfig(BaseModel):
@@ -111,7 +94,7 @@ class RolloutConfig(BaseModel):
     @classmethod
     def _fn_names_a_configuration(cls, fn: str) -> str:
         if fn not in NAMES:
-            raise ValueError(f"{fn!r} names no configuration; {_nearest(fn, NAMES)}")
+            raise ValueError(f"{fn!r} names no configuration; {nearest(fn, NAMES)}")
         return fn
 
     @field_validator("keep", mode="before")
@@ -266,7 +249,7 @@ def load_config(reference: str) -> FlashConfig:
     wanted = reference.strip()
     if not wanted:
         raise ConfigError(
-            f"the configuration is blank. Write a name ({_listed(NAMES)}) "
+            f"the configuration is blank. Write a name ({listed(NAMES)}) "
             "or the path of a YAML file."
         )
     if wanted in NAMES:
@@ -274,13 +257,13 @@ def load_config(reference: str) -> FlashConfig:
     if not _is_path(wanted):
         raise ConfigError(
             f"{wanted!r} is neither a configuration nor the path of a YAML file; "
-            f"{_nearest(wanted, NAMES)}"
+            f"{nearest(wanted, NAMES)}"
         )
     path, source = locate(wanted)
     try:
         entries = _parse(_read(path)).configs
     except ValidationError as error:
-        raise ConfigError("\n".join(_sentences(error, source))) from None
+        raise ConfigError("\n".join(sentences(error, source, _HOLDERS))) from None
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from None
     return FlashConfig(
@@ -303,8 +286,8 @@ def _named_from_anywhere(entry: RolloutConfig, source: str, index: int) -> Rollo
             try:
                 named[key] = named_in(source, written, folder=folder)
             except LocateError as error:
-                place = _place(source, ("configs", index, key))
-                raise LocateError(f"{place}: {error}") from None
+                where = place(source, ("configs", index, key))
+                raise LocateError(f"{where}: {error}") from None
     return entry.model_copy(update=named)
 
 
@@ -334,56 +317,8 @@ def _parse(text: bytes) -> _ConfigFile:
     return _ConfigFile.model_validate(data)
 
 
-def _sentences(error: ValidationError, source: str) -> list[str]:
-    """Each problem in words, for the person who wrote the file."""
-    problems = error.errors(include_url=False)
-    # A misspelt `configs` is one mistake, though pydantic also misses the right spelling.
-    problems = [problem for problem in problems if problem["type"] != "missing"] or problems
-    lines = [_sentence(problem, source) for problem in problems[:_MAX_PROBLEMS]]
-    if len(problems) > _MAX_PROBLEMS:
-        lines.append(f"{source}: and {len(problems) - _MAX_PROBLEMS} problems more")
-    return lines
-
-
-def _sentence(problem: ErrorDetails, source: str) -> str:
-    """`file, where: what is, what should be`."""
-    loc, kind, value = problem["loc"], problem["type"], problem["input"]
-    found = f"is {reprlib.repr(value)[:_SHOWN]} ({type(value).__name__})"
-    if kind == "value_error":
-        return f"{_place(source, loc)}: {problem['ctx']['error']}"
-    if kind == "literal_error":
-        words = problem["ctx"]["expected"].replace("'", "")
-        return f"{_place(source, loc)}: {found}, but must be {words}"
-    if kind == "missing":
-        return f"{source}: has no key 'configs'; put the entries in a list under it"
-    if kind == "extra_forbidden":
-        *parents, key = loc
-        holder, model = _HOLDERS[sum(isinstance(part, str) for part in parents)]
-        return (
-            f"{_place(source, parents)}: {key!r} is not a key of {holder}; "
-            f"{_nearest(str(key), model.model_fields)}"
-        )
-    return f"{_place(source, loc)}: {found}, but {_SHOULD_BE.get(kind, problem['msg'])}"
-
-
-_HOLDERS: Final[tuple[tuple[str, type[BaseModel]], ...]] = (
+_HOLDERS: Final = (
     ("the file", _ConfigFile),
     ("an entry", RolloutConfig),
     ("an override", Override),
 )
-"""Whose keys they are, by the number of keys above them."""
-
-
-def _place(source: str, loc: Iterable[int | str]) -> str:
-    """`runs/mixed.yaml, configs[1].fn` from ("configs", 1, "fn")."""
-    path = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in loc)
-    return f"{source}, {path.lstrip('.')}" if path else source
-
-
-def _nearest(word: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(word.lower(), known, n=1)
-    return f"did you mean {near[0]!r}?" if near else f"known: {_listed(known)}"
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(sorted(names))
