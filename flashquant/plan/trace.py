@@ -126,7 +126,7 @@ def _watch(
     homes = {name: (target.data, storage_of(target)) for name, target in targets.items()}
     # Tensors of our own: what is left of them afterwards, the loader has kept.
     handed = {name: torch.empty_like(tensor) for name, tensor in incoming.items()}
-    left = {name: StorageWeakRef(tensor.untyped_storage()) for name, tensor in handed.items()}
+    left = {name: _Left(tensor) for name, tensor in handed.items()}
     watcher = _Watcher(handed, targets)
     with watcher:
         load(iter(list(handed.items())))
@@ -148,11 +148,21 @@ def _watch(
     }
 
 
-def _kept(tensors: Mapping[str, StorageWeakRef]) -> list[str]:
+class _Left:
+    """Whether anybody still holds the memory of a tensor."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._storage: Any = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+
+    def is_held(self) -> bool:
+        return not self._storage.expired()
+
+
+def _kept(tensors: Mapping[str, _Left]) -> list[str]:
     """Those that somebody still holds: a loader that has neither written nor dropped them."""
-    if any(not left.expired() for left in tensors.values()):
+    if any(left.is_held() for left in tensors.values()):
         gc.collect()  # a loader's own frames may have held each other
-    return [name for name, left in tensors.items() if not left.expired()]
+    return [name for name, left in tensors.items() if left.is_held()]
 
 
 def _waits(name: str, how: str) -> str:

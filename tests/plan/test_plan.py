@@ -200,10 +200,7 @@ def test_scales_of_stacked_experts_that_are_transposed_go_where_their_columns_we
     whole = torch.arange(3 * 8 * 4).view(3, 8, 4)  # [E, K, N]
     held = torch.zeros(3, 4, 4)
     sources, targets = whole.mT[:, 2:, 4:], held[:, 2:]
-    if one_by_one:
-        pairs = list(zip(sources, targets, strict=True))
-    else:
-        pairs = [(sources, targets)]
+    pairs = zip(sources, targets, strict=True) if one_by_one else [(sources, targets)]
     steps = tuple(Write("up", View.of(s), "w13", View.of(t)) for s, t in pairs)
     scales, placed = torch.arange(12.0).view(3, 4, 1), torch.zeros(3, 4, 1)
 
