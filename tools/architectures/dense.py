@@ -10,7 +10,9 @@ from collections.abc import Callable
 
 from transformers import (
     Gemma2Config,
+    Gemma3nTextConfig,
     Gemma3TextConfig,
+    Gemma4TextConfig,
     Glm4Config,
     GPT2Config,
     GPTNeoXConfig,
@@ -32,6 +34,7 @@ from tools.architectures.shapes import (
     INNER,
     LAYERS,
     LENGTH,
+    VOCAB,
     alone,
     shaped,
 )
@@ -51,6 +54,32 @@ DENSE: dict[str, Callable[[], PreTrainedConfig]] = {
     ),
     "gemma3": lambda: shaped(
         Gemma3TextConfig, tie_word_embeddings=True, query_pre_attn_scalar=HEAD_DIM, **_SLIDING
+    ),
+    # Its last layers take keys and values from those before them.
+    "gemma3n": lambda: shaped(
+        Gemma3nTextConfig,
+        num_hidden_layers=6,
+        num_kv_shared_layers=2,
+        sliding_window=64,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention"] * 2,
+        vocab_size_per_layer_input=VOCAB,
+        hidden_size_per_layer_input=2 * HEAD_DIM,
+        laurel_rank=HEAD_DIM,
+        altup_num_inputs=4,
+        intermediate_size=[INNER] * 6,
+        activation_sparsity_pattern=[0.95, 0.95, 0.0, 0.0, 0.0, 0.0],
+        tie_word_embeddings=True,
+    ),
+    # Likewise; and its checkpoint has a buffer a layer.
+    "gemma4": lambda: shaped(
+        Gemma4TextConfig,
+        num_hidden_layers=4,
+        num_kv_shared_layers=2,
+        sliding_window=64,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        vocab_size_per_layer_input=VOCAB,
+        hidden_size_per_layer_input=2 * HEAD_DIM,
+        tie_word_embeddings=True,
     ),
     "phi3": lambda: shaped(Phi3Config),
     "glm4": lambda: shaped(Glm4Config, attention_bias=True),
