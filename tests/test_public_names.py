@@ -120,10 +120,10 @@ def test_a_misspelt_configuration_says_the_nearest_name():
 
 
 def test_the_types_of_what_is_returned_are_those_that_are_returned():
-    from flashquant.update import report
+    from flashquant.update import report, status
 
     assert flashquant.ReloadReport is report.ReloadReport
-    assert flashquant.Status is report.Status
+    assert flashquant.Status is status.Status
     assert flashquant.errors.ReloadError is errors.ReloadError
 
 

@@ -8,6 +8,7 @@ transaction, undo   an update is committed, or the old weights are put back
 completeness        what has not arrived yet; passes, where one sync ends and the next begins
 agreement           all workers commit, or none does
 integrity           nothing moved
+report, status      what an update did; how the model stands; ranks, of several workers
 foreign, serving    other writers; whether the weights may be served
 code_statistics     how far codes moved, and what frozen scales clipped
 checkpoint          the live model as the tensors that a sender delivers, read back
@@ -22,10 +23,12 @@ from flashquant.update.deltas import Deltas
 from flashquant.update.engine import CacheScales, Engine, KVScales, Layer, Reach
 from flashquant.update.integrity import footprints
 from flashquant.update.members import Member
-from flashquant.update.report import Drift, Refusal, ReloadReport, Status, WhyInBf16, some_of
+from flashquant.update.report import Drift, ReloadReport
 from flashquant.update.session import Session
 from flashquant.update.staging import Stage, write
+from flashquant.update.status import Refusal, Status, WhyInBf16
 from flashquant.update.undo import UndoLog
+from flashquant.update.wording import some_of
 
 __all__ = [
     "Ballot",

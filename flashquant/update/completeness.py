@@ -14,8 +14,8 @@ from flashquant.plan import NamedTensors
 from flashquant.profiles import Calibration
 from flashquant.update.engine import Engine, Layer
 from flashquant.update.passes import Passes
-from flashquant.update.report import some_of
 from flashquant.update.state import Update
+from flashquant.update.wording import some_of
 
 logger = logging.getLogger(__name__)
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from flashquant.plan import Fill, Loader, TensorPlan, Write
-from flashquant.update.report import WhyInBf16
 from flashquant.update.staging import Stage
+from flashquant.update.status import WhyInBf16
 from flashquant.update.undo import UndoLog
 
 

@@ -18,7 +18,7 @@ from types import MappingProxyType
 
 from torch import Tensor
 
-from flashquant.update.report import some_of
+from flashquant.update.wording import some_of
 
 logger = logging.getLogger(__name__)
 

@@ -13,10 +13,12 @@ from flashquant.plan import Planner
 from flashquant.schemes import digest
 from flashquant.update.completeness import Completeness
 from flashquant.update.engine import Engine
-from flashquant.update.report import Refusal, ReloadReport, Status, some_of
+from flashquant.update.report import ReloadReport
 from flashquant.update.state import Update
+from flashquant.update.status import Refusal, Status
 from flashquant.update.ties import Ties
 from flashquant.update.transaction import Transactions
+from flashquant.update.wording import some_of
 
 logger = logging.getLogger(__name__)
 
@@ -139,7 +141,7 @@ class Reporter:
             prepare_seconds=seconds - pause,
             pause_seconds=pause,
             phases=dict(statistics.seconds),
-            layers_committed=len(update.committed),
+            layers=tuple(sorted(update.committed)),
             ignored=tuple(statistics.ignored),
             pending=tuple(chain.from_iterable(waiting.values())),
             kept=statistics.kept,

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from flashquant.errors import SleepingWeights, TornWeights
-from flashquant.update.report import some_of
+from flashquant.update.wording import some_of
 
 
 class ServingState:

@@ -3,9 +3,9 @@
     for each tensor:  plan it (once) -> quantize it -> write it -> commit its layer
     at the end:       all arrived, none moved, all workers agree; or everything as it was before
 
-A push outside a bracket is a transaction of its own; a layer goes live when the
-last of its shards has arrived, in whichever push of one sync (`passes` tells syncs
-apart). Inside a bracket (`begin` to `finish`) nothing is committed until the end.
+A push outside a bracket is a transaction of its own; a layer goes live when the last of its shards
+has arrived, in whichever push of one sync (`passes` tells syncs apart). Inside a bracket (`begin`
+to `finish`) nothing is committed until the end.
 """
 
 from __future__ import annotations
@@ -37,10 +37,11 @@ from flashquant.update.engine import Engine, KVScales
 from flashquant.update.first_load import FirstLoad
 from flashquant.update.pipeline import Pipeline
 from flashquant.update.proofs import Proofs
-from flashquant.update.report import ReloadReport, Status
+from flashquant.update.report import ReloadReport
 from flashquant.update.reporter import Reporter
 from flashquant.update.reserve import Reserve
 from flashquant.update.state import Update
+from flashquant.update.status import Status
 from flashquant.update.ties import Ties
 from flashquant.update.transaction import Transactions
 from flashquant.update.undo import UndoLog
@@ -290,9 +291,8 @@ class Session:
         if update is None:
             raise ReloadError("no update is under way")
         now = time.perf_counter()
-        return self._reporter.report(
-            update, now, pause=now - (start if update.prepares else update.start)
-        )
+        paused = start if update.prepares else update.start
+        return self._reporter.report(update, now, pause=now - paused)
 
     def check_servable(self) -> None:
         """Raise TornWeights rather than let a mixture of two policies generate."""

@@ -75,6 +75,15 @@ def test_nothing_that_one_of_them_takes_is_reported_as_ignored(told: dict[str, A
     assert told["ignored"] == []
 
 
+def test_the_layers_of_both_stages_are_in_the_report_and_the_status(
+    told: dict[str, Any], fresh: list[Serving]
+) -> None:
+    status = flashquant.status(fresh[0].llm)
+    layers = {*status.direct, *status.staged, *status.fallback}
+    assert layers <= set(told["layers"]["status"])
+    assert layers <= set(told["layers"]["report"])
+
+
 def test_a_stage_that_fails_or_lacks_something_takes_both_back(told: dict[str, Any]) -> None:
     failed, incomplete = told["failed"], told["incomplete"]
     assert failed[:2] == ["ReloadError", "rank 1: MemoryError: injected"]

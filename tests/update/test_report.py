@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from flashquant.update import ReloadReport, Status
+from flashquant.update import Drift, ReloadReport, Status
 
 
 def a_report(**changes: Any) -> ReloadReport:
@@ -20,7 +20,7 @@ def a_report(**changes: Any) -> ReloadReport:
         undo_bytes=0,
         seconds=0.4123,
         phases={"quantize": 0.21, "write": 0.1801},
-        layers_committed=24,
+        layers=tuple(f"layers.{i}" for i in range(24)),
         ignored=(),
         pending=(),
         digest=None,
@@ -154,6 +154,40 @@ def test_what_another_stage_of_a_pipeline_takes_is_not_ignored(report):
     ]
 
     assert ReloadReport.of_workers(stages).ignored == ("lm_head.weight",)
+
+
+def test_a_report_has_the_layers_of_all_stages_and_those_of_all_ranks_once(report):
+    def of(*layers: str, changed: float) -> ReloadReport:
+        drift = {f"{layer}.weight": Drift(100, changed) for layer in layers}
+        return replace(report, layers=layers, drift=drift)
+
+    whole = ReloadReport.of_workers(
+        [of("layers.0", changed=0.1), of("layers.0", changed=0.1), of("layers.1", changed=0.3)]
+    )
+
+    assert whole.layers == ("layers.0", "layers.1")
+    assert whole.changed == pytest.approx(0.2)
+    assert "2 layers in" in str(whole)
+
+
+def test_a_status_has_the_layers_of_all_stages_and_those_of_all_ranks_once(status):
+    def of(layer: str) -> Status:
+        return replace(
+            status,
+            **dict.fromkeys(("direct", "staged", "fallback"), (layer,)),
+            in_bf16={f"{layer}.router": "router"},
+            overrides={f"{layer}.down_proj": "fp8_channel"},
+            drafts={f"{layer}.draft": 3},
+            pending={layer: ("w",)},
+        )
+
+    engine = Status.of_workers([of("layers.0"), of("layers.0"), of("layers.1")])
+
+    for layers in (engine.direct, engine.staged, engine.fallback, tuple(engine.pending)):
+        assert layers == ("layers.0", "layers.1")
+    assert sorted(engine.in_bf16) == ["layers.0.router", "layers.1.router"]
+    assert sorted(engine.overrides) == ["layers.0.down_proj", "layers.1.down_proj"]
+    assert sorted(engine.drafts) == ["layers.0.draft", "layers.1.draft"]
 
 
 def test_an_engine_is_torn_or_asleep_if_one_of_its_workers_is(status):

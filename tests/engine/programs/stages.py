@@ -40,6 +40,9 @@ def main(starts_on: str, pushed: str) -> dict[str, Any]:
     result: dict[str, Any] = {"a": stands()}
     report = flashquant.reload_weights(llm, Path(pushed))
     result |= {"b": stands(), "ignored": list(report.ignored)}
+    status = flashquant.status(llm)
+    placed = [*status.direct, *status.staged, *status.fallback]
+    result["layers"] = {"report": list(report.layers), "status": placed}
     result["pushes"] = []
     for way, path in {
         "one_tensor_a_call": starts_on,
