@@ -17,7 +17,7 @@ from transformers import GraniteMoeConfig, GraniteMoeForCausalLM
 import flashquant
 from flashquant.config.schemes import W8A8
 from flashquant.errors import ConfigError, MisfitTensor, UnsupportedEngine
-from tests.engine.serving import BY_ROW, Serving, choosing, serve
+from tests.engine.serving import BY_ROW, GPT_OSS, INT8_EXPERTS, Serving, choosing, serve
 from tools.models import tiny_models
 from tools.models.policies import Policies
 
@@ -181,7 +181,9 @@ def test_what_cannot_be_kept_is_refused_by_name(
     ("keep", "says"),
     [
         ("*.experts.0", r"keep: .*experts\.0\.\S+ stays in bf16 and .*experts\.1\.\S+ does not"),
-        ("*.experts.1", r"keep: vLLM quantizes .*experts\.1\..* all the same"),
+        pytest.param(
+            "*.experts.1", r"keep: vLLM quantizes .*experts\.1\..* all the same", marks=INT8_EXPERTS
+        ),
     ],
 )
 def test_one_expert_of_a_layer_cannot_be_kept(keep: str, says: str, tmp_path: Path) -> None:
@@ -192,7 +194,11 @@ def test_one_expert_of_a_layer_cannot_be_kept(keep: str, says: str, tmp_path: Pa
 
 @pytest.mark.parametrize(
     ("scheme", "keep"),
-    [("int8", ["*.experts"]), ("int8", ["router"]), ("fp8_vllm", ["*.experts"])],
+    [
+        ("int8", ["*.experts"]),
+        pytest.param("int8", ["router"], marks=INT8_EXPERTS),
+        ("fp8_vllm", ["*.experts"]),
+    ],
     ids=str,
 )
 def test_experts_are_kept_whole_and_routers_anyway(
@@ -211,6 +217,7 @@ def test_experts_are_kept_whole_and_routers_anyway(
     assert all(keep[0].strip("*.") in name or name.endswith("gate") for name in kept)
 
 
+@GPT_OSS
 @pytest.mark.parametrize("scheme", ["int8", "fp8_vllm"])
 def test_names_are_those_of_the_checkpoint_where_vllm_has_others(
     scheme: str, tmp_path: Path

@@ -88,7 +88,7 @@ def numbers(live: Serving) -> list[tuple[float, ...]]:
         [getattr(layer, f"_{side}_scale{where}") for side in "kv" for where in ("", "_float")]
         for layer in layers
     ]
-    return [tuple(float(one) for one in scales) for scales in held]
+    return [tuple(torch.as_tensor(one).item() for one in scales) for scales in held]
 
 
 @pytest.mark.parametrize("push", WAYS, ids=lambda way: way.__name__)
@@ -299,6 +299,7 @@ def test_scales_survive_sleep_at_level_2(
     live.snapshot().assert_same(live.start)
 
 
+@torch.no_grad()  # parameters, up to vLLM 0.27
 def reset_scales(model: nn.Module) -> None:
     """As some versions of vLLM do when they wake up."""
     for module in model.modules():

@@ -13,7 +13,7 @@ import flashquant
 from flashquant.errors import ConfigError, MisfitTensor
 from flashquant.sender import Sender
 from tests.engine.kernels import want_int4
-from tests.engine.serving import FP8_CHANNEL, Serving, serve
+from tests.engine.serving import FP8_CHANNEL, GPT_OSS, Serving, serve
 from tests.engine.test_doors import DOORS, Weights
 from tools.models.policies import W8A8, Policies
 
@@ -181,6 +181,7 @@ def test_a_quantized_checkpoint_has_no_overrides(policies: Policies) -> None:
         _ = Serving(policies.served("a", W8A8), config).llm
 
 
+@GPT_OSS
 def test_names_are_those_of_the_checkpoint_where_vllm_has_others(tmp_path: Path) -> None:
     """GPT-OSS: `self_attn` is `attn` in vLLM."""
     policies = Policies(tmp_path, "gpt-oss")
