@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import GraniteMoeConfig, GraniteMoeForCausalLM
 
 import flashquant
 from flashquant.config.schemes import W8A8
@@ -161,7 +160,7 @@ PARTS = {
     "shards of a fused layer": (
         "qwen2",
         ["*.q_proj"],
-        r"part of model\.layers\.0\.self_attn\.qkv_proj.*Keep q_proj, k_proj, v_proj, or none",
+        r"model\.layers\.0\.self_attn\.qkv_proj.*Keep .*, or none",
     ),
     "no such module": ("qwen2", ["*.down_porj"], r"matches no module.*mlp\.down_proj"),
 }
@@ -305,29 +304,3 @@ def test_a_start_that_fails_names_the_layer_and_what_helps(odd: Path, scheme: st
         assert re.match(r"model\.layers\.0\.\S*_proj \(", said)
         assert f"served in {scheme}" in said
         assert re.search(r"'ignore': \['re:\.\*\S*_proj", said)
-
-
-def test_a_loader_without_a_place_for_scales_is_refused_by_the_name_of_the_weight(
-    tmp_path: Path,
-) -> None:
-    """GraniteMoE's renames experts by the end of their names, and knows no others.
-
-    Where vLLM has no int8 kernel for experts, they are refused for that before.
-    """
-    config = GraniteMoeConfig(
-        vocab_size=1000,
-        hidden_size=256,
-        intermediate_size=256,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_local_experts=4,
-        num_experts_per_tok=2,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
-    )
-    GraniteMoeForCausalLM(config).bfloat16().save_pretrained(tmp_path)
-
-    with pytest.raises(UnsupportedEngine, match=r"input_linear\.weight becomes codes|experts"):
-        _ = Serving(tmp_path, "int8").llm

@@ -137,9 +137,12 @@ def _maxima(blueprint: LayerBlueprint, stages: Stages) -> Maxima:
 
 def _check_made(blueprint: LayerBlueprint, twin: nn.Module) -> frozenset[str]:
     """The paths of what processing makes, if the live attention holds the same, laid out alike."""
+    both = (twin, blueprint.module)
+    # Cache scales among them, which the live one may hold as parameters (vLLM 0.25 to 0.27).
+    buffers = {path for one in both for path in one._buffers}
     fresh, live = (
-        {path: leaf for path, leaf in kernel_state.leaves(one).items() if path not in one._buffers}
-        for one in (twin, blueprint.module)
+        {path: leaf for path, leaf in kernel_state.leaves(one).items() if path not in buffers}
+        for one in both
     )
     try:
         kernel_state.check_same_layout(fresh, live, blueprint.name)
