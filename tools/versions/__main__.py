@@ -51,10 +51,22 @@ ENGINE_TESTS = tuple(
         "test_experiments",
     )
 )
-# With --all only: what takes most of the time, and shows little that depends on the version.
-# Among them a real model, where tiny ones have its shape.
+# With --all only, for their time: what shows little that depends on the version, a real model
+# among it, and the formats that came later.
 LONG_ENGINE_TESTS = tuple(
-    f"tests/engine/{name}.py" for name in ("test_faults", "test_beside_vllm", "test_real_weights")
+    f"tests/engine/{name}.py"
+    for name in (
+        "test_faults",
+        "test_beside_vllm",
+        "test_real_weights",
+        "test_int4",
+        "test_emulated",
+        "test_fp8_tensor",
+        "test_kv_cache",
+        "test_kept_layers",
+        "test_overrides",
+        "test_delta",
+    )
 )
 # And the second scheme where each takes minutes.
 LONG_CASES = (
