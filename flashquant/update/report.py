@@ -12,7 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 from flashquant.schemes import digest
 
@@ -259,26 +259,27 @@ class Status:
         if len(statuses) == 1:
             return statuses[0]
         ranks = tuple(part for status in statuses for part in status.ranks)
-        pending: dict[str, tuple[str, ...]] = {}
-        dropped: dict[str, tuple[str, ...]] = {}
-        for status in statuses:
-            pending |= status.pending
-            dropped |= status.dropped
         refusals = [status.refusal for status in statuses if status.refusal is not None]
         quiet = [status.quiet for status in statuses if status.quiet is not None]
+        by_layer: dict[str, Any] = {
+            key: {name: said for status in statuses for name, said in getattr(status, key).items()}
+            for key in ("pending", "dropped", "in_bf16", "overrides")
+        }
+        named: dict[str, Any] = {
+            key: tuple(dict.fromkeys(name for status in statuses for name in getattr(status, key)))
+            for key in ("refused", "foreign", "direct", "staged", "fallback")
+        }
         return replace(
             statuses[0],
+            **by_layer,
+            **named,
             scheme=", ".join(dict.fromkeys(status.scheme for status in statuses)),
             torn=any(status.torn for status in statuses),
             asleep=any(status.asleep for status in statuses),
-            pending=pending,
-            dropped=dropped,
-            refused=tuple(dict.fromkeys(name for status in statuses for name in status.refused)),
             refusal=max(refusals, key=lambda refusal: refusal.when, default=None),
             quiet=min(quiet, default=None),
             digest=_digest_of(ranks),
             ranks=ranks,
-            foreign=tuple(dict.fromkeys(name for status in statuses for name in status.foreign)),
             parameters={
                 f"rank {rank}: {name}": part
                 for rank, status in enumerate(statuses)

@@ -164,6 +164,19 @@ def test_an_engine_is_torn_or_asleep_if_one_of_its_workers_is(status):
     assert "asleep" in str(engine)
 
 
+def test_what_only_a_later_stage_of_a_pipeline_has_is_told(status):
+    stages = [
+        replace(status, direct=("a",), staged=("b",), fallback=(), in_bf16={"a": "keep"}),
+        replace(status, direct=("a", "c"), staged=(), fallback=("d",), overrides={"d": "int4"}),
+    ]
+
+    engine = Status.of_workers(stages)
+
+    assert (engine.direct, engine.staged, engine.fallback) == (("a", "c"), ("b",), ("d",))
+    assert engine.in_bf16 == {"a": "keep"}
+    assert engine.overrides == {"d": "int4"}
+
+
 def test_parameters_of_several_workers_carry_their_rank(status):
     engine = Status.of_workers([replace(status, parameters={"w": part}) for part in "ab"])
 

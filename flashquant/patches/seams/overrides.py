@@ -110,24 +110,28 @@ def served_overrides(
         vllm_config: of the engine.
 
     Returns:
-        Of those modules the ones that are quantized: norms are not, whatever matches them.
+        Of those modules the ones that are here and quantized: norms are not, whatever matches them.
 
     Raises:
         ConfigError: one has the numbers of another scheme, or none at all is quantized.
 
     """
     found: dict[str, str] = {}
+    here: set[str] = set()
     for name, targets in landed.items():
         (module,) = modules_of([name])
         if (scheme := overrides.get(module)) is None:
             continue
+        here |= {scheme} if targets else set()
         for path in dict.fromkeys(target.rpartition(".")[0] for target in targets):
             method = getattr(model.get_submodule(path), "quant_method", None)
             if isinstance(method, QuantizeMethodBase) and not isinstance(method, QUANTIZABLE):
                 _check_numbers(model.get_submodule(path), path, module, scheme, vllm_config)
                 found[module] = scheme
+    stages = vllm_config.parallel_config.pipeline_parallel_size
     for scheme in dict.fromkeys(overrides.values()):
-        if scheme not in found.values():
+        elsewhere = stages > 1 and scheme not in here  # all of it is in other stages
+        if scheme not in found.values() and not elsewhere:
             first = next(module for module, held in overrides.items() if held == scheme)
             raise ConfigError(
                 f"overrides: nothing that is matched for {scheme} is quantized by vLLM, {first} "
