@@ -4,15 +4,15 @@
                                  [--batch 1 8 32] [--prompt 8] [--tokens 48] [--seconds 10]
                                  [--rounds 3] [--out benchmarks/out]
 
-`bf16, fp8 cache` has weights in bf16 and a KV cache in fp8; the same, `cut off` has vLLM's own store,
-which does not round, so that the difference of the two is what rounding costs.
+`bf16, fp8 cache` has weights in bf16 and a KV cache in fp8; `cut off` is the same with vLLM's own
+store, which does not round: the difference of the two is what rounding costs.
 
 Engines of all schemes live in one process and take turns, batch size by batch size, round after
-round; medians. Against bf16, each round is compared with bf16's turn in it: what else the machine
-does is nearly the same in both, and the least and the largest of these ratios are told, too. Counted
-is what comes after the first token of each prompt, and nobody stops early:
-a turn ends when every request has its tokens, or when the engine's seconds for this batch size,
-shared by its rounds, are over. So an engine that is twenty times slower makes fewer tokens.
+round; medians. Against bf16, each round is compared with bf16's own turn in it, for which the
+machine was nearly the same; in brackets, between which two the middle half of these ratios lies. Counted
+is what comes after the first token of each prompt, and nobody stops early: a turn ends when every
+request has its tokens, or when the engine's seconds for this batch size, shared by its rounds, are
+over. So an engine that is twenty times slower makes fewer tokens.
 
 The break-even line: a sync into 8 bit that takes longer than one into bf16 owes the difference,
 each token that comes faster pays some of it back. Where 8 bit is not faster, it never does, and
@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
 from typing import Any
 from unittest import mock
 
@@ -56,7 +56,7 @@ def _cutting_off() -> Iterator[None]:
         yield
 
 
-# Whatever FLASHRL_CONFIG may say, or one of these: (scheme, dtype of the cache, while it generates).
+# Beside schemes: (scheme, dtype of the cache, what is so while it generates).
 _CACHES: dict[str, tuple[str, str, Callable[[], Any]]] = {
     "bf16, fp8 cache": ("bf16", "fp8", nullcontext),
     "bf16, fp8 cache, cut off": ("bf16", "fp8", _cutting_off),
@@ -224,10 +224,12 @@ def table(rates: Sequence[Rate]) -> str:
 
 
 def _compared(ratios: list[float]) -> str:
-    """The median of these, and the least and the largest where they are not the same."""
+    """The median of these, and the quarters beside it where they are not the same."""
     about = f"{median(ratios):.2f}x"
-    least, largest = f"{ratios[0]:.2f}", f"{ratios[-1]:.2f}"
-    return about if least == largest else f"{about} ({least} to {largest})"
+    if len(ratios) < 4 or ratios[0] == ratios[-1]:
+        return about
+    lower, _, upper = quantiles(ratios, n=4)
+    return f"{about} ({lower:.2f} to {upper:.2f})"
 
 
 def plot(rates: Sequence[Rate], path: Path) -> None:
