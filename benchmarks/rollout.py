@@ -9,8 +9,8 @@ store, which does not round: the difference of the two is what rounding costs.
 
 Engines of all schemes live in one process and take turns, batch size by batch size, round after
 round; medians. Against bf16, each round is compared with bf16's own turn in it, for which the
-machine was nearly the same; in brackets, between which two the middle half of these ratios lies. Counted
-is what comes after the first token of each prompt, and nobody stops early: a turn ends when every
+machine was nearly the same; in brackets, the bounds of the middle half of these ratios. Counted is
+what comes after the first token of each prompt, and nobody stops early: a turn ends when every
 request has its tokens, or when the engine's seconds for this batch size, shared by its rounds, are
 over. So an engine that is twenty times slower makes fewer tokens.
 
