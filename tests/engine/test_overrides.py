@@ -5,21 +5,27 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+from hypothesis import settings
+from torch import nn
 
 import flashquant
 from flashquant.errors import ConfigError, MisfitTensor
 from flashquant.sender import Sender
+from flashquant.update import UndoLog
+from tests.engine import faults
 from tests.engine.kernels import want_int4
-from tests.engine.serving import FP8_CHANNEL, Serving, serve
+from tests.engine.serving import FP8_CHANNEL, Serving, same_bits, serve
 from tests.engine.test_doors import DOORS, Weights
 from tools.models.policies import W8A8, Policies
 
 pytestmark = [pytest.mark.engine, FP8_CHANNEL]
 
 DOWN = "model.layers.{}.mlp.down_proj"
+EACH = 9 if settings.default.max_examples > 100 else 1  # places of each fault
 MIXES: dict[str, dict[str, Any]] = {
     "int8 + fp8_channel": {
         "fn": "int8",
@@ -116,7 +122,51 @@ def test_each_layer_holds_what_an_engine_of_its_scheme_alone_holds(
         of = f"{module.rpartition('.')[0]}.{fused.get(last, last)}"
         scheme = held.overrides.get(of, entry["fn"])
         wanted = alone[scheme].start.contents[name]
-        assert torch.equal(kept.float(), wanted.float()), (name, scheme)
+        assert same_bits(kept, wanted), (name, scheme)
+
+
+MADE_BY = {
+    "int8": "CompressedTensorsW8A8Int8",
+    "fp8_channel": "CompressedTensorsW8A8Fp8",
+    "fp8_tensor": "CompressedTensorsW8A8Fp8",
+    "int4": "CompressedTensorsWNA16",
+    "int4_g32": "CompressedTensorsWNA16",
+    "nvfp4": "CompressedTensorsW4A4Fp4",
+}
+# By mix: the schemes of o_proj, gate_up_proj and down_proj, block by block.
+BUILT = {
+    "int8 + fp8_channel": ("int8 int8 fp8_channel", "int8 int8 fp8_channel"),
+    "fp8_channel + int4 + fp8_tensor": (
+        "fp8_tensor fp8_channel bf16",
+        "fp8_tensor fp8_channel int4",
+    ),
+    "int4_g32 + nvfp4 + int8": ("nvfp4 int4_g32 int4_g32", "int8 int8 int8"),
+}
+
+
+def test_each_layer_is_computed_in_its_scheme(live: Serving, entry: dict[str, Any]) -> None:
+    """By what vLLM made of it: kernels do not know what flashquant says."""
+    (mix,) = (name for name, one in MIXES.items() if one is entry)
+    for block, said in enumerate(BUILT[mix]):
+        layers = ("self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
+        for layer, scheme in zip(layers, said.split(), strict=True):
+            module: nn.Module = live.model.get_submodule(f"model.layers.{block}.{layer}")
+            made = getattr(module, "scheme", None)
+            assert type(made).__name__ == MADE_BY.get(scheme, "NoneType"), (block, layer, scheme)
+
+
+def test_an_update_that_fails_anywhere_leaves_the_old_policy(
+    live: Serving, fresh: Serving, policies: Policies, entry: dict[str, Any]
+) -> None:
+    """By its digest; and the next one goes through. `--hypothesis-profile long`: everywhere."""
+    name = " + ".join(schemes(entry))
+
+    assert faults.thrown_at(name, live, fresh, policies, EACH) == []
+    live.snapshot().assert_same(live.start)
+    with mock.patch.object(UndoLog, "restore", UndoLog.forget):
+        assert faults.thrown_at("", live, fresh, policies, 1) != []
+    flashquant.reload_weights(live.llm, policies.tensors("a"))
+    live.snapshot().assert_same(live.start)
 
 
 def schemes(entry: dict[str, Any]) -> list[str]:
