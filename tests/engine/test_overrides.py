@@ -13,12 +13,12 @@ from hypothesis import settings
 from torch import nn
 
 import flashquant
-from flashquant.errors import ConfigError, MisfitTensor
+from flashquant.errors import ConfigError, MisfitTensor, UnsupportedEngine
 from flashquant.sender import Sender
 from flashquant.update import UndoLog
 from tests.engine import faults
 from tests.engine.kernels import want_int4
-from tests.engine.serving import FP8_CHANNEL, Serving, same_bits, serve
+from tests.engine.serving import FP8_CHANNEL, Serving, choosing, same_bits, serve
 from tests.engine.test_doors import DOORS, Weights
 from tools.models.policies import W8A8, Policies
 
@@ -223,6 +223,48 @@ def test_what_vllm_would_pass_over_is_refused_by_name(
         want_int4(one["fn"])
     with pytest.raises(ConfigError, match=says):
         _ = Serving(policies.bf16("a"), written(policies.folder, **entry)).llm
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Policies:
+    return Policies(tmp_path_factory.mktemp("mixture"), "qwen3-moe")
+
+
+@pytest.mark.parametrize(
+    ("fn", "experts"), [("int8", "int4"), ("int8", "fp8_channel"), ("fp8_channel", "nvfp4")]
+)
+def test_experts_in_a_scheme_that_no_kernel_has_here_are_refused_by_its_name(
+    mixture: Policies, fn: str, experts: str
+) -> None:
+    config = written(mixture.folder, fn=fn, overrides=[{"match": "*.experts", "fn": experts}])
+
+    with choosing("amx"), pytest.raises(UnsupportedEngine, match=rf"mlp\.experts.*in {experts} \("):
+        _ = Serving(mixture.bf16("a"), config).llm
+
+
+@pytest.mark.parametrize("entry", ["experts", "rest"])
+def test_experts_may_be_in_another_scheme_than_the_rest(mixture: Policies, entry: str) -> None:
+    """Int8 beside fp8_channel, of which vLLM's kernels for CPUs have experts in int8 alone."""
+    asked = {
+        "experts": {"fn": "fp8_channel", "overrides": [{"match": "*.experts", "fn": "int8"}]},
+        "rest": {"fn": "int8", "overrides": [{"match": "*.self_attn", "fn": "fp8_channel"}]},
+    }
+    config = written(mixture.folder, **asked[entry])
+    with choosing("amx"):  # vLLM has its experts in int8 for no other
+        live, fresh = (serve(mixture.bf16(policy), config, "amx") for policy in "ab")
+        flashquant.reload_weights(live.llm, mixture.tensors("b"))
+        live.snapshot().assert_same(fresh.start)
+        broken = mixture.tensors("a")
+        broken["model.layers.1.mlp.experts.3.down_proj.weight"][3, 5] = torch.nan
+        with pytest.raises(MisfitTensor, match=r"experts\.3\.down_proj.*NaN"):
+            flashquant.reload_weights(live.llm, broken)
+        live.snapshot().assert_same(fresh.start)
+        flashquant.reload_weights(live.llm, mixture.tensors("a"))
+        live.snapshot().assert_same(live.start)
+
+    other = flashquant.status(live.llm).overrides
+    assert set(other.values()) == {asked[entry]["overrides"][0]["fn"]}
+    assert all((".experts" in name) == (entry == "experts") for name in other)
 
 
 def test_a_quantized_checkpoint_has_no_overrides(policies: Policies) -> None:

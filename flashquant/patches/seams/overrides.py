@@ -24,7 +24,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 
 from flashquant.config.keep import modules_of, overridden_modules
 from flashquant.config.schema import RolloutConfig
-from flashquant.config.schemes import numbers_of
+from flashquant.config.schemes import has_numbers
 from flashquant.errors import ConfigError
 from flashquant.patches.seams.in_bf16 import QUANTIZABLE
 from flashquant.patches.seams.kept import depth_of, names_in, patterns
@@ -145,11 +145,11 @@ def _check_numbers(
 ) -> None:
     """Look at the group of vLLM's config that a layer was made by."""
     config: Any = vllm_config.quant_config
-    group = config.get_scheme_dict(layer, path) or {}
-    held, asked = group.get("weights"), numbers_of(scheme)["weights"]
-    if any(getattr(held, key, None) != number for key, number in asked.items()):
+    group = config.get_scheme_dict(layer, path)
+    if not has_numbers(group, scheme):
+        other = (group or {}).get("format")
         raise ConfigError(
             f"overrides: {module} is to be in {scheme}, and vLLM computes it in {path}, which has "
-            f"another format ({group.get('format')}). Match all that is computed in this layer, or "
+            f"another format ({other}). Match all that is computed in this layer, or "
             f"leave {module} out."
         )
