@@ -246,7 +246,9 @@ def test_a_scale_of_the_checkpoint_that_is_no_number_stops_the_start(
     weights = {**tiny_models.tensors(tmp_path), name: torch.tensor([wrong])}
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
 
-    with pytest.raises(FlashquantError, match=rf"layers\.1\.self_attn\S*{side} holds NaN or infinite"):
+    with pytest.raises(
+        FlashquantError, match=rf"layers\.1\.self_attn\S*{side} holds NaN or infinite"
+    ):
         _ = Serving(tmp_path, written(policies, "int8")).llm
 
 
