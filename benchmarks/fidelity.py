@@ -190,8 +190,13 @@ def start_engines(
     for budget in BUDGETS:
         name = f"int8, make (b), kept for {budget:g}"
         if only is None or name in only:
-            keep = sensitivity(model, windows, "int8", budget, profile=made).keep
-            made_of[name] = (path, keeping(scratch, keep))
+            found = sensitivity(model, windows, "int8", budget, profile=made)
+            sys.stdout.write(
+                f"{name}: {len(found.keep)} of {len(layers)} layers ({found.kept_part:.1%} of their "
+                f"weights), {found.whole:.4f} to {found.left:.4f} nats by its own arithmetic\n\n"
+            )
+            sys.stdout.flush()
+            made_of[name] = (path, keeping(scratch, found.keep))
     del model, parameters, seen
     gc.collect()
     wanted = {name: how for name, how in made_of.items() if only is None or name in only}
