@@ -2,7 +2,7 @@
 
     python -m benchmarks.rollout [--model smollm2 qwen2.5-0.5b] [--scheme int8 ...]
                                  [--batch 1 8 32] [--prompt 8] [--tokens 48] [--seconds 10]
-                                 [--rounds 3] [--out benchmarks/out]
+                                 [--rounds 3] [--cpu-time] [--out benchmarks/out]
 
 `bf16, fp8 cache` has weights in bf16 and a KV cache in fp8; `cut off` is the same with vLLM's own
 store, which does not round: the difference of the two is what rounding costs.
@@ -12,7 +12,8 @@ round; medians. Against bf16, each round is compared with bf16's own turn in it,
 machine was nearly the same; in brackets, the bounds of the middle half of these ratios. Counted is
 what comes after the first token of each prompt, and nobody stops early: a turn ends when every
 request has its tokens, or when the engine's seconds for this batch size, shared by its rounds, are
-over. So an engine that is twenty times slower makes fewer tokens.
+over. So an engine that is twenty times slower makes fewer tokens. On a machine that others use,
+`--cpu-time` with OMP_NUM_THREADS=1 counts the seconds that this process computed.
 
 The break-even line: a sync into 8 bit that takes longer than one into bf16 owes the difference,
 each token that comes faster pays some of it back. Where 8 bit is not faster, it never does, and
@@ -61,6 +62,7 @@ _CACHES: dict[str, tuple[str, str, Callable[[], Any]]] = {
     "bf16, fp8 cache": ("bf16", "fp8", nullcontext),
     "bf16, fp8 cache, cut off": ("bf16", "fp8", _cutting_off),
 }
+Clock = Callable[[], float]
 SCHEMES = ("bf16", "int8", "fp8_vllm", "fp8_channel")
 SERVED = (*SCHEMES, "fp8_tensor", "int4", "int4_g32", "int4_channel", *_CACHES)
 
@@ -107,6 +109,7 @@ def measure(
     tokens: int,
     seconds: float,
     rounds: int,
+    clock: Clock = time.perf_counter,
 ) -> list[Rate]:
     """All these schemes of one model.
 
@@ -118,6 +121,7 @@ def measure(
         tokens: the most that a request makes in a round.
         seconds: how long an engine may take for all rounds of a batch size.
         rounds: how often each takes its turn, after one that does not count.
+        clock: by which tokens are counted; `seconds` are those on the wall.
 
     """
     import flashquant
@@ -143,7 +147,9 @@ def measure(
             for scheme, rate in rates.items():
                 with how[scheme][2]():
                     new, spent = generate(
-                        engines[scheme], batch, prompt, tokens, seconds / rounds, seed=turn + 1
+                        *(engines[scheme], batch, prompt, tokens, seconds / rounds),
+                        seed=turn + 1,
+                        clock=clock,
                     )
                 rate.tokens.append(new)
                 rate.seconds.append(spent)
@@ -153,12 +159,19 @@ def measure(
 
 
 def generate(
-    llm: Any, batch: int, length: int, tokens: int, seconds: float = 0, *, seed: int = 0
+    llm: Any,
+    batch: int,
+    length: int,
+    tokens: int,
+    seconds: float = 0,
+    *,
+    seed: int = 0,
+    clock: Clock = time.perf_counter,
 ) -> tuple[int, float]:
     """One turn: how many tokens came after the first of each request, and in how many seconds.
 
-    Other prompts each time, so that no cache helps. A step that has begun ends, so the seconds,
-    of which the prompts are a part, may be a little more; one step is always made.
+    Other prompts each time, so that no cache helps. A step that has begun ends, so it may be a
+    little more than the seconds, which begin after the prompts; one step is always made.
     """
     from vllm import SamplingParams
 
@@ -171,16 +184,15 @@ def generate(
     for name in names:
         prompt = torch.randint(1000, (length,), generator=dice).tolist()
         engine.add_request(name, {"prompt_token_ids": prompt}, sampling)
-    until = time.perf_counter() + seconds
     have: dict[str, int] = {}
     while len(have) < batch:
         _step(engine, have)
-    first, began = sum(have.values()), time.perf_counter()
+    first, began, until = sum(have.values()), clock(), time.perf_counter() + seconds
     while engine.has_unfinished_requests():
         _step(engine, have)
         if time.perf_counter() > until:
             break
-    took = time.perf_counter() - began
+    took = clock() - began
     engine.abort_request(names)
     return sum(have.values()) - first, took
 
@@ -278,6 +290,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=48, help="most a request in a round")
     parser.add_argument("--seconds", type=float, default=10, help="most an engine a batch size")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--cpu-time", action="store_true", help="not the time on the wall")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/out"))
     arguments = parser.parse_args(argv)
     environment.prepare()
@@ -296,8 +309,10 @@ def main(argv: list[str] | None = None) -> int:
             tokens=arguments.tokens,
             seconds=arguments.seconds,
             rounds=arguments.rounds,
+            clock=time.process_time if arguments.cpu_time else time.perf_counter,
         )
     facts["threads"] = str(torch.get_num_threads())
+    facts["seconds"] = "of CPU time" if arguments.cpu_time else "on the wall"
     save_text(f"{described(facts)}\n\n{table(found)}", arguments.out / "rollout.md")
     save_json(found, facts, file)
     plot(found, arguments.out / "rollout.png")
