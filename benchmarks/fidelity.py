@@ -187,11 +187,15 @@ def start_engines(
         "int4_g32, profile": (path, in_groups(scratch, source, model, windows)),
         "int4_channel": (path, "int4_channel"),
     }
+    found = None
     for budget in BUDGETS:
         name = f"int8, make (b), kept for {budget:g}"
         if only is None or name in only:
-            keep = sensitivity(model, windows, "int8", budget, profile=made).keep
-            made_of[name] = (path, keeping(scratch, keep))
+            found = sensitivity(model, windows, "int8", budget, profile=made, known=found)
+            share = f"{len(found.keep)} of {len(layers)} layers, {found.kept_part:.1%} of weights"
+            nats = f"{found.whole:.4f} to {found.left:.4f} nats by its own arithmetic"
+            print(f"{name}: {share}; {nats}\n", flush=True)
+            made_of[name] = (path, keeping(scratch, found.keep))
     del model, parameters, seen
     gc.collect()
     wanted = {name: how for name, how in made_of.items() if only is None or name in only}

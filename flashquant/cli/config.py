@@ -56,7 +56,8 @@ class Entry:
         checkpoint: what is known of it; None where the file names none.
         profile: an absolute path, or a file on the Hub at a commit.
         settings: what else the entry says.
-        layers: which parameters are quantized and which are not; None unless it was asked for.
+        layers: which are quantized, in which scheme, and which are not; None unless it was asked
+            for.
 
     """
 
@@ -283,9 +284,10 @@ def _as_written(one: Kept) -> str | dict[str, int]:
 def _quantized_or_not(inspection: Inspection) -> dict[str, tuple[str, ...]]:
     from flashquant.patches.diagnostics import names_together
 
-    names: dict[str, list[str]] = {"quantized": [], "not quantized": []}
+    names: dict[str, list[str]] = {f"quantized in {inspection.scheme}": []}
     for layer in inspection.layers:
-        names["quantized" if layer.quantized else "not quantized"].append(layer.name)
+        how = f"quantized in {layer.scheme}" if layer.scheme else "not quantized"
+        names.setdefault(how, []).append(layer.name)
     for module, why in inspection.in_bf16.items():
         names.setdefault(f"in bf16 ({why})", []).append(module)
     return {title: tuple(names_together(found)) for title, found in names.items()}

@@ -212,6 +212,12 @@ def numbers_of(scheme: str) -> Mapping[str, Any]:
     return {**held["config_groups"]["group_0"], "format": held["format"]}
 
 
+def has_numbers(group: Mapping[str, Any] | None, scheme: str) -> bool:
+    """Whether a group of compressed-tensors, as vLLM has read it, is that of a scheme."""
+    held, asked = (group or {}).get("weights"), numbers_of(scheme)["weights"]
+    return all(getattr(held, key, None) == number for key, number in asked.items())
+
+
 def mixed(scheme: str, layers: Mapping[str, Iterable[str]]) -> Mapping[str, Any]:
     """The quantization config of an engine of several schemes.
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 from flashquant.schemes import digests
 from flashquant.update.agreement import Ballot
 from flashquant.update.deltas import Deltas
-from flashquant.update.engine import CacheScales, Engine, KVScales, Layer, Reach
+from flashquant.update.engine import CacheScales, Engine, KVScales, Layer, Reach, scheme_of
 from flashquant.update.integrity import footprints
 from flashquant.update.members import Member
 from flashquant.update.report import Drift, ReloadReport
@@ -49,6 +49,7 @@ __all__ = [
     "WhyInBf16",
     "digests",
     "footprints",
+    "scheme_of",
     "some_of",
     "write",
 ]

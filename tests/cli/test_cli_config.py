@@ -185,8 +185,9 @@ def test_layers_are_those_of_the_entry_with_what_it_keeps(
     def look(path: Path, reference: str) -> SimpleNamespace:
         asked.append((path, load_config(reference).configs))
         kept = {"model.layers.0.mlp.down_proj": "keep"}
-        layers = [SimpleNamespace(name="here", quantized=False)]
-        return SimpleNamespace(layers=layers, in_bf16=kept)
+        schemes = {"here": None, "layers.0.up": "int8", "layers.0.o": "int4", "layers.1.o": "int4"}
+        layers = [SimpleNamespace(name=name, scheme=schemes[name]) for name in schemes]
+        return SimpleNamespace(layers=layers, in_bf16=kept, scheme="int8")
 
     monkeypatch.setattr(diagnostics, "inspect_model", look)
     checkpoint(tmp_path / "bf16")
@@ -198,6 +199,6 @@ def test_layers_are_those_of_the_entry_with_what_it_keeps(
 
     wanted = RolloutConfig(fn="int8", keep=("*.down_proj", Blocks("first", 2)))
     assert asked == [(tmp_path / "bf16", (wanted,))]
-    said = capsys.readouterr().out
-    assert "here" in said
-    assert "in bf16 (keep)" in said
+    rows = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert {"quantized in int8 layers.0.up", "quantized in int4 layers.{0-1}.o"} <= {*rows}
+    assert {"not quantized here", "in bf16 (keep) model.layers.0.mlp.down_proj"} <= {*rows}

@@ -11,7 +11,7 @@ import signal
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -36,6 +36,8 @@ from flashquant.patches.layers import (
 from flashquant.update import Stage, UndoLog, in_place, pipeline, proofs
 from flashquant.update.in_place import InPlaceWrite
 from flashquant.update.reserve import Borrowed, Copies
+from tests.engine.serving import Serving
+from tools.models.policies import Policies
 
 SEED = 20261123
 INJECTED: Counter[str] = Counter()  # by engine; printed in pytest's summary
@@ -157,6 +159,76 @@ CALLS = (
     Point(kernel_state, kernel_state._pointers, "before"),
     Point(proofs, proofs.check_unmoved, "before"),
 )
+
+
+def spread(count: int, most: int) -> list[int]:
+    """Some of so many calls or tensors, from the first to the last; of one alone, the middle."""
+    if most == 1:
+        return [count // 2][:count]
+    most = min(count, most)
+    return sorted({round(step * (count - 1) / max(most - 1, 1)) for step in range(most)})
+
+
+def thrown_at(name: str, live: Serving, fresh: Serving, policies: Policies, each: int) -> list[str]:
+    """Fail updates of an engine everywhere, each followed by a good one; what was wrong.
+
+    Args:
+        name: of the engine, for the report; faults of one without a name are not counted.
+        live: serves policy A, before and after.
+        fresh: was started on policy B.
+        policies: theirs.
+        each: so many places of each fault.
+
+    """
+    pushed = {policy: list(policies.tensors(policy).items()) for policy in "ab"}
+    right = {"a": live.start.digest, "b": fresh.start.digest}
+    wrong: list[str] = []
+    serves, other = "a", "b"
+
+    def reload(weights: Pairs | Stream) -> None:
+        flashquant.reload_weights(live.llm, weights)
+
+    def throw(what: str, call: Callable[[], object]) -> None:
+        nonlocal serves, other
+        if name:
+            INJECTED[name] += 1
+        try:
+            call()
+        except (Exception, KeyboardInterrupt, SystemExit):
+            pass
+        else:
+            wrong.append(f"{what}: nothing was raised")
+        if flashquant.status(live.llm).digest != right[serves]:
+            wrong.append(f"{what}: not the old policy")
+        reload(pushed[other])
+        serves, other = other, serves
+        if flashquant.status(live.llm).digest != right[serves]:
+            wrong.append(f"{what}: the next update does not equal a fresh start")
+
+    for kind, stream in STREAMS.items():
+        for index in spread(len(pushed["a"]), each):
+            spoiled = stream(pushed[other], index)
+            throw(f"{kind} at {index}", lambda spoiled=spoiled: reload(spoiled))
+    for point, number in _called(lambda: reload(pushed[serves]), each):
+
+        def fail(point: Point = point, number: int = number) -> None:
+            with failing(point, number):
+                reload(pushed[other])
+
+        throw(f"{point}, call {number}", fail)
+    reload(pushed["a"])
+    return wrong
+
+
+def _called(call: Callable[[], object], each: int) -> Iterator[tuple[Point, int]]:
+    """Every function that a good update calls, and some of its calls."""
+    for when in ("before", "after"):  # one wrapper around a function at a time
+        points = [point for point in CALLS if point.when == when]
+        with ExitStack() as stack:
+            counts = [stack.enter_context(counted(point)) for point in points]
+            call()
+        for point, count in zip(points, counts, strict=True):
+            yield from ((point, number) for number in spread(count(), each))
 
 
 @contextmanager

@@ -181,7 +181,7 @@ def test_a_failure_in_every_function(target: Target) -> None:
     for point in faults.CALLS:
         with faults.counted(point) as calls:
             target.reload()
-        for number in spread(calls()):
+        for number in faults.spread(calls(), CALLS_EACH):
             target.inject(
                 f"{point}, call {number}",
                 lambda call=(point, number): reload_failing(target, *call),
@@ -208,12 +208,6 @@ def test_ctrl_c_between_any_two_lines(target: Target) -> None:
 def reload_failing(target: Target, point: faults.Point, number: int) -> None:
     with faults.failing(point, number):
         target.reload()
-
-
-def spread(count: int) -> list[int]:
-    """Some of so many calls, from the first to the last."""
-    most = min(count, CALLS_EACH)
-    return sorted({round(step * (count - 1) / max(most - 1, 1)) for step in range(most)})
 
 
 IN_A_PUSH = sorted(faults.STREAMS.keys() - {"missing"})  # a push need not be complete

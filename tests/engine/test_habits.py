@@ -34,10 +34,21 @@ SEQUENCES = 2 * settings.default.max_examples  # on each engine
 def engine(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Engine]:
-    made = Engine(request.param, tmp_path_factory.mktemp(request.param))
+    yield from made(request.param, tmp_path_factory)
+
+
+@pytest.fixture(scope="module", params=["int4", "mxfp8", "nvfp4"])
+def packed(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Engine]:
+    yield from made(request.param, tmp_path_factory)
+
+
+def made(scheme: str, factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    engine = Engine(scheme, factory.mktemp(scheme))
     with torch.no_grad():
-        yield made
-    print(f"{request.param}: {dict(made.seen)}, seed {SEED}")
+        yield engine
+    print(f"{scheme}: {dict(engine.seen)}, seed {SEED}")
 
 
 def sequences(number: int) -> Callable[..., Any]:
@@ -58,6 +69,19 @@ def sequences(number: int) -> Callable[..., Any]:
 def test_any_sequence_of_syncs_is_right_or_named(
     engine: Engine, steps: list[Trainer | Writer | str]
 ) -> None:
+    assert_right_or_named(engine, steps)
+
+
+@sequences(SEQUENCES // 10)
+@given(steps=STEPS)
+def test_it_is_so_too_where_layers_are_packed_on_a_twin(
+    packed: Engine, steps: list[Trainer | Writer | str]
+) -> None:
+    """They wait longer: for all of a layer, of a fused one too."""
+    assert_right_or_named(packed, steps)
+
+
+def assert_right_or_named(engine: Engine, steps: list[Trainer | Writer | str]) -> None:
     engine.start()
     for step in steps:
         if not isinstance(step, Trainer):

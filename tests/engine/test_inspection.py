@@ -47,10 +47,18 @@ def keeps(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def inspected(policies: dict[str, Policies], keeps: str) -> dict[str, Any]:
+def mixes(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("mixes") / "mixed.yaml"
+    other = f"overrides: [{{match: '*.down_proj', fn: {BY_ROW}}}]" if BY_ROW != "int8" else ""
+    path.write_text(f"configs: [{{fn: int8, {other}}}]")
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def inspected(policies: dict[str, Policies], keeps: str, mixes: str) -> dict[str, Any]:
     """Everything in one process, in which no engine is started."""
     asked = [(policies[kind].served("a", scheme), config_name(scheme)) for kind, scheme in CASES]
-    asked.append((policies["qwen2"].bf16("a"), keeps))
+    asked += [(policies["qwen2"].bf16("a"), file) for file in (keeps, mixes)]
     return run("inspecting", *(part for one in asked for part in one))
 
 
@@ -101,13 +109,25 @@ def test_what_is_kept_is_said_beforehand(
     policies: dict[str, Policies], inspected: dict[str, Any], keeps: str
 ) -> None:
     """By the names that the engine's status has, and as layers without codes."""
-    said = inspected["inspections"][-1]
+    said = inspected["inspections"][-2]
     live = serve(policies["qwen2"].bf16("a"), keeps)
 
     assert said["in_bf16"] == flashquant.status(live.llm).in_bf16 != {}
     whole = [layer["name"] for layer in said["layers"] if not layer["quantized"]]
     assert "model.layers.1.mlp.down_proj" in whole
     assert "model.layers.1.mlp.gate_up_proj" not in whole
+
+
+def test_the_scheme_of_each_layer_is_said_beforehand(inspected: dict[str, Any]) -> None:
+    said = {layer["name"]: layer["scheme"] for layer in inspected["inspections"][-1]["layers"]}
+
+    assert said["model.layers.1.mlp.down_proj"] == BY_ROW
+    assert (
+        said["model.layers.1.mlp.gate_up_proj"]
+        == said["model.layers.0.self_attn.qkv_proj"]
+        == "int8"
+    )
+    assert said["model.norm"] is None
 
 
 def test_nothing_is_left_of_an_inspection(inspected: dict[str, Any]) -> None:

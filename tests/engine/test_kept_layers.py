@@ -11,11 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 from torch import Tensor
 
 import flashquant
 from flashquant.config.schemes import W8A8
 from flashquant.errors import ConfigError, MisfitTensor, UnsupportedEngine
+from tests.engine import faults
 from tests.engine.serving import BY_ROW, GPT_OSS, INT8_EXPERTS, Serving, choosing, serve
 from tools.models import tiny_models
 from tools.models.policies import Policies
@@ -74,8 +76,9 @@ def test_int8_leaves_in_bf16_what_it_is_asked_to(
     )
 
 
+EACH = 9 if settings.default.max_examples > 100 else 1  # places of each fault
 KEEPS = ["lm_head", "*.down_proj", {"first": 1}]
-SERVED = ("int8", "fp8_vllm", "fp8_channel", "fp8_tensor", "fp8_block", "mxfp8", "nvfp4")
+SERVED = ("int8", "fp8_vllm", "fp8_channel", "fp8_tensor", "fp8_block", "int4", "mxfp8", "nvfp4")
 
 
 def written(folder: Path, **entry: Any) -> str:
@@ -126,6 +129,18 @@ def test_a_refused_push_of_what_is_kept_leaves_no_trace(
     with pytest.raises(MisfitTensor, match=r"down_proj.*NaN"):
         flashquant.reload_weights(live.llm, broken)
 
+    live.snapshot().assert_same(live.start)
+
+
+def test_an_update_that_fails_anywhere_leaves_the_old_policy(
+    keeping: tuple[Serving, Serving], policies: Policies
+) -> None:
+    """By its digest; and the next one goes through. `--hypothesis-profile long`: everywhere."""
+    live, fresh = keeping
+
+    assert (
+        faults.thrown_at(f"{live.session._engine.scheme}, kept", live, fresh, policies, EACH) == []
+    )
     live.snapshot().assert_same(live.start)
 
 

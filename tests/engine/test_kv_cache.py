@@ -18,7 +18,13 @@ from vllm import _custom_ops as ops
 from vllm.model_executor.models.utils import PPMissingLayer
 
 import flashquant
-from flashquant.errors import ConfigError, MisfitTensor, ReloadError, UnknownWeight
+from flashquant.errors import (
+    ConfigError,
+    FlashquantError,
+    MisfitTensor,
+    ReloadError,
+    UnknownWeight,
+)
 from flashquant.patches.cache_scales import CacheScales
 from flashquant.patches.seams import sleep
 from flashquant.profiles import save_kv_scales
@@ -229,6 +235,21 @@ def test_scales_of_the_checkpoint_are_served_and_equal_those_that_are_sent(
         report = flashquant.reload_weights(fresh.llm, weights)
         assert set(report.ignored) == weights.keys() - policies.tensors("b").keys()
     fresh.snapshot().assert_same(serve(with_scales(policies.bf16("b")), config).start)
+
+
+@pytest.mark.parametrize(("side", "wrong"), [("k_scale", math.nan), ("v_scale", math.inf)])
+def test_a_scale_of_the_checkpoint_that_is_no_number_stops_the_start(
+    policies: Policies, tmp_path: Path, side: str, wrong: float
+) -> None:
+    shutil.copytree(with_scales(policies.bf16("a")), tmp_path, dirs_exist_ok=True)
+    name = f"{HERE.format(1)}.{side}"
+    weights = {**tiny_models.tensors(tmp_path), name: torch.tensor([wrong])}
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+
+    with pytest.raises(
+        FlashquantError, match=rf"layers\.1\.self_attn\S*{side} holds NaN or infinite"
+    ):
+        _ = Serving(tmp_path, written(policies, "int8")).llm
 
 
 def starting_with(policies: Policies, scheme: str, scales: dict[str, Any]) -> str:

@@ -1,12 +1,13 @@
 """Pipeline parallel over two processes: each stage takes its own layers; both commit, or neither.
 
 vLLM's CPU worker makes no room for what a stage takes from the one before it: unpatched vLLM
-0.32.0 fails at the first batch. Here there is room (`on_rank.Pushed`). bf16 passes as well; it is
-left out for its half minute.
+0.32.0 fails at the first batch. Here there is room (`on_rank.Pushed`). bf16 and int8 alone pass as
+well; they are left out for their half minute each.
 """
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,27 @@ import flashquant
 from tests.engine.kernels import WORKER_KERNELS
 from tests.engine.processes import CORES, run
 from tests.engine.programs.engine import PROMPT
-from tests.engine.serving import Serving, serve
+from tests.engine.serving import BY_ROW, Serving, serve
 from tools.models import tiny_models
 
 pytestmark = pytest.mark.engine
 
 
-@pytest.fixture(scope="module", params=["int8"])
-def scheme(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
+# Each stage has something that the other has nothing of: a layer that is kept, another scheme.
+ENTRY = {
+    "fn": "int8",
+    "keep": ["model.layers.0.self_attn.o_proj"],
+    "overrides": [{"match": "model.layers.1.mlp", "fn": "fp8_channel"}],
+}
+
+
+@pytest.fixture(scope="module")
+def scheme(tmp_path_factory: pytest.TempPathFactory) -> str:
+    if BY_ROW != "fp8_channel":
+        return "int8"
+    path = tmp_path_factory.mktemp("entry") / "mixed.yaml"
+    path.write_text(json.dumps({"configs": [ENTRY]}))  # JSON is YAML
+    return str(path)
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +76,18 @@ def test_stages_hold_and_say_what_one_engine_with_all_layers_does(
         assert {name for _, name in by_rank} >= set(right)
         assert [n for rank, n in by_rank if held[f"{rank}: {n}"] != right.get(n, "")] == []
         assert said == [token for token, _ in whole.continued(PROMPT["prompt_token_ids"], 4)]
+
+
+def test_what_one_stage_keeps_or_has_in_another_scheme_is_told(
+    told: dict[str, Any], fresh: list[Serving]
+) -> None:
+    whole = flashquant.status(fresh[0].llm)
+
+    assert told["in_bf16"] == whole.in_bf16
+    assert told["overrides"] == whole.overrides
+    if BY_ROW == "fp8_channel":
+        block = "model.layers.1.mlp"
+        assert set(told["overrides"]) == {f"{block}.{p}_proj" for p in ("gate", "up", "down")}
 
 
 def test_however_they_are_pushed_to(told: dict[str, Any]) -> None:

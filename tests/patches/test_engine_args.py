@@ -19,7 +19,7 @@ from flashquant.patches.decided import ADDITIONAL_CONFIG_KEY, KEPT_KEY, PROFILE_
 from flashquant.patches.seams import engine_args
 from flashquant.patches.seams import kept as kept_seam
 from flashquant.patches.seams.engine_args import configure, rank_of
-from flashquant.profiles import Entry, Profile, save_profile
+from flashquant.profiles import Entry, Profile, save_kv_scales, save_profile
 from tools.models import flashrl, tiny_models
 
 
@@ -439,6 +439,21 @@ def test_a_word_that_matches_nothing_is_refused_before_anything_is_written(
     assert args.additional_config == EngineArgs(str(bf16)).additional_config
     assert args.quantization is None
     assert args.quantization_config is None
+
+
+def test_a_kv_scale_that_is_no_number_is_refused_before_anything_is_written(
+    bf16: Path, tmp_path: Path
+) -> None:
+    file, args = tmp_path / "kv.json", EngineArgs(str(bf16))
+    save_kv_scales({"model.layers.0.self_attn": (0.5, 1.0)}, file, "a model")
+    file.write_text(file.read_text().replace("0.5", "NaN"))
+
+    with pytest.raises(ProfileError, match=r"layers\.0\.self_attn.*two numbers a layer"):
+        configure(args, RolloutConfig(fn="int8", kv_cache="fp8", kv_scales=str(file)), Checks())
+
+    untouched = EngineArgs(str(bf16))
+    for name in ("additional_config", "quantization", "hf_overrides"):
+        assert getattr(args, name) == getattr(untouched, name)
 
 
 def test_what_a_checkpoint_holds_as_codes_cannot_be_kept(bf16: Path, tmp_path: Path) -> None:

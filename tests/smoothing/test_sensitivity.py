@@ -51,6 +51,25 @@ def test_the_layer_that_loses_most_is_kept_and_the_budget_met(found: Sensitivity
     assert found.kept_part < 0.5
 
 
+def test_another_budget_needs_no_other_costs(model: nn.Module, found: Sensitivity) -> None:
+    tight = found.whole / 8
+    anew = sensitivity(model, [TOKENS], "int8", tight)
+    phases: set[str] = set()
+
+    again = sensitivity(
+        model,
+        [TOKENS],
+        "int8",
+        tight,
+        known=found,
+        note_progress=lambda phase, _: phases.add(phase),
+    )
+
+    assert again == anew
+    assert len(again.kept) > len(found.kept)
+    assert not any("layer by layer" in phase for phase in phases)
+
+
 def test_a_cost_is_the_kl_of_the_kernels_arithmetic(model: nn.Module, found: Sensitivity) -> None:
     """Once more in plain torch: int8 codes, a scale a token and a scale a row."""
     layer = linear_layers(model)[WORST]

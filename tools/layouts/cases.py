@@ -154,6 +154,7 @@ EXPERTS = (
     *(_experts(machine, "int8", _TRITON, "rows") for machine in (AMPERE, HOPPER, BLACKWELL)),
     _experts(AMPERE, "fp8_vllm", "MarlinExperts", "packed"),
     _experts(AMPERE, "fp8_block", "MarlinExperts", "packed"),
+    *(_experts(machine, "mxfp8", "MarlinExperts", "packed") for machine in (AMPERE, HOPPER)),
     *(_experts(machine, "fp8_vllm", _TRITON, "codes") for machine in _FP8),
     _experts(ADA, "fp8_channel", _TRITON, "codes"),
     _experts(HOPPER, "fp8_channel", "TritonOrCutlassExperts", "codes"),

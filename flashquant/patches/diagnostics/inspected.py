@@ -81,6 +81,7 @@ class InspectedLayer:
         quantized: whether kernels read codes of it.
         parameters: its parameters, in checkpoint format.
         reads: what its kernels read, by path; seen in the layer of its kind that was processed.
+        scheme: what its codes are of; None where kernels read none.
 
     """
 
@@ -91,6 +92,7 @@ class InspectedLayer:
     quantized: bool
     parameters: Mapping[str, Form]
     reads: Mapping[str, Form]
+    scheme: str | None = None
 
     def kept_as(self, target: str) -> str:
         """The dtype in which kernels read one of its parameters."""

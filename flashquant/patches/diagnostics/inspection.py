@@ -55,7 +55,7 @@ from flashquant.patches.seams.blame import naming_the_layer
 from flashquant.patches.seams.loading import engine_of, note_in_bf16
 from flashquant.plan import Fill, Planner, Replay, Step, Write, named_forms
 from flashquant.schemes import holds_codes
-from flashquant.update import Layer
+from flashquant.update import Layer, scheme_of
 
 _SHOWN = 400  # characters of what vLLM says
 
@@ -94,6 +94,12 @@ def inspect_model(path: Path, scheme: str) -> Inspection:
             _give_memory(chosen.values(), engine.device)
             _process(engine, list(chosen.values()))
         live = {layer.name: layer for layer in engine.layers}
+        schemes = {
+            target: scheme_of(name, engine)
+            for name in forms
+            if name not in refused
+            for target in planner.plan[name].targets
+        }
         return Inspection(
             model=str(path),
             architecture=type(model).__name__,
@@ -101,7 +107,8 @@ def inspect_model(path: Path, scheme: str) -> Inspection:
             device=str(engine.device),
             tensors=tuple(_tensor(name, forms[name], planner, refused) for name in forms),
             layers=tuple(
-                _layer(group, chosen[_kind_of(group)], live, planner.replayed) for group in groups
+                _layer(group, chosen[_kind_of(group)], live, planner.replayed, schemes)
+                for group in groups
             ),
             unfilled=_unfilled(planner, engine.targets, engine.optional),
             in_bf16=engine.in_bf16,
@@ -266,6 +273,7 @@ def _layer(
     like: Sequence[LayerBlueprint],
     live: Mapping[str, Layer],
     replayed: AbstractSet[str],
+    schemes: Mapping[str, str],
 ) -> InspectedLayer:
     """One layer, known by the one of its kind that was processed."""
     parameters = {
@@ -280,14 +288,16 @@ def _layer(
     }
     forms = [meta for one in like for meta in one.parameters.values() if meta is not None]
     held = [*forms, *(leaf for leaf in reads.values() if isinstance(leaf, Tensor))]
+    quantized = any(holds_codes(tensor.dtype) for tensor in held)
     return InspectedLayer(
         name=group[0].name,
         module=type(group[0].module).__name__,
         processed_by=tuple(type(p).__name__ for p in _processors(group[0].module)),
         how="loader" if replayed & parameters.keys() else _how(live[like[0].name]),
-        quantized=any(holds_codes(tensor.dtype) for tensor in held),
+        quantized=quantized,
         parameters=parameters,
         reads={path: _form_of(leaf) for path, leaf in reads.items()},
+        scheme=next((schemes[t] for t in parameters if t in schemes), None) if quantized else None,
     )
 
 

@@ -101,6 +101,7 @@ def configure(args: Any, config: RolloutConfig, checks: Checks, *, emulate: bool
     own = checkpoint.get("quantization_config")
     profile = _profile_of(config)
     _check_profile(profile, config, args.model, is_quantized=own is not None)
+    decided = _decided(config, checks, profile, starts_on_floats=own is None)
     kept = keep_in_bf16(args, config, checkpoint)
     overrides, others = overridden(args, config, checkpoint, kept)
     choose_quantization(args, config, own, others)
@@ -109,7 +110,6 @@ def configure(args: Any, config: RolloutConfig, checks: Checks, *, emulate: bool
             "params_to_ignore has no effect, as in FlashRL, which never reads it: what a reload "
             "writes is learned from vLLM's loader. To keep layers in bf16, write `keep`"
         )
-    decided = _decided(config, checks, profile, starts_on_floats=own is None)
     if kept:
         decided[KEPT_KEY] = kept
     if overrides:

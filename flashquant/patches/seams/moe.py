@@ -20,9 +20,15 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
 )
 from vllm.model_executor.layers.linear import ReplicatedLinear
 
-from flashquant.config.schemes import SCHEMES
+from flashquant.config.schemes import SCHEMES, has_numbers
 from flashquant.errors import UnsupportedEngine
-from flashquant.patches.decided import ADDITIONAL_CONFIG_KEY, STARTS_ON_FLOATS
+from flashquant.patches.decided import (
+    ADDITIONAL_CONFIG_KEY,
+    STARTS_ON_FLOATS,
+    asks_for_session,
+    overrides_of,
+    scheme_of,
+)
 from flashquant.patches.point import PatchPoint
 from flashquant.patches.seams.emulation import is_emulated
 
@@ -71,7 +77,7 @@ def _is_router(layer: nn.Module, rows: int, config: VllmConfig | None) -> bool:
 
 
 def _method_of_experts(original: Any, layer: nn.Module, prefix: str, *args: Any) -> Any:
-    scheme = _scheme()
+    scheme = _scheme(layer, prefix)
     if scheme is None:
         return original(layer, prefix, *args)
     with _in_our_words(prefix, layer, scheme):
@@ -82,20 +88,26 @@ def _method_of_experts(original: Any, layer: nn.Module, prefix: str, *args: Any)
 
 def _init_experts(original: Any, layer: nn.Module, *args: Any, **kwargs: Any) -> None:
     """Up to vLLM 0.23, where a layer of experts chooses its method in its `__init__`."""
-    scheme = _scheme()
+    prefix = kwargs.get("prefix", "")
+    scheme = _scheme(layer, prefix)
     if scheme is None:
         original(layer, *args, **kwargs)
         return
-    prefix = kwargs.get("prefix", "")
     with _in_our_words(prefix, layer, scheme):
         original(layer, *args, **kwargs)
     _check_kernel(layer.quant_method, prefix, layer, scheme)
 
 
-def _scheme() -> str | None:
-    """What flashquant serves in the engine that is being made, if it has configured it."""
+def _scheme(layer: nn.Module, prefix: str) -> str | None:
+    """What experts are to be stored in, in the engine that is being made, if it is flashquant's."""
     config = get_current_vllm_config_or_none()
-    return None if config is None else _decided(config).get("scheme")
+    if config is None or not asks_for_session(config):
+        return None
+    quantization: Any = config.quant_config
+    for scheme in dict.fromkeys(overrides_of(config).values()):
+        if has_numbers(quantization.get_scheme_dict(layer, f"{prefix}.0.down_proj"), scheme):
+            return scheme
+    return scheme_of(config)
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 
 from flashquant.config.keep import modules_of, overridden_modules
 from flashquant.config.schema import RolloutConfig
-from flashquant.config.schemes import numbers_of
+from flashquant.config.schemes import has_numbers
 from flashquant.errors import ConfigError
 from flashquant.patches.seams.in_bf16 import QUANTIZABLE
 from flashquant.patches.seams.kept import depth_of, names_in, patterns
@@ -110,24 +110,28 @@ def served_overrides(
         vllm_config: of the engine.
 
     Returns:
-        Of those modules the ones that are quantized: norms are not, whatever matches them.
+        Of those modules the ones that are here and quantized: norms are not, whatever matches them.
 
     Raises:
         ConfigError: one has the numbers of another scheme, or none at all is quantized.
 
     """
     found: dict[str, str] = {}
+    here: set[str] = set()
     for name, targets in landed.items():
         (module,) = modules_of([name])
         if (scheme := overrides.get(module)) is None:
             continue
+        here |= {scheme} if targets else set()
         for path in dict.fromkeys(target.rpartition(".")[0] for target in targets):
             method = getattr(model.get_submodule(path), "quant_method", None)
             if isinstance(method, QuantizeMethodBase) and not isinstance(method, QUANTIZABLE):
                 _check_numbers(model.get_submodule(path), path, module, scheme, vllm_config)
                 found[module] = scheme
+    stages = vllm_config.parallel_config.pipeline_parallel_size
     for scheme in dict.fromkeys(overrides.values()):
-        if scheme not in found.values():
+        elsewhere = stages > 1 and scheme not in here  # all of it is in other stages
+        if scheme not in found.values() and not elsewhere:
             first = next(module for module, held in overrides.items() if held == scheme)
             raise ConfigError(
                 f"overrides: nothing that is matched for {scheme} is quantized by vLLM, {first} "
@@ -141,11 +145,11 @@ def _check_numbers(
 ) -> None:
     """Look at the group of vLLM's config that a layer was made by."""
     config: Any = vllm_config.quant_config
-    group = config.get_scheme_dict(layer, path) or {}
-    held, asked = group.get("weights"), numbers_of(scheme)["weights"]
-    if any(getattr(held, key, None) != number for key, number in asked.items()):
+    group = config.get_scheme_dict(layer, path)
+    if not has_numbers(group, scheme):
+        other = (group or {}).get("format")
         raise ConfigError(
             f"overrides: {module} is to be in {scheme}, and vLLM computes it in {path}, which has "
-            f"another format ({group.get('format')}). Match all that is computed in this layer, or "
+            f"another format ({other}). Match all that is computed in this layer, or "
             f"leave {module} out."
         )

@@ -85,6 +85,7 @@ def sensitivity(
     budget: float,
     *,
     profile: Profile | None = None,
+    known: Sensitivity | None = None,
     note_progress: Callable[[str, float], None] = lambda phase, done: None,
 ) -> Sensitivity:
     """Measure what each layer costs, and choose what to keep.
@@ -96,6 +97,7 @@ def sensitivity(
         scheme: by its name.
         budget: the KL that may be left, nats a token.
         profile: by which int8 is smoothed.
+        known: of the same for another budget: its costs are not measured again.
         note_progress: called with the phase, and which part of it is done.
 
     Raises:
@@ -110,13 +112,16 @@ def sensitivity(
     rounder = _Rounder(scheme, layers, profile)
     units = _together(model, layers, windows[0])
     measured = _Measured(model, windows, rounder)
-    found = measured.of([*((unit,) for unit in units), units], "layer by layer", note_progress)
-    costs = tuple(
-        Cost(unit, sum(layers[name].weight.numel() for name in unit), kl)
-        for unit, kl in zip(units, found, strict=False)
-    )
-    if found[-1] <= budget:
-        return Sensitivity(scheme, costs, found[-1], (), found[-1])
+    if known is None:
+        *each, whole = measured.of([*((u,) for u in units), units], "layer by layer", note_progress)
+        costs = tuple(
+            Cost(unit, sum(layers[name].weight.numel() for name in unit), kl)
+            for unit, kl in zip(units, each, strict=True)
+        )
+    else:
+        costs, whole = known.costs, known.whole
+    if whole <= budget:
+        return Sensitivity(scheme, costs, whole, (), whole)
     ranked = sorted(costs, key=lambda cost: cost.kl / cost.weights, reverse=True)
 
     def left(count: int) -> float:
@@ -125,7 +130,7 @@ def sensitivity(
 
     count, kl = _fewest(left, len(ranked), budget)
     kept = set(ranked[:count])
-    return Sensitivity(scheme, costs, found[-1], tuple(c for c in costs if c in kept), kl)
+    return Sensitivity(scheme, costs, whole, tuple(c for c in costs if c in kept), kl)
 
 
 def _fewest(left: Callable[[int], float], most: int, budget: float) -> tuple[int, float]:

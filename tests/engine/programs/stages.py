@@ -37,7 +37,12 @@ def main(starts_on: str, pushed: str) -> dict[str, Any]:
         status = flashquant.status(llm)
         return [dict(status.parameters), list(answer.outputs[0].token_ids), status.ranks]
 
-    result: dict[str, Any] = {"a": stands()}
+    status = flashquant.status(llm)
+    result: dict[str, Any] = {
+        "a": stands(),
+        "in_bf16": dict(status.in_bf16),
+        "overrides": dict(status.overrides),
+    }
     report = flashquant.reload_weights(llm, Path(pushed))
     result |= {"b": stands(), "ignored": list(report.ignored)}
     status = flashquant.status(llm)
