@@ -29,8 +29,6 @@ def main(starts_on: str, pushed: str) -> dict[str, Any]:
         worker_extension_cls="tests.engine.programs.on_rank.Pushed",
     )
 
-    llm.collective_rpc("make_room_between_stages")
-
     def stands() -> list[Any]:
         sampling = SamplingParams(max_tokens=4, temperature=0, ignore_eos=True)
         (answer,) = llm.generate([PROMPT], sampling, use_tqdm=False)
