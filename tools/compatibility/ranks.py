@@ -4,8 +4,8 @@ python -m torch.distributed.run --standalone --nproc-per-node 2 -m tools.compati
     judge FOLDER ANSWERS ARCHITECTURE COLUMN [ARCHITECTURE COLUMN ...]
 
 Each rank starts the same engines (vLLM's external_launcher), pushes to its own worker, and compares
-what it holds; rank 0 writes what came out of a cell as a line of ANSWERS. A stage of a pipeline may fail
-while the other waits for it: it writes down what it found by itself, and ends the pair.
+what it holds; rank 0 writes what came out of a cell as a line of ANSWERS. A stage of a pipeline may
+fail while the other waits for it: it writes down what it found by itself, and ends the pair.
 """
 
 from __future__ import annotations
