@@ -13,7 +13,7 @@ from rich.console import Console
 
 import tests.conftest  # noqa: F401  (first: what transformers finds)
 from tests.engine.sights import SIGHTS
-from tools.architectures import ARCHITECTURES
+from tools.architectures import ARCHITECTURES, FURTHER
 from tools.compatibility import ranks, table, workers
 from tools.compatibility.cell import (
     COLUMNS,
@@ -34,7 +34,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "compatibility.md"
 
 ALONE = Part("compatibility", tuple(ARCHITECTURES), SCHEMES)
 SIGHTED = Part("images", tuple(SIGHTS), SCHEMES)
-PARALLEL = Part("ranks", tuple(ARCHITECTURES), RANKED)
+PARALLEL = Part("ranks", tuple(row for row in ARCHITECTURES if row not in FURTHER), RANKED)
 PARTS = (ALONE, SIGHTED, PARALLEL)
 
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
