@@ -91,9 +91,7 @@ class Planner:
         if name in self.plan:
             return
         try:
-            with self._loader.laid_out():
-                meta = _meta(tensor.shape, tensor.dtype)
-                self.plan.add(trace_one(self._loader.load, name, meta, self._loader.targets))
+            found = self._trace_one(name, tensor.shape, tensor.dtype)
         except ReloadError as refusal:
             if self.tie_of(name, tensor) is not None:
                 self.plan.add({name: TensorPlan(name, tuple(tensor.shape), tensor.dtype, ())})
@@ -105,6 +103,43 @@ class Planner:
             ):
                 raise
             raise UnknownWeight(f"{refusal}.{hint(name, self._checkpoint)}") from refusal
+        if not found[name].steps and name not in self._checkpoint:
+            self._check_layer(name)
+        self.plan.add(found)
+
+    def _check_layer(self, name: str) -> None:
+        """Loaders drop a bias that a layer has not; and each of a layer that they do not know.
+
+        Raises:
+            UnknownWeight: they know no other tensor of this layer, either.
+
+        """
+        layer = name.rpartition(".")[0]
+        for leaf, form in self._beside_such(name).items():
+            other = f"{layer}.{leaf}"
+            try:
+                if self._trace_one(other, *form)[other].steps:
+                    return
+            except UnknownWeight as refusal:
+                unknown = f"the engine's loader knows nothing of {layer!r}, so no {name!r}"
+                raise UnknownWeight(f"{unknown}.{hint(name, self._checkpoint)}") from refusal
+            except ReloadError:  # it knows the name, and refuses something else
+                return
+
+    def _beside_such(self, name: str) -> dict[str, tuple[torch.Size, torch.dtype]]:
+        """What the checkpoint has beside a tensor whose name ends as this one does."""
+        end = ".".join(name.rsplit(".", 2)[-2:])
+        like = next((known for known in self._checkpoint if f".{known}".endswith(f".{end}")), None)
+        if like is None:
+            return {}
+        layer = like.rpartition(".")[0]
+        mine = {k: form for k, form in self._checkpoint.items() if k.rpartition(".")[0] == layer}
+        return {k.rpartition(".")[2]: form for k, form in mine.items() if k != like}
+
+    def _trace_one(self, name: str, shape: torch.Size, dtype: torch.dtype) -> dict[str, TensorPlan]:
+        with self._loader.laid_out():
+            meta = _meta(shape, dtype)
+            return trace_one(self._loader.load, name, meta, self._loader.targets)
 
     def knows(self, name: str, tensor: Tensor) -> bool:
         """Whether something becomes of a tensor of this name."""

@@ -215,10 +215,10 @@ class Transactions:
         update.busy = True
         try:
             yield
-            with uninterrupted():
-                if commits:
+            if commits:
+                with uninterrupted():
                     self._stand(update)
-                update.busy, update.heard = False, time.monotonic()
+            update.busy, update.heard = False, time.monotonic()
         except BaseException as failure:
             self._roll_back(update, failure)
             raise

@@ -153,6 +153,28 @@ def mind_the_map_of_experts() -> None:
         experts.apply = _by_place(experts.apply)
 
 
+def make_room_between_stages() -> None:
+    """Let vLLM's CPU worker serve a stage of a pipeline, in this process.
+
+    It makes the room for what comes from the stage before in the profiling run, which its CPU
+    worker leaves out, and then fails at the first batch. Here there is room after the load.
+    """
+    from vllm.distributed.parallel_state import get_pp_group
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+    load = CPUModelRunner.load_model
+
+    @functools.wraps(load)
+    def with_room(self: Any, *args: Any, **kwargs: Any) -> None:
+        load(self, *args, **kwargs)
+        if not get_pp_group().is_first_rank:
+            self.intermediate_tensors = self.model.make_empty_intermediate_tensors(
+                batch_size=self.max_num_tokens, dtype=self.dtype, device=self.device
+            )
+
+    CPUModelRunner.load_model = with_room
+
+
 def _by_place(apply: Any) -> Any:
     @functools.wraps(apply)
     def by_place(

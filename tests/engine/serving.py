@@ -134,15 +134,22 @@ class Serving:
         return session_of(self.model)
 
     def outputs(self) -> Outputs:
-        """Greedy tokens after each of 4 prompts, with the log-probs of prompt and answer."""
+        """Greedy tokens after each of 4 prompts, with the log-probs of prompt and answer.
+
+        In a pipeline without the prompt's: its first stage has no head to say them with.
+        """
         from vllm import SamplingParams
 
         sampling = SamplingParams(
-            max_tokens=self.tokens, temperature=0, ignore_eos=True, prompt_logprobs=0, logprobs=0
+            max_tokens=self.tokens,
+            temperature=0,
+            ignore_eos=True,
+            prompt_logprobs=None if "pipeline_parallel_size" in self.options else 0,
+            logprobs=0,
         )
         prompts = [{"prompt_token_ids": tokens} for tokens in _PROMPTS]
         answers = self.llm.generate(prompts, sampling, use_tqdm=False)
-        said = [[*a.prompt_logprobs[1:], *a.outputs[0].logprobs] for a in answers]
+        said = [[*(a.prompt_logprobs or ())[1:], *a.outputs[0].logprobs] for a in answers]
         return Outputs(
             tokens=[list(a.outputs[0].token_ids) for a in answers],
             logprobs=[[next(iter(p.values())).logprob for p in positions] for positions in said],

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -160,6 +161,23 @@ def test_codes_wait_for_their_scales(policies: Policies) -> None:
 
     live.snapshot().assert_same(serve(policies.served("b", W8A8), config_name(W8A8)).start)
     flashquant.reload_weights(live.llm, tiny_models.tensors(policies.served("a", W8A8)))
+
+
+def test_what_a_loader_keeps_for_a_later_tensor_is_refused_by_name(
+    live: Serving, policies: Policies
+) -> None:
+    """As that of DeepSeek-V3.2 keeps codes until their scales come; nothing else is touched."""
+    name, kept = "model.layers.1.mlp.down_proj.codes", list[Any]()
+    weights = policies.tensors("b")
+    codes = weights["model.layers.1.mlp.down_proj.weight"].to(torch.float8_e4m3fn)
+
+    with (
+        mock.patch.object(live.model.model, "load_weights", lambda weights: kept.extend(weights)),
+        pytest.raises(ReloadError, match=rf"takes '{name}' together with another .* kept it"),
+    ):
+        flashquant.reload_weights(live.llm, {**weights, name: codes})
+
+    live.snapshot().assert_same(live.start)
 
 
 def test_an_update_from_disk_by_vllms_loader_equals_a_fresh_start(

@@ -1,8 +1,8 @@
 """Pipeline parallel over two processes: each stage takes its own layers; both commit, or neither.
 
 vLLM's CPU worker makes no room for what a stage takes from the one before it: unpatched vLLM
-0.32.0 fails at the first batch. Here there is room (`on_rank.Pushed`). bf16 and int8 alone pass as
-well; they are left out for their half minute each.
+0.32.0 fails at the first batch. Here there is room (`kernels.make_room_between_stages`). bf16 and
+int8 alone pass as well; they are left out for their half minute each.
 """
 
 from __future__ import annotations

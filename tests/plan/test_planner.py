@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import pytest
 import torch
 
+from flashquant.errors import UnknownWeight
 from tests.support.fake_engine import NEW, OLD, FakeEngine, serving
 
 
@@ -48,3 +50,22 @@ def test_a_checkpoint_that_is_not_quantized_is_learned_at_the_first_push():
     session.push(list(OLD.items())[:1])
 
     assert engine.runs == 1
+
+
+class Lenient(FakeEngine):
+    """As vLLM's loaders do, it drops each bias that it does not expect."""
+
+    def load(self, weights):
+        super().load((n, t) for n, t in weights if not n.endswith(".bias"))
+
+
+def test_a_bias_of_a_layer_that_no_loader_knows_is_refused_with_the_nearest():
+    """Though the loader drops it, as it drops one that its own layer does not have."""
+    bias = torch.zeros(4, dtype=torch.bfloat16)
+    session = serving(Lenient(), {**OLD, "q.bias": bias})
+
+    with pytest.raises(UnknownWeight, match=r"nothing of 'tower.q'.* Did you mean 'q.bias'"):
+        session.push([("tower.q.bias", bias)])
+
+    report = session.reload({**NEW, "q.bias": bias, "k.bias": bias})
+    assert set(report.ignored) == {"q.bias", "k.bias", "lm_head.weight"}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -118,3 +120,23 @@ def test_a_cell_over_ranks_is_what_it_is_on_the_rank_where_least_is_right() -> N
     assert ranks._worst([exact, exact]) == exact
     assert ranks._worst([exact, died]) == died
     assert ranks._worst([died, wrong]) == wrong
+
+
+def test_a_rank_that_fails_alone_says_why_and_costs_its_cell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a pipeline, the stage that has no experts goes on, and waits for the other."""
+    refused = Cell("deepseek-v3", "int8 PP=2", REFUSED, "model.layers.1: no kernel")
+    other = Cell("llama", "int8 PP=2", EXACT)
+
+    def pair(verb: str, asked: list[tuple[str, str]], folder: Path, answers: Path) -> str:
+        if ("llama", "int8 PP=2") in asked[:1]:
+            answers.write_text(json.dumps(asdict(other)) + "\n")
+        else:
+            ranks._alone(verb, folder, asked[0]).write_text(json.dumps(asdict(refused)))
+        return "two ranks ended with exit code 1"
+
+    monkeypatch.setattr(ranks, "_run_pair", pair)
+    asked = [(cell.architecture, cell.scheme) for cell in (refused, other)]
+
+    assert list(ranks.run("judge", asked, tmp_path)) == [refused, other]

@@ -9,15 +9,16 @@ reload that loses one would not be seen.
     python -m tools.architectures qwen3-moe OUT     policies a and b, in OUT/a and OUT/b
 
 shapes      the numbers that all of them share
-dense, moe, hybrid   one configuration an architecture
+dense, moe, hybrid   one configuration an architecture; further: of several that came later
 checkpoint  a configuration and a seed become a folder
 """
 
 from tools.architectures.checkpoint import write
 from tools.architectures.dense import DENSE
+from tools.architectures.further import FURTHER
 from tools.architectures.hybrid import HYBRID
 from tools.architectures.moe import MOE
 
-ARCHITECTURES = {**DENSE, **MOE, **HYBRID}
+ARCHITECTURES = {**DENSE, **MOE, **HYBRID, **FURTHER}
 
-__all__ = ["ARCHITECTURES", "DENSE", "HYBRID", "MOE", "write"]
+__all__ = ["ARCHITECTURES", "DENSE", "FURTHER", "HYBRID", "MOE", "write"]

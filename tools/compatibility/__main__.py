@@ -13,7 +13,7 @@ from rich.console import Console
 
 import tests.conftest  # noqa: F401  (first: what transformers finds)
 from tests.engine.sights import SIGHTS
-from tools.architectures import ARCHITECTURES, MOE
+from tools.architectures import ARCHITECTURES, FURTHER
 from tools.compatibility import ranks, table, workers
 from tools.compatibility.cell import (
     COLUMNS,
@@ -34,8 +34,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "compatibility.md"
 
 ALONE = Part("compatibility", tuple(ARCHITECTURES), SCHEMES)
 SIGHTED = Part("images", tuple(SIGHTS), SCHEMES)
-# A few that are dense: what differs over ranks is how experts are cut up.
-PARALLEL = Part("ranks", ("llama", "qwen2-tied", "gemma3", *MOE), RANKED)
+PARALLEL = Part("ranks", tuple(row for row in ARCHITECTURES if row not in FURTHER), RANKED)
 PARTS = (ALONE, SIGHTED, PARALLEL)
 
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
@@ -101,7 +100,9 @@ def _run(verb: str, asked: Sequence[Asked], folder: Path) -> Iterable[Cell]:
         over = [a for a in mine if a[1] in RANKED]
         none = [a for a in over if not experts and a[1].endswith("EP=2")]
         yield from (Cell(*one, NO_EXPERTS) for one in none)
-        yield from ranks.run(verb, [a for a in over if a not in none], folder)
+        for stages in (False, True):  # vLLM makes a process's groups once, too
+            pair = [a for a in over if a[1].endswith("PP=2") == stages and a not in none]
+            yield from ranks.run(verb, pair, folder)
 
 
 def has_experts(architecture: str) -> bool:

@@ -10,8 +10,15 @@ SCHEMES = (
     *("mxfp8", "nvfp4"),
 )
 
-# The same over two ranks: each has a part of every tensor, or all of every second expert.
-RANKED = ("bf16 TP=2", "int8 TP=2", "bf16 EP=2", "int8 EP=2")
+# The same over two ranks: each has a part of every tensor, all of every second expert, or half of
+# the layers.
+_TENSORS = {"tensor_parallel_size": 2}
+_OVER: dict[str, dict[str, Any]] = {
+    "TP=2": _TENSORS,
+    "EP=2": {**_TENSORS, "enable_expert_parallel": True},
+    "PP=2": {"pipeline_parallel_size": 2},
+}
+RANKED = tuple(f"{scheme} {over}" for over in _OVER for scheme in ("bf16", "int8"))
 COLUMNS = (*SCHEMES, *RANKED)
 
 EXACT, ENGINE, REFUSED, WRONG = "exact", "engine", "refused", "WRONG"
@@ -28,12 +35,8 @@ def options_of(column: str) -> dict[str, Any]:
     """The options of its engines that say over how many ranks they run, if over several."""
     if column not in RANKED:
         return {}
-    return {
-        "tensor_parallel_size": 2,
-        "enable_expert_parallel": column.endswith("EP=2"),
-        "distributed_executor_backend": "external_launcher",
-        "seed": 0,
-    }
+    over = column.partition(" ")[2]
+    return {**_OVER[over], "distributed_executor_backend": "external_launcher", "seed": 0}
 
 
 @dataclass(frozen=True)

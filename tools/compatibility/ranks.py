@@ -4,13 +4,15 @@ python -m torch.distributed.run --standalone --nproc-per-node 2 -m tools.compati
     judge FOLDER ANSWERS ARCHITECTURE COLUMN [ARCHITECTURE COLUMN ...]
 
 Each rank starts the same engines (vLLM's external_launcher), pushes to its own worker, and compares
-what it holds; rank 0 writes what came out of a cell as a line of ANSWERS.
+what it holds; rank 0 writes what came out of a cell as a line of ANSWERS. A stage of a pipeline may
+fail while the other waits for it: it writes down what it found by itself, and ends the pair.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -21,7 +23,8 @@ import tests.conftest  # noqa: F401  (the environment in which engines share a p
 from tools.compatibility.cell import DIED, ENGINE, EXACT, WRONG, Cell
 
 _PAIR = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m")
-_SECONDS_TO_START, _SECONDS_A_CELL = 200, 60
+_SECONDS_TO_START, _SECONDS_A_CELL, _SECONDS_ALONE = 200, 60, 20
+_LATE = 124  # what `timeout` says
 
 Asked = tuple[str, str]  # architecture, column
 
@@ -38,7 +41,10 @@ def run(verb: str, asked: Sequence[Asked], folder: Path) -> Iterator[Cell]:
         left = left[len(cells) :]
         if left:
             lost = ENGINE if verb == "blame" else DIED
-            yield Cell(*left.pop(0), lost, said)
+            asked_last = left.pop(0)
+            alone = _alone(verb, folder, asked_last)
+            told = alone.exists()
+            yield Cell(**json.loads(alone.read_text())) if told else Cell(*asked_last, lost, said)
 
 
 def _run_pair(verb: str, asked: Sequence[Asked], folder: Path, answers: Path) -> str:
@@ -52,16 +58,19 @@ def _run_pair(verb: str, asked: Sequence[Asked], folder: Path, answers: Path) ->
     program = [sys.executable, *_PAIR, __spec__.name, verb, str(folder), str(answers), *flat]
     environ = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
     seconds = _SECONDS_TO_START + _SECONDS_A_CELL * len(asked)
+    limited = ["timeout", "-k", "20", str(seconds), *program]  # asks first: the ranks end, too
     with (folder / "ranks.txt").open("w+") as log:
-        try:
-            code = subprocess.run(
-                program, env=environ, stdout=log, stderr=log, timeout=seconds, check=False
-            ).returncode
-        except subprocess.TimeoutExpired:
+        code = subprocess.run(limited, env=environ, stdout=log, stderr=log, check=False).returncode
+        if code == _LATE:
             return f"no answer in {seconds} seconds"
         log.seek(0)
         words = [line.strip() for line in log if "Segfault" in line or "CHECK" in line]
     return words[-1] if words else f"two ranks ended with exit code {code}"
+
+
+def _alone(verb: str, folder: Path, asked: Asked) -> Path:
+    """Where the rank that fails first writes what it found of a cell."""
+    return folder / f"{verb} {' '.join(asked)}.json"
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -72,13 +81,14 @@ def main(arguments: Sequence[str]) -> None:
     from vllm.distributed.device_communicators import cpu_communicator
     from vllm.model_executor.models import registry
 
-    from tests.engine.kernels import mind_the_map_of_experts
+    from tests.engine.kernels import make_room_between_stages, mind_the_map_of_experts
     from tools.compatibility.control import blame
     from tools.compatibility.trial import judge
 
     verb, folder, answers, *flat = arguments
     if verb == "judge":
         mind_the_map_of_experts()
+    make_room_between_stages()  # without it no model is served: what else vLLM lacks would not show
     named = staticmethod(lambda group: f"{os.environ['MASTER_PORT']}-{group.unique_name}")
     with (
         mock.patch.object(registry, "_run_in_subprocess", lambda ask: ask()),
@@ -89,7 +99,13 @@ def main(arguments: Sequence[str]) -> None:
             cell = {"judge": judge, "blame": blame}[verb](*asked, Path(folder))
             ranks: list[Cell] = [cell, cell]
             if torch.distributed.is_initialized():
+                alone = _alone(verb, Path(folder), asked)
+                if cell.verdict != EXACT:
+                    if not alone.exists():  # the other may fail of this one's end
+                        alone.write_text(json.dumps(asdict(cell)))
+                    signal.alarm(_SECONDS_ALONE)  # ends this process, and torchrun the other
                 torch.distributed.all_gather_object(ranks, cell)
+                signal.alarm(0)
             if os.environ["RANK"] == "0":
                 with Path(answers).open("a") as file:
                     file.write(json.dumps(asdict(_worst(ranks))) + "\n")

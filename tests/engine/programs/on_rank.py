@@ -11,13 +11,19 @@ import torch
 from torch import Tensor, nn
 from vllm.platforms import cpu as platform
 
-from tests.engine.kernels import WORKER_KERNELS, choosing, mind_the_map_of_experts
+from tests.engine.kernels import (
+    WORKER_KERNELS,
+    choosing,
+    make_room_between_stages,
+    mind_the_map_of_experts,
+)
 from tools.models import tiny_models
 
 _CHOSEN = choosing(os.environ.get(WORKER_KERNELS, "native"))
 _CHOSEN.__enter__()  # for good: the process serves one engine
 platform.torch = torch  # which attention MLA has, the engine core decides, too
 mind_the_map_of_experts()
+make_room_between_stages()
 
 
 def _spoiled(weights: dict[str, Tensor], name: str) -> dict[str, Tensor]:
@@ -74,11 +80,3 @@ class Pushed:
 
         modules = self.get_model().modules()
         return [m.w13_weight.shape[0] for m in modules if isinstance(m, RoutedExperts)]
-
-    def make_room_between_stages(self: Any) -> None:
-        """What a later stage of a pipeline takes from the one before it: vLLM makes that in the
-        profiling run, which its CPU worker leaves out, and then fails at the first batch."""
-        runner = self.model_runner
-        runner.intermediate_tensors = self.get_model().make_empty_intermediate_tensors(
-            batch_size=runner.max_num_tokens, dtype=torch.bfloat16, device=torch.device("cpu")
-        )

@@ -29,8 +29,6 @@ def main(starts_on: str, pushed: str) -> dict[str, Any]:
         worker_extension_cls="tests.engine.programs.on_rank.Pushed",
     )
 
-    llm.collective_rpc("make_room_between_stages")
-
     def stands() -> list[Any]:
         sampling = SamplingParams(max_tokens=4, temperature=0, ignore_eos=True)
         (answer,) = llm.generate([PROMPT], sampling, use_tqdm=False)
@@ -45,7 +43,6 @@ def main(starts_on: str, pushed: str) -> dict[str, Any]:
     }
     report = flashquant.reload_weights(llm, Path(pushed))
     result |= {"b": stands(), "ignored": list(report.ignored)}
-    status = flashquant.status(llm)
     placed = [*status.direct, *status.staged, *status.fallback]
     result["layers"] = {"report": list(report.layers), "status": placed}
     result["pushes"] = []
