@@ -274,7 +274,7 @@ def serve_by_channel(checkpoint: Path, config: str, scheme: str) -> Serving:
 
 REFUSED = {
     "another scheme": (
-        {"quantization_config": {"linear": "fp8_per_channel_static"}},
+        {"quantization_config": {"linear": "fp8_per_tensor_static"}},
         "int8.*quantization_config with linear",
     ),
     "another method": (
@@ -294,7 +294,7 @@ def test_what_int8_cannot_honour_is_refused_by_name(
 
 def test_an_online_scheme_takes_no_config_of_a_checkpoint(policies: Policies) -> None:
     with pytest.raises(ConfigError, match=r"quantization_config=\{'ignore'"):
-        _ = Serving(policies.bf16("a"), "fp8_channel", ASKED["hf_overrides"]).llm
+        _ = Serving(policies.bf16("a"), "fp8_vllm", ASKED["hf_overrides"]).llm
 
 
 @pytest.fixture
