@@ -138,7 +138,7 @@ def _maxima(blueprint: LayerBlueprint, stages: Stages) -> Maxima:
 def _check_made(blueprint: LayerBlueprint, twin: nn.Module) -> frozenset[str]:
     """The paths of what processing makes, if the live attention holds the same, laid out alike."""
     both = (twin, blueprint.module)
-    # Cache scales among them, which the live one may hold as parameters (vLLM 0.25 to 0.27).
+    # Cache scales among them, which the live one may hold as parameters (vLLM before 0.32).
     buffers = {path for one in both for path in one._buffers}
     fresh, live = (
         {path: leaf for path, leaf in kernel_state.leaves(one).items() if path not in buffers}
