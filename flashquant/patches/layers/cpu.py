@@ -185,7 +185,8 @@ def _reshape_and_cache(
 
 def _rounded(cached: Tensor, scale: float, form: torch.dtype) -> Tensor:
     largest = torch.finfo(form).max  # torch would make NaN of what is beyond
-    return (cached.float() / scale).clamp_(-largest, largest).to(form).to(cached.dtype)
+    scaled = cached if scale == 1 else cached.float() / scale  # at each layer of each step
+    return scaled.clamp(-largest, largest).to(form).to(cached.dtype)
 
 
 def _refuse_left_over_rows(original: Any, kernel: Any, layer: Any) -> None:
