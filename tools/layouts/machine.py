@@ -164,6 +164,7 @@ def _put(stack: ExitStack, owner: Any, name: str, value: Any) -> None:
 def _users_of_the_platform() -> list[Any]:
     """What loads, chooses and packs; not attention, which stays on the CPU's own."""
     rooms = (
+        "flashquant.patches.seams",
         "vllm.model_executor.kernels",
         "vllm.model_executor.layers.fused_moe",
         "vllm.model_executor.layers.linear",
