@@ -31,7 +31,7 @@ ELSEWHERE = os.environ.get("FLASHQUANT_TEST_VISION") == "1"  # as `make vision` 
 _KEPT: list[Any] = []  # vLLM's parallel state goes with the first engine that is collected
 
 
-@pytest.fixture(scope="module", params=sights.SIGHTS)
+@pytest.fixture(scope="module", params=sights.SIGHTS if ELSEWHERE else sights.TESTED)
 def policies(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Path]:
