@@ -32,10 +32,12 @@ from tools.versions.table import put_into
 
 PAGE = Path(__file__).parents[2] / "docs" / "compatibility.md"
 
-ALONE = Part("compatibility", tuple(ARCHITECTURES), SCHEMES)
+_IN_THE_PAGE = tuple(row for row in ARCHITECTURES if row not in FURTHER)
+ALONE = Part("compatibility", _IN_THE_PAGE, SCHEMES)
 SIGHTED = Part("images", tuple(SIGHTS), SCHEMES)
-PARALLEL = Part("ranks", tuple(row for row in ARCHITECTURES if row not in FURTHER), RANKED)
+PARALLEL = Part("ranks", _IN_THE_PAGE, RANKED)
 PARTS = (ALONE, SIGHTED, PARALLEL)
+_BY_HAND = Part("", tuple(FURTHER), SCHEMES)  # looked at where they are asked for, never written
 
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
@@ -51,7 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--write", action="store_true", help="merge what comes out into the page")
     chosen = parser.parse_args(arguments)
     rows, columns = chosen.only or known, chosen.scheme
-    asked = [(r, c) for p in PARTS for r in p.rows for c in p.columns if r in rows and c in columns]
+    parts = (*PARTS, _BY_HAND) if chosen.only else PARTS
+    asked = [(r, c) for p in parts for r in p.rows for c in p.columns if r in rows and c in columns]
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         found = _look(asked, Path(folder))
