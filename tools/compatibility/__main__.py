@@ -13,7 +13,7 @@ from rich.console import Console
 
 import tests.conftest  # noqa: F401  (first: what transformers finds)
 from tests.engine.sights import SIGHTS
-from tools.architectures import ARCHITECTURES, FURTHER
+from tools.architectures import ARCHITECTURES, FURTHER, MOE
 from tools.compatibility import ranks, table, workers
 from tools.compatibility.cell import (
     COLUMNS,
@@ -35,9 +35,14 @@ PAGE = Path(__file__).parents[2] / "docs" / "compatibility.md"
 _IN_THE_PAGE = tuple(row for row in ARCHITECTURES if row not in FURTHER)
 ALONE = Part("compatibility", _IN_THE_PAGE, SCHEMES)
 SIGHTED = Part("images", tuple(SIGHTS), SCHEMES)
-PARALLEL = Part("ranks", _IN_THE_PAGE, RANKED)
+# A few that are dense: what differs over ranks is how experts are cut up.
+PARALLEL = Part("ranks", ("llama", "qwen2-tied", "gemma3", *MOE), RANKED)
 PARTS = (ALONE, SIGHTED, PARALLEL)
-_BY_HAND = Part("", tuple(FURTHER), SCHEMES)  # looked at where they are asked for, never written
+# Looked at where they are asked for, never written.
+_BY_HAND = (
+    Part("", tuple(FURTHER), SCHEMES),
+    Part("", tuple(row for row in _IN_THE_PAGE if row not in PARALLEL.rows), RANKED),
+)
 
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
@@ -53,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--write", action="store_true", help="merge what comes out into the page")
     chosen = parser.parse_args(arguments)
     rows, columns = chosen.only or known, chosen.scheme
-    parts = (*PARTS, _BY_HAND) if chosen.only else PARTS
+    parts = (*PARTS, *_BY_HAND) if chosen.only else PARTS
     asked = [(r, c) for p in parts for r in p.rows for c in p.columns if r in rows and c in columns]
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
