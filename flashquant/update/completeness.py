@@ -10,7 +10,7 @@ from collections.abc import Set as AbstractSet
 from torch import Tensor
 
 from flashquant.errors import IncompleteUpdate
-from flashquant.plan import NamedTensors
+from flashquant.plan import NamedTensors, Planner
 from flashquant.profiles import Calibration
 from flashquant.update.engine import Engine, Layer
 from flashquant.update.passes import Passes
@@ -27,6 +27,7 @@ class Completeness:
 
     Args:
         engine: the model.
+        planner: where the tensors of its checkpoint land.
         calibration: the profile by which pushes are quantized, which looks at several at once.
 
     Attributes:
@@ -36,10 +37,12 @@ class Completeness:
 
     """
 
-    def __init__(self, engine: Engine, calibration: Calibration | None = None) -> None:
+    def __init__(
+        self, engine: Engine, planner: Planner, calibration: Calibration | None = None
+    ) -> None:
         self.refused: set[str] = set()
         self.dropped: dict[str, tuple[str, ...]] = {}
-        self._engine, self._calibration = engine, calibration
+        self._engine, self._planner, self._calibration = engine, planner, calibration
         self._passes = Passes()
         self._arrived: set[str] = set()  # parameters, since the trainer last said that it was done
         self._times_dropped: Counter[str] = Counter()  # layers, since each last went live
@@ -109,7 +112,7 @@ class Completeness:
             )
             raise IncompleteUpdate(
                 f"the update ended with {len(waiting)} layers half arrived, first "
-                f"{_missing_parts(waiting)}. {remedy}Send every shard of a fused layer; the old "
+                f"{self._lacking(waiting)}. {remedy}Send every shard of a fused layer; the old "
                 "weights are still served."
             )
         missing = [target for target in wanted if target not in update.arrived]
@@ -137,7 +140,7 @@ class Completeness:
         if waiting := self.waiting():
             raise IncompleteUpdate(
                 f"{len(waiting)} layers have arrived only in part and still serve their old "
-                f"weights, beside the new ones of others: {_missing_parts(waiting)}. Send what is "
+                f"weights, beside the new ones of others: {self._lacking(waiting)}. Send what is "
                 "missing, or everything anew."
             )
         # Said once: a name that no engine knows cannot come again, and must not bar the rest.
@@ -151,6 +154,26 @@ class Completeness:
         _warn_of([target for target in wanted if target not in self._arrived], self._arrived)
         self._arrived.clear()
         self._passes.close_for_good()
+
+    def _lacking(self, waiting: Waiting) -> str:
+        """The first layer that waits, and for which tensors, by their names in the checkpoint."""
+        layer, parameters = next(iter(waiting.items()))
+        stages = {
+            target: held.stage(target)
+            for held in self._engine.layers
+            for target in held.targets
+            if target in parameters
+        }
+        lacks = [
+            name
+            for name, targets in self._planner.landed.items()
+            if not stages.keys().isdisjoint(targets)
+            and any(
+                step.target in stages and not stages[step.target].holds(step.target_view)
+                for step in self._planner.plan[name].steps
+            )
+        ]
+        return f"{layer} lacks {some_of(lacks)}" if lacks else _missing_parts(waiting)
 
     def _drop_earlier(self, update: Update) -> None:
         """Another sync begins: forget what earlier pushes have brought in part."""

@@ -75,7 +75,7 @@ class Session:
         self._planner = Planner(engine)
         self._bindings = Bindings(engine, self._planner, calibration)
         self.checkpoint = Checkpoint(engine, self._planner, self._bindings)
-        self._completeness = Completeness(engine, calibration)
+        self._completeness = Completeness(engine, self._planner, calibration)
         self._code_statistics = CodeStatistics(
             1.0 if calibration is None else calibration.warn_above
         )

@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ ELSEWHERE = os.environ.get("FLASHQUANT_TEST_VISION") == "1"  # as `make vision` 
 _KEPT: list[Any] = []  # vLLM's parallel state goes with the first engine that is collected
 
 
-@pytest.fixture(scope="module", params=sights.SIGHTS)
+@pytest.fixture(scope="module", params=sights.SIGHTS if ELSEWHERE else sights.TESTED)
 def policies(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Path]:
@@ -43,12 +44,12 @@ def policies(
     }
 
 
-def started(checkpoint: Path, config: str, *, caching: bool = False) -> Any:
+def started(checkpoint: Path, config: str, *, caching: bool = False, **options: Any) -> Any:
     from vllm import LLM
 
     flashquant.patch()
     with mock.patch.dict(os.environ, FLASHRL_CONFIG=config), sights.understood():
-        llm = LLM(str(checkpoint), **sights.options(enable_prefix_caching=caching))
+        llm = LLM(str(checkpoint), **sights.options(enable_prefix_caching=caching, **options))
     _KEPT.append(llm)
     return llm
 
@@ -123,6 +124,47 @@ def test_the_text_tower_alone_is_a_part_and_says_so(
 
     assert report.tensors == len(text)
     assert seen.stands(llm) == seen.stands(started(mixed, scheme))
+
+
+@pytest.fixture
+def connectors() -> Iterator[None]:
+    """vLLM has one KV connector a process, which every later engine would take for its own."""
+    from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown
+
+    yield
+    ensure_kv_transfer_shutdown()
+
+
+def connected(checkpoint: Path, keys: Path, *, caching: bool) -> Any:
+    """An engine that keeps keys and values of prompts in a folder, too."""
+    from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown
+
+    from tests.engine.programs import dropping
+
+    ensure_kv_transfer_shutdown()
+    connector = dropping.connected(str(keys))
+    return started(checkpoint, "int8", caching=caching, kv_transfer_config=connector, block_size=32)
+
+
+@pytest.mark.usefixtures("connectors")
+@pytest.mark.parametrize("policies", ["qwen2.5-vl"], indirect=True)
+@pytest.mark.parametrize("caching", [False, True], ids=["no prefix cache", "prefix cache"])
+def test_keys_of_an_image_that_a_connector_keeps_go_with_a_push(
+    policies: dict[str, Path], caching: bool, tmp_path: Path
+) -> None:
+    """Until then the same image is answered from them."""
+    prompt = sights.prompt()
+    prompt["prompt_token_ids"] += range(29, 89)  # more than a block
+    fresh = connected(policies["b"], tmp_path / "b", caching=caching)
+    b = [seen.said(fresh, prompt) for _ in range(2)]
+    llm = connected(policies["a"], tmp_path / "a", caching=caching)
+    a = [seen.said(llm, prompt) for _ in range(2)]
+    assert any((tmp_path / "a").iterdir())
+
+    flashquant.reload_weights(llm, policies["b"])
+
+    assert not (tmp_path / "a").exists()
+    assert [seen.said(llm, prompt) for _ in range(2)] == b != a
 
 
 def sees(name: str) -> bool:

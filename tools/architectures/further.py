@@ -1,7 +1,6 @@
 """Picked when everything else was done, to see whether something of them is new.
 
-`python -m tools.compatibility` looks at all their schemes; `make test` leaves them out, for its
-time.
+`python -m tools.compatibility --only NAME` looks at one; the page has no rows of them, only a line.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from rich.console import Console
 
 import tests.conftest  # noqa: F401  (first: what transformers finds)
 from tests.engine.sights import SIGHTS
-from tools.architectures import ARCHITECTURES, FURTHER
+from tools.architectures import ARCHITECTURES, FURTHER, MOE
 from tools.compatibility import ranks, table, workers
 from tools.compatibility.cell import (
     COLUMNS,
@@ -32,10 +32,17 @@ from tools.versions.table import put_into
 
 PAGE = Path(__file__).parents[2] / "docs" / "compatibility.md"
 
-ALONE = Part("compatibility", tuple(ARCHITECTURES), SCHEMES)
+_IN_THE_PAGE = tuple(row for row in ARCHITECTURES if row not in FURTHER)
+ALONE = Part("compatibility", _IN_THE_PAGE, SCHEMES)
 SIGHTED = Part("images", tuple(SIGHTS), SCHEMES)
-PARALLEL = Part("ranks", tuple(row for row in ARCHITECTURES if row not in FURTHER), RANKED)
+# A few that are dense: what differs over ranks is how experts are cut up.
+PARALLEL = Part("ranks", ("llama", "qwen2-tied", "gemma3", *MOE), RANKED)
 PARTS = (ALONE, SIGHTED, PARALLEL)
+# Looked at where they are asked for, never written.
+_BY_HAND = (
+    Part("", tuple(FURTHER), SCHEMES),
+    Part("", tuple(row for row in _IN_THE_PAGE if row not in PARALLEL.rows), RANKED),
+)
 
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
@@ -51,7 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--write", action="store_true", help="merge what comes out into the page")
     chosen = parser.parse_args(arguments)
     rows, columns = chosen.only or known, chosen.scheme
-    asked = [(r, c) for p in PARTS for r in p.rows for c in p.columns if r in rows and c in columns]
+    parts = (*PARTS, *_BY_HAND) if chosen.only else PARTS
+    asked = [(r, c) for p in parts for r in p.rows for c in p.columns if r in rows and c in columns]
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         found = _look(asked, Path(folder))
