@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import os
 from pathlib import Path
 
 import pytest
 
 from flashquant.cli.main import main
+from tests.support import forked
 from tools.models import tiny_models
-
-_BENCH = "import sys; from flashquant.cli.main import main; sys.exit(main(sys.argv[1:]))"
 
 
 @pytest.mark.engine
@@ -21,11 +19,11 @@ def test_every_way_is_timed_beside_the_copy_limit(tmp_path: Path) -> None:
     chosen = ["bench", f"--model={model}", "--scheme=fp8_channel", "--rounds=2", f"--json={file}"]
 
     # Engines that are collected take the others of their process with them.
-    ran = subprocess.run(
-        [sys.executable, "-c", _BENCH, *chosen], capture_output=True, text=True, check=False
-    )
+    output = tmp_path / "output"
+    ended = forked.end([forked.start("flashquant", chosen, os.environ, output)], timeout=300)
 
-    assert ran.returncode == 0, ran.stderr
+    said = output.read_text()
+    assert ended == [0], said
     found = json.loads(file.read_text())
     timings = {timing["name"]: timing for timing in found["syncs"]}
     assert list(timings) == [
@@ -40,8 +38,8 @@ def test_every_way_is_timed_beside_the_copy_limit(tmp_path: Path) -> None:
     assert 0 < sum(ours["phases"].values()) < sum(ours["rounds"])
     assert not timings["vLLM's own reload"]["phases"]
     assert found["bytes"] == sum(t.nbytes for t in tiny_models.tensors(model).values())
-    assert "copy limit" in ran.stdout
-    assert "a new engine" in ran.stdout
+    assert "copy limit" in said
+    assert "a new engine" in said
 
 
 @pytest.mark.parametrize(

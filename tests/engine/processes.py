@@ -4,51 +4,76 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tests.engine.programs.engine import RESULT_FILE
+from tests.support import forked
 from tools.models.policies import Policies
 
 ROOT = Path(__file__).parents[2]
+TIMEOUT = 500  # seconds
 CORES = "|".join(map(str, sorted(os.sched_getaffinity(0))[:2]))
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 
-def run_program(
-    program: str, policies: Policies, launcher: tuple[str, ...] = (), **environment: str
-) -> dict[str, Any]:
+def run_program(program: str, policies: Policies, **environment: str) -> dict[str, Any]:
     """What a program answers that is given the checkpoints of both policies."""
-    checkpoints = (policies.bf16("a"), policies.bf16("b"))
-    return run(program, *checkpoints, launcher=launcher, **environment)
+    return run(program, policies.bf16("a"), policies.bf16("b"), **environment)
 
 
-def run(
-    program: str, *arguments: object, launcher: tuple[str, ...] = (), **environment: str
-) -> dict[str, Any]:
-    """What a program of `tests/engine/programs` answers in a process of its own."""
+def run(program: str, *arguments: object, ranks: int = 1, **environment: str) -> dict[str, Any]:
+    """What a program of `tests/engine/programs` answers in a process of its own.
+
+    Args:
+        ranks: how many such processes there are, which find in their environment what
+            torchrun would have written there.
+
+    """
+    module = f"tests.engine.programs.{program}"
     with tempfile.TemporaryDirectory() as scratch:
-        file = Path(scratch, "result.json")
+        file, output = Path(scratch, "result.json"), Path(scratch, "output")
+        environ = {**os.environ, **environment, RESULT_FILE: str(file)}
+        if forked.can_have(environ):
+            started = [
+                forked.start(module, arguments, {**environ, **of_rank}, output)
+                for of_rank in _as_torchrun(ranks)
+            ]
+            ended = forked.end(started, TIMEOUT)
+        else:
+            ended = [_spawned(module, arguments, environ, output)]
+        assert file.exists(), f"exit codes {ended}\n{output.read_text()[-4000:]}"
+        return dict(json.loads(file.read_text()))
+
+
+def _as_torchrun(ranks: int) -> list[dict[str, str]]:
+    if ranks == 1:
+        return [{}]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+    of = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+    return [{**meet, **of, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+
+
+def _spawned(
+    module: str, arguments: Sequence[object], environ: dict[str, str], output: Path
+) -> int:
+    with output.open("w") as said:
         ended = subprocess.run(
-            [
-                sys.executable,
-                *launcher,
-                "-m",
-                f"tests.engine.programs.{program}",
-                *map(str, arguments),
-            ],
+            [sys.executable, "-m", module, *map(str, arguments)],
             cwd=ROOT,
-            env={**os.environ, **environment, RESULT_FILE: str(file)},
-            capture_output=True,
-            text=True,
-            timeout=500,
+            env=environ,
+            stdout=said,
+            stderr=subprocess.STDOUT,
+            timeout=TIMEOUT,
             check=False,
         )
-        assert file.exists(), f"exit code {ended.returncode}\n{ended.stderr[-4000:]}"
-        return dict(json.loads(file.read_text()))
+    return ended.returncode
 
 
 def assert_lost(raised: list[Any], *, rank: int) -> None:

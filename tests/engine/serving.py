@@ -28,6 +28,7 @@ from tests.engine.kernels import choosing as choosing
 from tests.engine.kernels import multiply_fp8_as_everywhere, want_int4
 from tests.support.gpu import SHARE
 from tests.support.groups import make_experts_group
+from tests.support.inspection import inspect_models_here
 
 _KEPT: list[Any] = []  # of every Serving, those that a test drops included
 _IN_USE: list[Any] = []  # of them, those that have not been put away
@@ -105,6 +106,7 @@ class Serving:
         flashquant.patch()
         multiply_fp8_as_everywhere()
         make_experts_group()
+        inspect_models_here()
         asked = {"FLASHRL_CONFIG": self.scheme, "FLASHQUANT_EMULATE": "1"}
         with mock.patch.dict(os.environ, asked):
             llm = LLM(

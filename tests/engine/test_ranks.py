@@ -11,7 +11,7 @@ import torch
 from flashquant.profiles import save_profile
 from flashquant.profiles.making import Factors, profile_of
 from tests.engine.kernels import NO_AMX_KERNELS, WORKER_KERNELS, has_amx_kernels, want_int4
-from tests.engine.processes import CORES, TORCHRUN, assert_lost, run, run_program
+from tests.engine.processes import CORES, assert_lost, run, run_program
 from tests.engine.serving import FP8_CHANNEL, needs
 from tools.models.policies import Policies
 
@@ -151,7 +151,7 @@ def test_ranks_of_their_own_commit_together_or_not_at_all(
     policies = Policies(tmp_path, kind)
     answer = run(
         *("external_launcher", policies.bf16("a"), policies.bf16("b"), cut),
-        launcher=TORCHRUN,
+        ranks=2,
         FLASHRL_CONFIG=scheme if cut == "tensors" or amx else "bf16",
         **{WORKER_KERNELS: "amx" if amx else "native"},
         VLLM_CPU_OMP_THREADS_BIND=CORES,

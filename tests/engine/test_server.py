@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from threading import Event
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ from safetensors.torch import save_file
 from flashquant.cli.main import main
 from flashquant.sender import BundleStore, Manifest, Sender
 from tests.engine.serving import KNOWS_VERSION, serve
+from tests.support import forked
 from tools.models import tiny_models
 from tools.models.policies import Policies
 
@@ -98,14 +100,8 @@ def server(
     }
     folder = tmp_path_factory.mktemp("transfer")
     log = folder / "server.log"
-    arguments = [*(str(part) for pair in command.items() for part in pair), "--enforce-eager"]
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *arguments],
-            env=environment,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        )
+    arguments = [*(part for pair in command.items() for part in pair), "--enforce-eager"]
+    process = forked.start("vllm.entrypoints.openai.api_server", arguments, environment, log)
     found = Server(f"http://127.0.0.1:{port}", request.param, folder, log)
     try:
         _wait_for(found, process)
@@ -116,17 +112,17 @@ def server(
         yield found
     finally:
         process.terminate()
-        process.wait(60)
+        assert forked.end([process], 60) != [None]
 
 
-def _wait_for(server: Server, process: subprocess.Popen[bytes]) -> None:
+def _wait_for(server: Server, process: BaseProcess) -> None:
     for _ in range(600):
         try:
             if requests.get(f"{server.url}/health", timeout=5).ok:
                 return
         except requests.ConnectionError:
             time.sleep(0.5)
-        assert process.poll() is None, server.log.read_text()[-3000:]
+        assert process.exitcode is None, server.log.read_text()[-3000:]
     raise TimeoutError(server.log.read_text()[-3000:])
 
 

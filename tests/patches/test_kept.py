@@ -23,28 +23,54 @@ def test_an_index_in_a_folder_is_enough_if_its_files_are_there(tmp_path: Path) -
         kept.names_in(str(tmp_path), None)
 
 
-def test_of_a_model_on_the_hub_only_the_index_is_fetched(tmp_path: Path) -> None:
-    files = {"model.safetensors.index.json": INDEX.encode(), "1.safetensors": b"", "2": b""}
-    with hub({"owner/repo": {"main": files}}) as at:
-        said = names_of("owner/repo", at.url, tmp_path)
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, str], list[str]]:
+    """What is answered for two models on the hub, and every file that was asked for.
 
-    assert said == "('a.q_proj.weight', 'a.norm.weight')"
-    assert not any("1.safetensors" in asked for asked in at.asked)
+    In a process of its own: the hub's client reads its environment when it is imported.
+    """
+    files = {
+        "owner/model": {"model.safetensors.index.json": INDEX.encode(), "1.safetensors": b""},
+        "owner/none": {"config.json": b"{}"},
+    }
+    home = tmp_path_factory.mktemp("home")
+    with hub({repo: {"main": held} for repo, held in files.items()}) as at:
+        environ = {**os.environ, "HF_ENDPOINT": at.url, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0"}
+        ran = subprocess.run(
+            [sys.executable, "-c", PROGRAM, *files], env=environ, stdout=subprocess.PIPE, check=True
+        )
+        return json.loads(ran.stdout.splitlines()[-1]), list(at.asked)
 
 
-def test_a_model_on_the_hub_without_safetensors_is_refused(tmp_path: Path) -> None:
-    with hub({"owner/repo": {"main": {"config.json": b"{}"}}}) as at:
-        said = names_of("owner/repo", at.url, tmp_path)
+PROGRAM = """
+import json, sys
+from flashquant.errors import ConfigError
+from flashquant.patches.seams import kept
 
-    assert "ConfigError: keep names modules" in said
-    assert "owner/repo has no safetensors" in said
+def answer(model):
+    try:
+        return str(kept.names_in(model, None))
+    except ConfigError as refusal:
+        return f"ConfigError: {refusal}"
+
+print(json.dumps({model: answer(model) for model in sys.argv[1:]}))
+"""
 
 
-def names_of(model: str, endpoint: str, home: Path) -> str:
-    """In a process of its own: the client reads its environment when it is imported."""
-    program = f"from flashquant.patches.seams import kept; print(kept.names_in({model!r}, None))"
-    environ = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0"}
-    ran = subprocess.run(
-        [sys.executable, "-c", program], env=environ, capture_output=True, text=True, check=False
-    )
-    return (ran.stdout.strip() or ran.stderr.strip()).splitlines()[-1]
+def test_of_a_model_on_the_hub_only_the_index_is_fetched(
+    asked: tuple[dict[str, str], list[str]],
+) -> None:
+    said, files = asked
+
+    assert said["owner/model"] == "('a.q_proj.weight', 'a.norm.weight')"
+    assert any("model.safetensors.index.json" in file for file in files)
+    assert not any("1.safetensors" in file for file in files)
+
+
+def test_a_model_on_the_hub_without_safetensors_is_refused(
+    asked: tuple[dict[str, str], list[str]],
+) -> None:
+    said, _ = asked
+
+    assert "ConfigError: keep names modules" in said["owner/none"]
+    assert "owner/none has no safetensors" in said["owner/none"]

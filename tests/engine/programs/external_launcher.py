@@ -47,12 +47,11 @@ def main(starts_on: str, pushed: str, cut: str) -> dict[str, Any] | None:
 
     ranks: list[Any] = [None, None]
     torch.distributed.all_gather_object(ranks, mine)
+    if torch.distributed.get_rank() > 0:
+        return None
     return {key: [rank[key] for rank in ranks] for key in mine}
 
 
 if __name__ == "__main__":
-    result = main(*sys.argv[1:])
-    import torch.distributed
-
-    if torch.distributed.get_rank() == 0:
+    if (result := main(*sys.argv[1:])) is not None:
         print_result(result)
