@@ -21,6 +21,7 @@ from flashquant.schemes.build import BuildError, built
 from flashquant.schemes.by_name import DEFINITIONS, WHOLE
 from flashquant.schemes.chunks import row_chunks
 from flashquant.schemes.devices import current, resolved
+from flashquant.schemes.fingerprints.definition import keys as sum_keys
 from flashquant.schemes.fingerprints.digests import (
     Fingerprints,
     SeenMemory,
@@ -28,6 +29,7 @@ from flashquant.schemes.fingerprints.digests import (
     digests,
     fingerprint,
 )
+from flashquant.schemes.fingerprints.regions import Region
 from flashquant.schemes.int4 import check_int4
 from flashquant.schemes.nvfp4 import GROUP as NVFP4_GROUP
 from flashquant.schemes.nvfp4 import nvfp4_matrix
@@ -64,6 +66,7 @@ __all__ = [
     "Doubts",
     "Fingerprints",
     "Quantize",
+    "Region",
     "SeenMemory",
     "Storing",
     "built",
@@ -96,5 +99,6 @@ __all__ = [
     "scaled",
     "scaled_norm",
     "storing",
+    "sum_keys",
     "warm",
 ]

@@ -18,7 +18,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from flashquant.sender import eager, native
+from flashquant.schemes import Region
+from flashquant.sender import native
 from flashquant.sender.eager import LIMITS
 
 Form = Literal["gaps", "bitmap", "whole"]
@@ -39,47 +40,46 @@ class Change(NamedTuple):
     values: Tensor
 
 
-def change(old: Tensor | None, new: Tensor) -> Change | None:
+def change(old: Tensor | None, new: Tensor, region: Region | None = None) -> Change | None:
     """What makes `new` of `old`; None where they are equal, all of it where there is no old one.
 
     Args:
         old: of the same shape and dtype.
         new: contiguous.
+        region: the new one, with the sums of the old one's blocks: they follow.
 
     """
     if old is None:
         return Change("whole", None, new)
     kernels = native.kernels(old, new)
-    here = kernels.differing(old, new)
+    here, values, found = kernels.compared(old, new, region)
     if not len(here):
         return None
-    sizes = dict(zip(LIMITS, kernels.sizes(here), strict=True))
+    sizes = dict(zip(LIMITS, found, strict=True))
     width = min(sizes, key=lambda width: sizes[width] * width.itemsize)
     gaps, bitmap = sizes[width] * width.itemsize, -(-new.numel() // 8)
     if len(here) * new.element_size() + min(gaps, bitmap) >= new.nbytes:
         return Change("whole", None, new)
-    values = kernels.picked(new, here)
     if bitmap < gaps:
-        return Change("bitmap", _bitmap(here, new.numel()), values)
-    return Change("gaps", kernels.packed(here, width, sizes[width]), values)
+        return Change("bitmap", kernels.bitmap(here, new.numel()), values.clone())
+    return Change("gaps", kernels.packed(here, width, sizes[width]), values.clone())
 
 
 def check(found: Change, numel: int) -> None:
     """Raise ValueError unless its places are those of a tensor of so many elements, and as many as
     its values."""
-    if found.places is None or found.places.dim() != 1:
+    form, places, values = found
+    if places is None or places.dim() != 1:
         raise ValueError("it says no places")
-    if found.form == "gaps" and found.places.dtype not in LIMITS:
-        raise ValueError(f"its gaps are {found.places.dtype}")
-    if found.form == "gaps":
-        count, last = native.kernels(found.places, found.places).span(found.places)
-    else:
-        here = _of_bitmap(found.places, numel)
-        count, last = len(here), int(here[-1]) if len(here) else -1
+    if form == "gaps" and places.dtype not in LIMITS:
+        raise ValueError(f"its gaps are {places.dtype}")
+    if form == "bitmap" and (places.dtype, len(places)) != (torch.uint8, -(-numel // 8)):
+        raise ValueError(f"its bitmap is {places.dtype} {tuple(places.shape)}")
+    count, last = native.kernels(places, places).span(form, places)
     if last >= numel:
         raise ValueError(f"it changes element {last} of {numel}")
-    if count != found.values.numel():
-        raise ValueError(f"it has {count} places and {found.values.numel()} values")
+    if count != values.numel():
+        raise ValueError(f"it has {count} places and {values.numel()} values")
 
 
 def apply(found: Change, base: Tensor) -> Tensor:
@@ -106,52 +106,24 @@ def write(found: Change, live: Tensor, remember: Remember | None = None) -> None
         ValueError: as `check`; nothing is written.
 
     """
-    if found.form == "whole" or found.places is None:
+    form, places, values = found
+    if form == "whole" or places is None:
         if remember is not None:
-            old = live.clone()
-            remember(functools.partial(live.copy_, old), old.nbytes)
-        live.copy_(found.values.view(live.shape))
+            before = live.clone()
+            remember(functools.partial(live.copy_, before), before.nbytes)
+        live.copy_(values.view(live.shape))
         return
     check(found, live.numel())
-    if found.form == "gaps":
-        _write_at_gaps(found.places, found.values, live, remember)
-        return
-    places = _of_bitmap(found.places, live.numel()).to(live.device)
-    if remember is not None:
-        old, bitmap = eager.picked(live, places), found.places
-        remember(lambda: _put_at_bits(live, bitmap, old), old.nbytes + bitmap.nbytes)
-    eager.put(live, places, found.values)
-
-
-def _put_at_bits(live: Tensor, bitmap: Tensor, values: Tensor) -> None:
-    """Places take 8 bytes each: they are found again where they are needed again."""
-    eager.put(live, _of_bitmap(bitmap, live.numel()), values)
-
-
-def _write_at_gaps(gaps: Tensor, values: Tensor, live: Tensor, remember: Remember | None) -> None:
-    """`write` at places that were looked at; the old elements are read in the same pass."""
-    kernels = native.kernels(live, gaps)
+    places = places.contiguous()
+    kernels = native.kernels(live, places)
     if remember is None:
-        kernels.scattered(live, gaps, values)
+        kernels.scattered(live, form, places, values)
         return
     old, done = torch.empty_like(values, device=live.device), ctypes.c_int64()
 
     def back() -> None:
         if done.value:  # an interrupt may come between the promise and the exchange
-            kernels.scattered(live, gaps, old)
+            kernels.scattered(live, form, places, old)
 
-    remember(back, old.nbytes + gaps.nbytes)
-    kernels.exchanged(live, gaps, values, old, done)
-
-
-def _bitmap(here: Tensor, numel: int) -> Tensor:
-    bits = torch.zeros(-(-numel // 8) * 8, dtype=torch.uint8, device=here.device)
-    bits[here.to(torch.int64) & 0xFFFFFFFF if here.dtype == torch.int32 else here] = 1
-    return (bits.view(-1, 8) << torch.arange(8, device=here.device)).sum(1).to(torch.uint8)
-
-
-def _of_bitmap(stored: Tensor, numel: int) -> Tensor:
-    if stored.dtype != torch.uint8 or len(stored) != -(-numel // 8):
-        raise ValueError(f"its bitmap is {stored.dtype} {tuple(stored.shape)}")
-    bits = (stored[:, None] >> torch.arange(8, dtype=torch.uint8, device=stored.device)) & 1
-    return bits.flatten().nonzero().flatten()
+    remember(back, old.nbytes)  # the places are the bundle's own memory
+    kernels.exchanged(live, form, places, values, old, done)

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Mapping
-from typing import Final
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
+
+from flashquant.schemes import Region
 
 LIMITS: Final[Mapping[torch.dtype, int]] = {
     torch.uint8: (1 << 8) - 1,
@@ -21,7 +23,24 @@ LIMITS: Final[Mapping[torch.dtype, int]] = {
 """Of gaps: the largest number, which stands for as many unchanged elements and no change."""
 
 _WORD: Final = 8  # bytes
+
+
 _BITS: Final[Mapping[int, torch.dtype]] = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+
+
+class Found(NamedTuple):
+    """What differs between two tensors.
+
+    Attributes:
+        here: the places, ascending.
+        values: the new elements there.
+        sizes: how many numbers the gaps between them take, by the widths of `LIMITS`.
+
+    """
+
+    here: Tensor
+    values: Tensor
+    sizes: list[int]
 
 
 def flat_bits(tensor: Tensor) -> Tensor:
@@ -48,6 +67,20 @@ def sizes(here: Tensor) -> list[int]:
     return [len(gaps) + int((gaps // limit).sum()) for limit in LIMITS.values()]
 
 
+def compared(old: Tensor, new: Tensor, region: Region | None) -> Found:
+    """What differs between two tensors.
+
+    Args:
+        region: the new one, with the sums of the old one's blocks: they follow.
+
+    """
+    here = differing(old, new)
+    if region is not None and len(here):
+        at = _words_of(here * new.element_size())
+        region.shift(at, region._replace(memory=old).words(at), region.words(at))
+    return Found(here, picked(new, here), sizes(here))
+
+
 def packed(here: Tensor, width: torch.dtype, size: int) -> Tensor:
     """The gaps between these places: so many numbers of so many bits."""
     gaps, limit = _gaps(here), LIMITS[width]
@@ -57,17 +90,27 @@ def packed(here: Tensor, width: torch.dtype, size: int) -> Tensor:
     return stored.to(width)
 
 
-def unpacked(gaps: Tensor) -> Tensor:
-    """The places between which these gaps lie, ascending, int64."""
-    wide = gaps.to(torch.int64)
-    skips = wide == LIMITS[gaps.dtype]
+def bitmap(here: Tensor, numel: int) -> Tensor:
+    """One bit an element, the first in the lowest bit of the first byte."""
+    bits = torch.zeros(-(-numel // 8) * 8, dtype=torch.uint8, device=here.device)
+    bits[here] = 1
+    return (bits.view(-1, 8) << torch.arange(8, device=here.device)).sum(1).to(torch.uint8)
+
+
+def unpacked(form: str, places: Tensor) -> Tensor:
+    """The places that gaps, or a bitmap, stand for: ascending, int64."""
+    if form == "bitmap":
+        bits = (places[:, None] >> torch.arange(8, dtype=torch.uint8, device=places.device)) & 1
+        return bits.flatten().nonzero().flatten()
+    wide = places.to(torch.int64)
+    skips = wide == LIMITS[places.dtype]
     here: Tensor = torch.where(skips, wide, wide + 1).cumsum(0) - 1
     return here[~skips]
 
 
-def span(gaps: Tensor) -> tuple[int, int]:
-    """How many places gaps stand for, and the last of them; -1 where there is none."""
-    here = unpacked(gaps)
+def span(form: str, places: Tensor) -> tuple[int, int]:
+    """How many places they stand for, and the last of them; -1 where there is none."""
+    here = unpacked(form, places)
     return len(here), int(here[-1]) if len(here) else -1
 
 
@@ -76,18 +119,18 @@ def picked(values: Tensor, here: Tensor) -> Tensor:
     return flat_bits(values)[here].view(values.dtype)
 
 
-def gathered(values: Tensor, gaps: Tensor, count: int) -> Tensor:
-    """The elements at the places, `count` of them, between which these gaps lie."""
-    return picked(values, unpacked(gaps).to(values.device))
-
-
-def scattered(live: Tensor, gaps: Tensor, values: Tensor) -> None:
+def scattered(live: Tensor, form: str, places: Tensor, values: Tensor) -> None:
     """Overwrite the elements there."""
-    put(live, unpacked(gaps), values)
+    _put(live, unpacked(form, places), values)
 
 
 def exchanged(
-    live: Tensor, gaps: Tensor, values: Tensor, old: Tensor, done: ctypes.c_int64
+    live: Tensor,
+    form: str,
+    places: Tensor,
+    values: Tensor,
+    old: Tensor,
+    done: ctypes.c_int64,
 ) -> None:
     """Overwrite the elements there.
 
@@ -96,14 +139,19 @@ def exchanged(
         done: 1 from when that is so, and any of them may have been overwritten.
 
     """
-    here = unpacked(gaps)
-    flat_bits(old).copy_(flat_bits(picked(live, here.to(live.device))))
+    here = unpacked(form, places).to(live.device)
+    flat_bits(old).copy_(flat_bits(picked(live, here)))
     done.value = 1
-    put(live, here, values)
+    _put(live, here, values)
 
 
-def put(live: Tensor, here: Tensor, values: Tensor) -> None:
-    """Overwrite the elements at these places."""
+def _words_of(starts: Tensor) -> Tensor:
+    """The words that bytes lie in, each once."""
+    words: Tensor = torch.unique_consecutive(starts // _WORD)  # they ascend
+    return words
+
+
+def _put(live: Tensor, here: Tensor, values: Tensor) -> None:
     flat_bits(live)[here.to(live.device)] = flat_bits(values).to(live.device)
 
 

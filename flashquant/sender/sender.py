@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from flashquant.errors import IncompleteUpdate, MisfitTensor, ReloadError, UnknownWeight
 from flashquant.schemes import (
+    Region,
     check_dtype,
     check_finite,
     check_form,
@@ -45,7 +46,7 @@ class Sender:
         self.manifest = Manifest.model_validate(manifest)
         self._keeps = delta
         self._last: dict[str, Tensor] = {}
-        self._fingerprints: dict[str, str] = {}
+        self._sums: dict[str, _Sums] = {}
         self._version = 0
         if odd := next((name for name in self.manifest.tensors if MARK in name), None):
             raise ReloadError(f"{odd}: {MARK} may not be in a name. Push this model in bf16.")
@@ -91,22 +92,33 @@ class Sender:
 
         """
         changes: dict[str, tuple[TensorSpec, Change]] = {}
-        fingerprints = dict(self._fingerprints)
+        fresh: dict[str, _Sums] = {}
         with torch.no_grad():
             for name, value in self._complete(weights):
-                found = change(self._last.get(name), value)
+                last = self._last.get(name)
+                region = self._region(value, self._sums.get(name))
+                found = change(last, value, region)
                 if found is None:
                     continue
-                fingerprints[name] = fingerprint(value)
+                fresh[name] = _Sums.of(value, region)
                 if found.form == "whole":  # what else it holds is in memory of its own
                     found = found._replace(values=found.values.clone())
                 changes[name] = self.manifest.tensors[name], found
-        base = policy_digest(self._fingerprints) if self._last else None
-        made = self._bundled(changes, base, fingerprints)
+        sums = self._sums | fresh
+        made = self._bundled(changes, _digest(self._sums) if self._last else None, sums)
         if self._keeps:
             self._keep(changes)
-            self._fingerprints = fingerprints
+            self._sums = sums
         return made
+
+    def _region(self, value: Tensor, last: _Sums | None) -> Region | None:
+        """What follows the sums of a tensor from one bundle to the next: on the host, if any is
+        kept."""
+        if not (self._keeps and value.is_cpu):
+            return None
+        if last is None or last.blocks is None:
+            return Region.of(value)
+        return Region(value, last.blocks.clone())
 
     def _keep(self, changes: Mapping[str, tuple[TensorSpec, Change]]) -> None:
         """The last bundle is this one: what changed is written into what was sent before."""
@@ -131,13 +143,13 @@ class Sender:
             name: (tensors[name], Change("whole", None, kept.clone()))
             for name, kept in self._last.items()
         }
-        return self._bundled(whole, None, self._fingerprints)
+        return self._bundled(whole, None, self._sums)
 
     def _bundled(
         self,
         changes: Mapping[str, tuple[TensorSpec, Change]],
         base: str | None,
-        fingerprints: Mapping[str, str],
+        sums: Mapping[str, _Sums],
     ) -> Delta:
         self._version += 1
         return Delta.of(
@@ -145,7 +157,7 @@ class Sender:
             scheme=self.manifest.scheme,
             version=self._version,
             base=base,
-            digest=policy_digest(fingerprints),
+            digest=_digest(sums),
         )
 
     def _complete(self, weights: Weights) -> Iterator[tuple[str, Tensor]]:
@@ -193,6 +205,29 @@ class Sender:
         check_finite(name, scales)  # a row that holds NaN or Inf has such a scale
         yield name, codes.reshape(spec.shape)
         yield spec.scales, scales.reshape(scale_spec.shape).to(scale_spec.torch_dtype)
+
+
+class _Sums(NamedTuple):
+    """Of one tensor that was sent.
+
+    Attributes:
+        fingerprint: of it.
+        blocks: the sums of its blocks, on the host, if it is kept there.
+
+    """
+
+    fingerprint: str
+    blocks: Tensor | None
+
+    @classmethod
+    def of(cls, value: Tensor, region: Region | None) -> _Sums:
+        if region is None:
+            return cls(fingerprint(value), None)
+        return cls(fingerprint(value, region.sums), region.blocks)
+
+
+def _digest(sums: Mapping[str, _Sums]) -> str:
+    return policy_digest({name: one.fingerprint for name, one in sums.items()})
 
 
 def _gathered(sent: Any) -> Any:

@@ -5,6 +5,9 @@
              NH of UMAC (RFC 4418, 5.2), the second with the keys moved on by one (Toeplitz)
     tensor   both sums of a block, mixed with each other and its position, and summed
 
+Whoever keeps the sums of the blocks can tell those of the tensor after a few words have changed,
+from these words alone: `shift`, then `closed`.
+
 Sums do not care in which order, or by how many threads, they are formed. Two blocks that differ
 have equal sums for one choice of keys in 2^64 at most. The keys are fixed, so this holds for
 bytes that were not chosen to collide.
@@ -52,9 +55,46 @@ def sums(tensor: Tensor) -> Tensor:
     total = torch.zeros(2, dtype=torch.int64, device=tensor.device)
     start, drawn = 0, keys(tensor.device)
     for words in _chunks(tensor):
-        total += _of_blocks(words, start, drawn)
+        total += closed(_of_blocks(words, drawn), start)
         start += len(words)
     return total
+
+
+def blocks(tensor: Tensor) -> Tensor:
+    """Both sums of each block of a contiguous tensor's bytes, `[blocks, 2]` int64."""
+    drawn = keys(tensor.device)
+    found = [_of_blocks(words, drawn) for words in _chunks(tensor)]
+    return torch.cat([torch.zeros(0, 2, dtype=torch.int64, device=tensor.device), *found])
+
+
+def closed(blocks: Tensor, start: int = 0) -> Tensor:
+    """What some blocks add to the sums of a tensor, `[2]`; the first of them has position
+    `start`."""
+    position = torch.arange(start + 1, start + 1 + len(blocks), device=blocks.device)
+    first = _mixed(blocks[:, 0] + position * _STEP)
+    second = _mixed(blocks[:, 1] ^ first)
+    return torch.stack([second.sum(), _mixed(first + second).sum()])
+
+
+def words(tensor: Tensor) -> Tensor:
+    """The words of a contiguous tensor's bytes, the last one filled up with zeros; a copy where
+    they are not aligned or not whole."""
+    return whole(raw(tensor), 8)
+
+
+def shift(blocks: Tensor, at: Tensor, before: Tensor, after: Tensor) -> None:
+    """Some words have changed: bring the sums of their blocks up to date.
+
+    Args:
+        blocks: the sums, as of `blocks`.
+        at: which words changed, each once.
+        before, after: what these were, and are.
+
+    """
+    drawn, block, place = keys(blocks.device), at // BLOCK, at % BLOCK
+    for column, moved in enumerate((drawn[:BLOCK], drawn[1:])):
+        key = moved[place]
+        blocks[:, column].index_add_(0, block, _product(after, key) - _product(before, key))
 
 
 def raw(tensor: Tensor) -> Tensor:
@@ -80,17 +120,15 @@ def _chunks(tensor: Tensor) -> Iterator[Tensor]:
         yield whole(piece, BLOCK_BYTES).view(-1, BLOCK)
 
 
-def _of_blocks(words: Tensor, start: int, drawn: Tensor) -> Tensor:
-    """What some blocks add to the sums, the first of which has position `start`."""
-    low, high = words & _HALF, (words >> 32) & _HALF
-    first, second = (
-        (((low + k) & _HALF) * ((high + (k >> 32)) & _HALF)).sum(1)
-        for k in (drawn[:BLOCK], drawn[1:])
-    )
-    position = torch.arange(start + 1, start + 1 + len(words), device=words.device)
-    first = _mixed(first + position * _STEP)
-    second = _mixed(second ^ first)
-    return torch.stack([second.sum(), _mixed(first + second).sum()])
+def _of_blocks(words: Tensor, drawn: Tensor) -> Tensor:
+    """Both sums of some blocks of words, `[blocks, 2]`."""
+    return torch.stack([_product(words, moved).sum(1) for moved in (drawn[:BLOCK], drawn[1:])], 1)
+
+
+def _product(words: Tensor, keys: Tensor) -> Tensor:
+    """Of the halves of each word, each plus its key in 32 bits."""
+    low, high = words & _HALF, words >> 32
+    return ((low + keys) & _HALF) * ((high + (keys >> 32)) & _HALF)
 
 
 def _mixed(words: Tensor) -> Tensor:

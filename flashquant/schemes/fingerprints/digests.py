@@ -89,11 +89,17 @@ def digest(parts: Mapping[str, str]) -> str:
     return hashlib.blake2b(fields.encode(), digest_size=_BYTES).hexdigest()
 
 
-def fingerprint(value: Tensor) -> str:
+def fingerprint(value: Tensor, known: tuple[int, int] | None = None) -> str:
     """128 bits, in hex, of a tensor's layout, dtype and values; its device is waited for.
 
     Of the layout, and two sums of the bytes: `definition`.
+
+    Args:
+        known: these sums, if they are, of a contiguous tensor.
+
     """
+    if known is not None:
+        return _hashed(_layout(value), *known)
     return digests([("", value)])[""]
 
 
@@ -113,7 +119,11 @@ def _as_it_lies(value: Tensor) -> tuple[str, Tensor]:
     # An `[N, K]` storage seen through `.t()` is read as it lies, without a copy.
     turned = value.dim() == 2 and not value.is_contiguous() and value.t().is_contiguous()
     flat = (value.t() if turned else value).detach().contiguous()
-    return f"{tuple(value.shape)} {value.dtype} {turned}", flat
+    return _layout(value, turned), flat
+
+
+def _layout(value: Tensor, turned: bool = False) -> str:
+    return f"{tuple(value.shape)} {value.dtype} {turned}"
 
 
 def _hashed(layout: str, first: int, second: int) -> str:

@@ -18,18 +18,23 @@ from flashquant.schemes.native import wanted
 
 logger = logging.getLogger(__name__)
 
-SOURCES: Final = (Path(__file__).parent / "words.c",)
+SOURCES: Final = tuple(Path(__file__).parent / name for name in ("words.c", "words.h"))
 _HOST: Final = torch.device("cpu")
 
 
 class Kernel:
-    """`definition.sums` in C."""
+    """`definition.sums` in C, and what it is made of."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
-        """Raises AttributeError where the kernel is missing."""
-        self._sums = library.sums_of
-        self._sums.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p]
-        self._sums.restype = None
+        """Raises AttributeError where a kernel is missing."""
+        self._sums, self._blocks, self._closed = (
+            getattr(library, name) for name in ("sums_of", "blocks_of", "closed_of")
+        )
+        pointer, size = ctypes.c_void_p, ctypes.c_int64
+        self._sums.argtypes = self._blocks.argtypes = [pointer, size, pointer, pointer]
+        self._closed.argtypes = [pointer, size, pointer]
+        for call in (self._sums, self._blocks, self._closed):
+            call.restype = None
         self._kept = definition.keys(_HOST)
         self._keys = self._kept.data_ptr()
 
@@ -37,6 +42,19 @@ class Kernel:
         """Both sums of a contiguous tensor in host memory, as int64."""
         found = (ctypes.c_int64 * 2)()
         self._sums(tensor.data_ptr(), tensor.nbytes, self._keys, found)
+        return found[0], found[1]
+
+    def blocks(self, tensor: Tensor) -> Tensor:
+        """`definition.blocks`."""
+        count = -(-tensor.nbytes // definition.BLOCK_BYTES)
+        found = torch.empty((count, 2), dtype=torch.int64, device=_HOST)
+        self._blocks(tensor.data_ptr(), tensor.nbytes, self._keys, found.data_ptr())
+        return found
+
+    def closed(self, blocks: Tensor) -> tuple[int, int]:
+        """`definition.closed` of all blocks of a tensor."""
+        found = (ctypes.c_int64 * 2)()
+        self._closed(blocks.data_ptr(), len(blocks), found)
         return found[0], found[1]
 
 
@@ -63,7 +81,9 @@ def kernel() -> Kernel | None:
 def difference(found: Kernel) -> str | None:
     """The first case in which the kernel's sums are not those of the definition."""
     for data in hard_bytes():
-        if list(found.sums(data)) != definition.sums(data).tolist():
+        right, blocks = definition.sums(data).tolist(), found.blocks(data)
+        same = torch.equal(blocks, definition.blocks(data)) and list(found.closed(blocks)) == right
+        if list(found.sums(data)) != right or not same:
             return f"{data.numel()} bytes"
     return None
 

@@ -38,6 +38,21 @@ def _on_host(tensor: Tensor) -> tuple[int, int]:
     return first, second
 
 
+def blocks(tensor: Tensor) -> Tensor:
+    """`definition.blocks` of a contiguous tensor in host memory."""
+    kernel = native.kernel()
+    return definition.blocks(tensor) if kernel is None else kernel.blocks(tensor)
+
+
+def closed(blocks: Tensor) -> tuple[int, int]:
+    """`definition.closed` of all blocks of a tensor, in host memory."""
+    kernel = native.kernel()
+    if kernel is not None:
+        return kernel.closed(blocks)
+    first, second = definition.closed(blocks).tolist()
+    return first, second
+
+
 @functools.cache
 def _on_gpu(device: torch.device) -> Any:
     """The Triton kernel, if it returns the sums of the definition on this device."""
