@@ -24,7 +24,10 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from tests.support import inspection
+from tests.support import inspection, vision
+
+# The fork server imports this first, and transformers looks for torchvision only once.
+vision.make_ready()
 
 # What engine cores and workers import; flashquant is not among it: plugins bring it.
 _IMPORTED = ["vllm.entrypoints.llm", "vllm.v1.engine.async_llm", "vllm.v1.worker.cpu_worker"]
