@@ -26,27 +26,19 @@ def run_program(program: str, policies: Policies, **environment: str) -> dict[st
     return run(program, policies.bf16("a"), policies.bf16("b"), **environment)
 
 
-def run(
-    program: str,
-    *arguments: object,
-    ranks: int = 1,
-    ends_engines: bool = False,
-    **environment: str,
-) -> dict[str, Any]:
+def run(program: str, *arguments: object, ranks: int = 1, **environment: str) -> dict[str, Any]:
     """What a program of `tests/engine/programs` answers in a process of its own.
 
     Args:
         ranks: how many such processes there are, which find in their environment what
             torchrun would have written there.
-        ends_engines: whether it ends one and goes on. What was forked is then gone before vLLM
-            has looked for its children, which raises; so nothing is forked.
 
     """
     module = f"tests.engine.programs.{program}"
     with tempfile.TemporaryDirectory() as scratch:
         file, output = Path(scratch, "result.json"), Path(scratch, "output")
         environ = {**os.environ, **environment, RESULT_FILE: str(file)}
-        if forked.can_have(environ) and not ends_engines:
+        if forked.can_have(environ):
             started = [
                 forked.start(module, arguments, {**environ, **of_rank}, output)
                 for of_rank in _as_torchrun(ranks)

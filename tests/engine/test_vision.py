@@ -91,7 +91,6 @@ def test_engines_in_other_processes_see_as_fresh_ones(policies: dict[str, Path])
         policies["a"],
         policies["b"],
         *schemes,
-        ends_engines=True,
         FLASHRL_CONFIG=schemes[0],
         VLLM_ENABLE_V1_MULTIPROCESSING="1",
         VLLM_ALLOW_INSECURE_SERIALIZATION="1",
