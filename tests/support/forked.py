@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.support import inspection, vision
+from tests.support.gpu import HAS_GPU
 
 # The fork server imports this first, and transformers looks for torchvision only once.
 vision.make_ready()
@@ -59,7 +60,8 @@ def start(
     module: str, arguments: Sequence[object], environ: Mapping[str, str], output: Path
 ) -> BaseProcess:
     """`python -m module arguments`, which writes what it says into a file."""
-    _context.set_forkserver_preload([__name__, *_IMPORTED])
+    # CUDA bears no fork, so nothing that may touch it is imported before one.
+    _context.set_forkserver_preload([] if HAS_GPU else [__name__, *_IMPORTED])
     output.touch()
     words = list(map(str, arguments))
     process = _context.Process(

@@ -30,7 +30,8 @@ def shown(a: str, b: str, scheme: str, caching: int) -> list[Any]:
     with sights.understood():
         llm = LLM(a, **sights.options(enable_prefix_caching=bool(caching)))
     told = converse(llm, Path(a), Path(b))
-    llm.llm_engine.engine_core.shutdown()
+    # Time enough: vLLM looks for the children of what it has to kill, which may be gone by then.
+    llm.llm_engine.engine_core.shutdown(timeout=60)
     return told
 
 
