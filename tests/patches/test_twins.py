@@ -7,13 +7,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flashquant.patches.layers import LayerBlueprint
+from flashquant.patches.layers.blueprint import attention_blueprint
 from flashquant.patches.layers.kernel_state import Carry
 from flashquant.patches.layers.twins import Twins, echoes
 from flashquant.update import Stage
-from tests.support.modules import created, pack, process
+from tests.support.modules import Method, created, pack, parameter, process
 
 WEIGHT, NEW = torch.rand(4, 8), torch.rand(4, 8)
 
@@ -100,3 +101,38 @@ def test_a_module_that_keeps_something_of_its_own_is_no_echo() -> None:
     head.module.packed = torch.rand(2)
 
     assert list(echoes([embeddings, head])) == []
+
+
+class Attention(nn.Module):
+    """It reads what its implementation was handed, and has a buffer of its own."""
+
+    def __init__(self, sinks: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("_k_scale", torch.ones(1))
+        self.impl = Method(pack)
+        vars(self.impl)["sinks"] = parameter(sinks)
+
+    def process_weights_after_loading(self, dtype: torch.dtype) -> None:
+        vars(self.impl)["sinks"] = vars(self.impl)["sinks"].to(dtype).clone()
+
+
+def test_an_attention_may_hold_its_cache_scales_as_parameters() -> None:
+    """Where they are buffers until it is processed: GPT-OSS in int8, before vLLM 0.32."""
+    attention = Attention(WEIGHT)
+    handed = vars(attention.impl)["sinks"]
+    blueprint = attention_blueprint("attn", attention, {id(handed): "attn.sinks"})
+    attention._k_scale = scale = parameter(torch.full((1,), 0.5))
+    attention.process_weights_after_loading(torch.float32)
+    live = vars(attention.impl)["sinks"]
+    twins = Twins([blueprint], contextlib.nullcontext)
+    values = {"attn.sinks": NEW}
+    stages = {"attn.sinks": Stage(NEW.shape, NEW.stride(), NEW.dtype)}
+
+    twins.rehearse(values, stages)
+    (carry,) = twins.processed(values, stages)
+    carry.apply()
+
+    assert vars(attention.impl)["sinks"] is live
+    assert torch.equal(live, NEW)
+    assert attention._k_scale is scale
+    assert scale == 0.5
