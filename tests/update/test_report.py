@@ -162,7 +162,7 @@ def test_a_report_has_the_layers_of_all_stages_and_those_of_all_ranks_once(repor
         return replace(report, layers=layers, drift=drift)
 
     whole = ReloadReport.of_workers(
-        [of("layers.0", changed=0.1), of("layers.0", changed=0.1), of("layers.1", changed=0.3)]
+        [of("layers.0", changed=0.1), of("layers.0", changed=0.5), of("layers.1", changed=0.3)]
     )
 
     assert whole.layers == ("layers.0", "layers.1")

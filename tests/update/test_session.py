@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +25,7 @@ from flashquant.errors import (
     UnknownWeight,
 )
 from flashquant.schemes import int8_channel
-from flashquant.update import Ballot, Session
+from flashquant.update import Ballot, Session, UndoLog
 from tests.support.fake_engine import (
     CPU,
     NEW,
@@ -408,6 +409,25 @@ def test_an_iterator_that_fails_takes_the_whole_reload_back(session, engine, err
 
     assert serves(engine, fresh(OLD))
     assert not session.transactions.serving.torn
+
+
+@pytest.mark.parametrize("push", [Session.push, Session.reload])
+def test_ctrl_c_while_an_update_comes_to_stand_leaves_the_new_weights(
+    session, engine, monkeypatch, push
+):
+    forget = UndoLog.forget
+
+    def interrupted(undo):
+        forget(undo)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(UndoLog, "forget", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        push(session, NEW.items())
+
+    assert serves(engine, fresh(NEW))
+    status = session.status()
+    assert (status.version, status.torn, status.pending, status.foreign) == (1, False, {}, ())
 
 
 def test_after_a_failure_the_next_reload_goes_through(session, engine):

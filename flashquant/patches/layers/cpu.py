@@ -184,7 +184,7 @@ def _reshape_and_cache(
 
 
 def _rounded(cached: Tensor, scale: float, form: torch.dtype) -> Tensor:
-    largest = torch.finfo(form).max  # torch would make NaN of what is beyond
+    largest = torch.finfo(form).max  # of what is beyond, torch makes NaN or inf, or did (2.11)
     scaled = cached if scale == 1 else cached.float() / scale  # at each layer of each step
     return scaled.clamp(-largest, largest).to(form).to(cached.dtype)
 
