@@ -167,13 +167,18 @@ def summary(lines: list[dict[str, Any]]) -> Table:
     # The box that documentation takes as it stands.
     title = "the last three looks, mean over seeds"
     table = Table(title=title, box=box.MARKDOWN, title_justify="left")
-    for heading in HEADINGS:
-        is_name = heading == "arm"
-        table.add_column(heading, justify="left" if is_name else "right", no_wrap=is_name)
+    rows: list[tuple[str, ...]] = []
     for name in dict.fromkeys(line["arm"] for line in lines):
         own = [line for line in lines if line["arm"] == name]
         interval = judge.difference(lines, name, "bf16") if name != "bf16" else None
-        table.add_row(name, *cells(own, interval))
+        rows.append((name, *cells(own, interval)))
+    # Of one seed there is no spread: what nothing is said in would only wrap the others.
+    said = [column for column in zip(HEADINGS, *rows, strict=True) if any(column[1:])]
+    for heading, *_ in said:
+        is_name = heading == "arm"
+        table.add_column(heading, justify="left" if is_name else "right", no_wrap=is_name)
+    for row in zip(*(column[1:] for column in said), strict=True):
+        table.add_row(*row)
     return table
 
 
