@@ -60,6 +60,18 @@ class Sight:
         return {n if old in n else n.replace(new, old): t for n, t in weights.items()}
 
 
+def _seeing(
+    kind: type[transformers.PreTrainedConfig], vision: dict[str, Any], rope: dict[str, Any]
+) -> transformers.PreTrainedConfig:
+    """Whose text has three coordinates a token, and a head of its own."""
+    return kind(
+        text_config={**_TEXT, "rope_parameters": rope, "tie_word_embeddings": False},
+        vision_config=vision,
+        tie_word_embeddings=False,
+        **_IDS,
+    )
+
+
 def _qwen25() -> transformers.PreTrainedConfig:
     vision = {
         "depth": 2,
@@ -72,12 +84,7 @@ def _qwen25() -> transformers.PreTrainedConfig:
         "out_hidden_size": _TEXT["hidden_size"],
     }
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [8, 12, 12]}
-    return transformers.Qwen2_5_VLConfig(
-        text_config={**_TEXT, "rope_parameters": rope, "tie_word_embeddings": False},
-        vision_config=vision,
-        tie_word_embeddings=False,
-        **_IDS,
-    )
+    return _seeing(transformers.Qwen2_5_VLConfig, vision, rope)
 
 
 def _qwen3() -> transformers.PreTrainedConfig:
@@ -97,12 +104,7 @@ def _qwen3() -> transformers.PreTrainedConfig:
         "mrope_section": [8, 12, 12],
         "mrope_interleaved": True,
     }
-    return transformers.Qwen3VLConfig(
-        text_config={**_TEXT, "rope_parameters": rope, "tie_word_embeddings": False},
-        vision_config=vision,
-        tie_word_embeddings=False,
-        **_IDS,
-    )
+    return _seeing(transformers.Qwen3VLConfig, vision, rope)
 
 
 def _llava() -> transformers.PreTrainedConfig:
@@ -209,12 +211,7 @@ def _qwen2() -> transformers.PreTrainedConfig:
         "patch_size": 14,
     }
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [8, 12, 12]}
-    return transformers.Qwen2VLConfig(
-        text_config={**_TEXT, "rope_parameters": rope, "tie_word_embeddings": False},
-        vision_config=vision,
-        tie_word_embeddings=False,
-        **_IDS,
-    )
+    return _seeing(transformers.Qwen2VLConfig, vision, rope)
 
 
 def _glm() -> transformers.PreTrainedConfig:
