@@ -22,6 +22,7 @@ from flashquant.config import env
 from flashquant.schemes import BuildError, Region, built, sum_keys
 from flashquant.sender import eager
 from flashquant.sender.eager import Found
+from flashquant.sender.scratch import Scratch
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ class Kernels:
     def __init__(self, library: ctypes.CDLL) -> None:
         """Raises AttributeError where a kernel is missing."""
         self._calls: dict[str, Any] = {}
-        self._scratch = _Scratch()
+        self._rooms = _Rooms()
         self._kept = sum_keys(torch.device("cpu"))
         self._keys = self._kept.data_ptr()
         for name, suffixes in _SUFFIXES.items():
@@ -68,8 +69,8 @@ class Kernels:
     def compared(self, old: Tensor, new: Tensor, region: Region | None) -> Found:
         """Its places are good until the next call."""
         numel, size = new.numel(), new.element_size()
-        here = self._scratch.room(numel * 4 + _LINE)
-        values = self._scratch.room(numel * size + _LINE, 1)
+        here = self._rooms.places.room(numel * 4 + _LINE, new.device)
+        values = self._rooms.values.room(numel * size + _LINE, new.device)
         result = (ctypes.c_int64 * 4)()
         self._calls[f"differing_{_bits(new)}"](
             old.data_ptr(),
@@ -126,17 +127,11 @@ class Kernels:
         )
 
 
-class _Scratch(threading.local):
-    """Memory that one call after the other uses, of which pages are taken as they are touched."""
+class _Rooms(threading.local):
+    """Where one thread's comparisons put what they find."""
 
     def __init__(self) -> None:
-        self._chunks: dict[int, Tensor] = {}
-
-    def room(self, nbytes: int, which: int = 0) -> Tensor:
-        chunk = self._chunks.get(which)
-        if chunk is None or chunk.nbytes < nbytes:
-            chunk = self._chunks[which] = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
-        return chunk
+        self.places, self.values = Scratch(), Scratch()
 
 
 def kernels(tensor: Tensor, other: Tensor) -> Any:

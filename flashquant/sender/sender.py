@@ -10,6 +10,7 @@ from torch import Tensor
 
 from flashquant.errors import IncompleteUpdate, MisfitTensor, ReloadError, UnknownWeight
 from flashquant.schemes import (
+    Quantize,
     Region,
     check_dtype,
     check_finite,
@@ -21,6 +22,7 @@ from flashquant.schemes import (
 from flashquant.sender.changes import Change, apply, change
 from flashquant.sender.delta import MARK, Delta
 from flashquant.sender.manifest import Manifest, TensorSpec, policy_digest
+from flashquant.sender.scratch import Scratch
 
 Weights = Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
 
@@ -48,6 +50,8 @@ class Sender:
         self._last: dict[str, Tensor] = {}
         self._sums: dict[str, _Sums] = {}
         self._version = 0
+        self._quantizers: dict[str, Quantize] = {}
+        self._codes = Scratch()
         if odd := next((name for name in self.manifest.tensors if MARK in name), None):
             raise ReloadError(f"{odd}: {MARK} may not be in a name. Push this model in bf16.")
 
@@ -65,12 +69,16 @@ class Sender:
             MisfitTensor: its shape, dtype or values are wrong.
 
         """
+        return self._stored(weights, None)
+
+    def _stored(self, weights: Weights, scratch: Scratch | None) -> Iterator[tuple[str, Tensor]]:
+        """As `stream`; each tensor is good until the next one where codes go to a scratch."""
         pairs = weights.items() if isinstance(weights, Mapping) else weights
         for name, sent in pairs:
             tensor = _gathered(sent)
             spec = self.manifest.tensors.get(name)
             if spec is not None:
-                yield from self._made(name, tensor, spec)
+                yield from self._made(name, tensor, spec, scratch)
             elif name in self.manifest.tied:
                 yield name, tensor
             else:
@@ -92,19 +100,21 @@ class Sender:
 
         """
         changes: dict[str, tuple[TensorSpec, Change]] = {}
-        fresh: dict[str, _Sums] = {}
+        sums, tied = dict(self._sums), dict[str, str]()
         with torch.no_grad():
             for name, value in self._complete(weights):
-                last = self._last.get(name)
+                if name in self.manifest.tied:
+                    tied[name] = fingerprint(value)
+                    continue
                 region = self._region(value, self._sums.get(name))
-                found = change(last, value, region)
+                found = change(self._last.get(name), value, region)
                 if found is None:
                     continue
-                fresh[name] = _Sums.of(value, region)
+                sums[name] = _Sums.of(value, region)
                 if found.form == "whole":  # what else it holds is in memory of its own
                     found = found._replace(values=found.values.clone())
                 changes[name] = self.manifest.tensors[name], found
-        sums = self._sums | fresh
+        self._check_tied(tied, sums)
         made = self._bundled(changes, _digest(self._sums) if self._last else None, sums)
         if self._keeps:
             self._keep(changes)
@@ -162,30 +172,27 @@ class Sender:
 
     def _complete(self, weights: Weights) -> Iterator[tuple[str, Tensor]]:
         """Each tensor that the engine wants, once, contiguous; or an error."""
-        seen, tied = dict[str, str](), dict[str, str]()
-        pairs = weights.items() if isinstance(weights, Mapping) else weights
-        for sent in pairs:
-            for name, value in self.stream([sent]):
-                if name in seen or name in tied:
-                    raise MisfitTensor(f"{name} came twice in one update; send each tensor once")
-                if name in self.manifest.tied:
-                    tied[name] = fingerprint(value)
-                    continue
-                seen[name] = ""
-                value = value.contiguous()
-                if name in self.manifest.tied.values():
-                    seen[name] = fingerprint(value)
-                yield name, value
+        seen = set[str]()
+        for name, value in self._stored(weights, self._codes if self._keeps else None):
+            if name in seen:
+                raise MisfitTensor(f"{name} came twice in one update; send each tensor once")
+            seen.add(name)
+            yield name, value.contiguous()
         if missing := [name for name in self.manifest.tensors if name not in seen]:
             raise IncompleteUpdate(
                 f"the update ended without {len(missing)} of the engine's tensors, first "
                 f"{missing[0]}. A bundle is made of a complete set of weights."
             )
+
+    def _check_tied(self, tied: Mapping[str, str], sums: Mapping[str, _Sums]) -> None:
+        """Tensors that the engine holds once are equal under each of their names."""
         for name, found in tied.items():
-            if found != seen[home := self.manifest.tied[name]]:
+            if found != sums[home := self.manifest.tied[name]].fingerprint:
                 raise MisfitTensor(f"{name} differs from {home}, which the engine holds once")
 
-    def _made(self, name: str, tensor: Tensor, spec: TensorSpec) -> Iterator[tuple[str, Tensor]]:
+    def _made(
+        self, name: str, tensor: Tensor, spec: TensorSpec, scratch: Scratch | None
+    ) -> Iterator[tuple[str, Tensor]]:
         """A tensor as it is wanted; codes that the trainer made itself pass."""
         check_plain(name, tensor)
         check_form(name, tensor, spec.shape)
@@ -194,14 +201,21 @@ class Sender:
             check_finite(name, tensor, (spec.torch_dtype,))
             yield name, tensor.detach().to(spec.torch_dtype)
             return
-        if spec.rounds_to_torch is not None:
+        if spec.rounds_to_torch not in (None, tensor.dtype):
             check_finite(name, tensor, (spec.rounds_to_torch,))
             tensor = tensor.to(spec.rounds_to_torch)
         scale_spec = self.manifest.tensors[spec.scales]
+        quantize = self._quantizers.get(name)
         stacked = len(spec.shape) > 2
-        scheme = spec.scheme or self.manifest.scheme
-        quantize = quantizer(_form(spec), _form(scale_spec), name, scheme, stacked=stacked)
-        codes, scales = quantize(tensor.detach().contiguous(), None)
+        if quantize is None:
+            scheme = spec.scheme or self.manifest.scheme
+            quantize = quantizer(_form(spec), _form(scale_spec), name, scheme, stacked=stacked)
+            self._quantizers[name] = quantize
+        into = None
+        if scratch is not None and not stacked:
+            room = scratch.room(tensor.numel(), tensor.device)  # a byte a code
+            into = room.view(spec.torch_dtype).view(spec.shape)
+        codes, scales = quantize(tensor.detach().contiguous(), into)
         check_finite(name, scales)  # a row that holds NaN or Inf has such a scale
         yield name, codes.reshape(spec.shape)
         yield spec.scales, scales.reshape(scale_spec.shape).to(scale_spec.torch_dtype)
