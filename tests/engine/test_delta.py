@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import settings
 from torch import Tensor
 
 import flashquant
@@ -20,11 +19,11 @@ from flashquant.sender import BundleStore, Delta, Manifest, Sender
 from tests.engine.kernels import want_int4
 from tests.engine.processes import CORES, assert_lost, run
 from tests.engine.serving import BY_ROW, Serving, needs, serve
+from tests.engine.trainer import STEPS, stepped
 from tools.models.policies import FP8, SCHEMES, Policies, config_name
 
 pytestmark = pytest.mark.engine
 
-STEPS = settings().max_examples // 10 if settings().max_examples >= 1000 else 3  # 100 in `long`
 CODES = {"int8": torch.int8, "fp8_channel": torch.float8_e4m3fn}
 O_PROJ = "model.layers.0.self_attn.o_proj.weight"
 
@@ -51,15 +50,6 @@ def test_an_engine_says_the_same_of_what_it_wants_through_every_target(live: Ser
     assert flashquant.manifest(worker) == flashquant.manifest(live.model) == manifest
     assert manifest.tensors[O_PROJ].torch_dtype == CODES[live.scheme]
     assert manifest.tensors[f"{O_PROJ}_scale"].shape == (256, 1)
-
-
-def stepped(weights: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
-    """One step of a trainer: every weight moves, by about a part in a thousand."""
-    dice = torch.Generator().manual_seed(seed)
-    return {
-        name: (t.float() * (1 + 1e-3 * torch.randn(t.shape, generator=dice))).to(t.dtype)
-        for name, t in weights.items()
-    }
 
 
 @pytest.fixture

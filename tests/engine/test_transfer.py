@@ -16,6 +16,7 @@ import flashquant
 from flashquant.errors import IncompleteUpdate, MisfitTensor, ReloadError, StaleBase
 from flashquant.sender import Sender
 from tests.engine.serving import KNOWS_VERSION, Serving, needs, serve, weight_version
+from tests.engine.trainer import STEPS, stepped
 from tools.models.policies import Policies
 
 pytestmark = pytest.mark.engine
@@ -107,13 +108,6 @@ def test_a_bad_chunk_takes_the_whole_update_back(by_file: Any, policies: Policie
     live.snapshot().assert_same(serve(policies.bf16("b"), live.scheme).start)
 
 
-def stepped(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {
-        name: (t.float() * 1.01).to(t.dtype) if "o_proj" in name else t
-        for name, t in weights.items()
-    }
-
-
 def test_a_bundle_by_file_is_an_update_by_itself(by_file: Any, policies: Policies) -> None:
     """And takes the update back that somebody mixes it with."""
     live, folder = by_file
@@ -135,8 +129,13 @@ def test_a_bundle_by_file_is_an_update_by_itself(by_file: Any, policies: Policie
     update(live, "3.safetensors")
 
     assert weight_version(live.llm, FROM_A_FILE) == FROM_A_FILE
-    by_delta = flashquant.status(live.llm).digest
-    assert flashquant.reload_weights(live.llm, weights).digest == by_delta
+    other = serve(policies.bf16("b"), live.scheme)
+    for seed in range(STEPS):
+        weights = stepped(weights, seed)
+        sender.bundle(weights).save(folder / "next.safetensors")
+        update(live, "next.safetensors")
+        by_delta = flashquant.status(live.llm).digest
+        assert flashquant.reload_weights(other.llm, weights).digest == by_delta
 
 
 @pytest.mark.parametrize("path", ["../secret.safetensors", "/etc", "link"])
@@ -185,8 +184,12 @@ def test_by_gloo_the_trainer_broadcasts_and_a_refusal_leaves_both_in_step(
         trainer.send_delta(second)
     trainer.send_delta(first)
     trainer.send_delta(second)
-    by_delta = flashquant.status(live.llm).digest
-    assert flashquant.reload_weights(live.llm, stepped(stepped(weights))).digest == by_delta
+    other, weights = serve(policies.bf16("b"), "int8"), stepped(stepped(weights))
+    for seed in range(STEPS):
+        weights = stepped(weights, seed)
+        trainer.send_delta(sender.bundle(weights))
+        by_delta = flashquant.status(live.llm).digest
+        assert flashquant.reload_weights(other.llm, weights).digest == by_delta
 
     source.weights = policies.tensors("a")
     trainer.send_weights()

@@ -13,22 +13,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from tests.engine.programs.engine import OPTIONS, print_result
 from tests.engine.programs.failing import fail_in_the_middle, raised_by
+from tests.engine.trainer import stepped
 
 STEPS = int(os.environ.get("DELTA_STEPS", "2"))  # in a row
-
-
-def stepped(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """One step of a trainer."""
-    dice = torch.Generator().manual_seed(0)
-    return {
-        name: (t.float() * (1 + 1e-3 * torch.randn(t.shape, generator=dice))).to(t.dtype)
-        for name, t in weights.items()
-    }
 
 
 def ranks(starts_on: str, pushed: str) -> dict[str, Any]:
