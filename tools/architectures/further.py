@@ -12,25 +12,32 @@ from transformers import (
     ArceeConfig,
     Cohere2Config,
     Dots1Config,
+    Ernie4_5_MoeConfig,
     Ernie4_5Config,
     Exaone4Config,
     FlexOlmoConfig,
+    Glm4MoeConfig,
     GraniteConfig,
     GraniteMoeHybridConfig,
     GraniteMoeSharedConfig,
+    HunYuanDenseV1Config,
     HunYuanMoEV1Config,
+    Lfm2Config,
+    Lfm2MoeConfig,
     MiniCPM3Config,
     NemotronHConfig,
+    Olmo3Config,
     PhiConfig,
     PreTrainedConfig,
     SeedOssConfig,
     SmolLM3Config,
     StableLmConfig,
     Starcoder2Config,
+    Zamba2Config,
 )
 
 from tools.architectures.moe import CHOSEN, EXPERT_INNER, EXPERTS
-from tools.architectures.shapes import INNER, shaped
+from tools.architectures.shapes import HEADS, HIDDEN, INNER, shaped
 
 _MAMBA = {"mamba_d_head": 16, "mamba_d_state": 64, "mamba_n_groups": 1}
 _SLIDING = {"sliding_window": 64, "layer_types": ["sliding_attention", "full_attention"]}
@@ -93,5 +100,53 @@ FURTHER: dict[str, Callable[[], PreTrainedConfig]] = {
         mamba_head_dim=16,
         ssm_state_size=64,
         n_groups=1,
+    ),
+    # Convolutions over a few tokens between layers of attention.
+    "lfm2": lambda: shaped(
+        Lfm2Config,
+        block_auto_adjust_ff_dim=False,
+        conv_dim=HIDDEN,
+        block_dim=HIDDEN,
+        layer_types=["conv", "full_attention"],
+        tie_word_embeddings=True,
+    ),
+    "lfm2-moe": lambda: shaped(
+        Lfm2MoeConfig,
+        num_hidden_layers=3,
+        layer_types=["conv", "full_attention", "conv"],
+        num_experts=EXPERTS,
+        num_experts_per_tok=CHOSEN,
+        moe_intermediate_size=EXPERT_INNER,
+        num_dense_layers=1,
+        tie_word_embeddings=True,
+    ),
+    "glm4-moe": lambda: shaped(
+        Glm4MoeConfig,
+        n_routed_experts=EXPERTS,
+        num_experts_per_tok=CHOSEN,
+        moe_intermediate_size=EXPERT_INNER,
+        attention_bias=True,
+        use_qk_norm=True,
+    ),
+    "ernie-4.5-moe": lambda: shaped(
+        Ernie4_5_MoeConfig,
+        moe_num_experts=EXPERTS,
+        moe_k=CHOSEN,
+        moe_intermediate_size=EXPERT_INNER,
+        moe_layer_end_index=1,
+    ),
+    "hunyuan-dense": lambda: shaped(HunYuanDenseV1Config),
+    "olmo3": lambda: shaped(Olmo3Config, **_SLIDING),
+    # One block of attention that several layers share, each with an adapter of its own.
+    "zamba2": lambda: shaped(
+        Zamba2Config,
+        num_hidden_layers=4,
+        layers_block_type=["linear_attention", "hybrid", "linear_attention", "hybrid"],
+        mamba_d_state=64,
+        mamba_ngroups=1,
+        n_mamba_heads=8,
+        head_dim=128,
+        num_key_value_heads=HEADS,
+        tie_word_embeddings=True,
     ),
 }
