@@ -85,7 +85,7 @@ ENTRY = Attribute[RolloutConfig]("flashquant_entry")
 REPLICAS = Attribute[list[Any]]("flashquant_replicas")
 
 # Of a worker: the tensors that are still to come of an update that is prepared in slices, from
-# `flashquant_prepare` to the last `flashquant_feed` (seams/worker.py).
+# `flashquant_begin` to the last `flashquant_feed` (seams/worker.py).
 FEED = Attribute[Iterator[tuple[str, Tensor]]]("_flashquant_feed")
 
 # Of a worker: a digest that is taken in slices, from one `flashquant_digest` to the next.

@@ -225,10 +225,14 @@ def _refuse_late_parameters(blueprint: LayerBlueprint) -> None:
 
 def _cuts_weights(vllm_config: VllmConfig) -> bool:
     """Whether workers hold shards of a tensor; experts are cut up across replicas, too."""
-    parallel = vllm_config.parallel_config
-    has_experts = vllm_config.model_config.get_num_experts() > 0
-    replicas = parallel.data_parallel_size if has_experts else 1
-    return bool(parallel.tensor_parallel_size * replicas > 1)
+    return vllm_config.parallel_config.tensor_parallel_size * sharing_replicas(vllm_config) > 1
+
+
+def sharing_replicas(vllm_config: VllmConfig) -> int:
+    """How many data-parallel replicas compute each layer of experts together; 1 without experts."""
+    if not vllm_config.model_config.get_num_experts():
+        return 1
+    return int(vllm_config.parallel_config.data_parallel_size)
 
 
 def _refuse_own_processing(model: nn.Module) -> None:

@@ -54,6 +54,7 @@ class Transactions:
         self.version = 0
         self.reserve = reserve
         self._ballot = ballot
+        self._held: float | None = None  # since when
         self._spent: list[UndoLog] = []
         self._settle, self._timeout = settle, timeout
 
@@ -69,8 +70,16 @@ class Transactions:
 
     @property
     def holds_steps(self) -> bool:
-        """Whether an update is under way that the engine may not generate beside."""
-        return self.current is not None and self.in_bracket and not self.current.prepares
+        """Whether an update is under way, here or elsewhere, that may not be generated beside."""
+        alone = self.current is not None and self.in_bracket and not self.current.prepares
+        return alone or self._held is not None
+
+    def hold(self, held: bool) -> None:
+        """Let the engine take no step of a request, whatever is begun, fails or is committed here.
+
+        Others may compute with this engine, and be at another point of the same update.
+        """
+        self._held = time.monotonic() if held else None
 
     @contextmanager
     def begin(self, update: Update, first: Callable[[], None]) -> Iterator[None]:
@@ -171,17 +180,25 @@ class Transactions:
 
     @property
     def quiet(self) -> float | None:
-        """Seconds since anything came into the bracket that is open; None where none is."""
-        return time.monotonic() - self.current.heard if self.current and self.in_bracket else None
+        """Seconds since anything came into the bracket that is open, or steps were held; None where
+        none is, and none are."""
+        heard = self.current.heard if self.current and self.in_bracket else None
+        last = max((at for at in (heard, self._held) if at is not None), default=None)
+        return None if last is None else time.monotonic() - last
 
     def take_back_what_was_left(self) -> None:
         """Roll back a bracket whose trainer is gone: into which nothing has come for too long.
 
         What its trainer may still send of it is refused, until it begins anew.
         """
-        if self.current is None or self.quiet is None or not 0 < self._timeout <= self.quiet:
+        quiet = self.quiet
+        if quiet is None or not 0 < self._timeout <= quiet:
             return
-        quiet, keeps = self.quiet, self.current.undo.can_restore
+        self._held = None
+        if self.current is None or not self.in_bracket:
+            logger.error("steps were held for an update that was not finished; they go on")
+            return
+        keeps = self.current.undo.can_restore
         logger.error(
             "an update was begun, and nothing has come of it for %.0f seconds "
             "(FLASHQUANT_BRACKET_TIMEOUT=%g): its trainer is taken to be gone. %s",

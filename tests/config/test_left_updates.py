@@ -109,3 +109,20 @@ def test_without_an_undo_log_the_engine_is_torn_and_says_what_heals_it(
     assert session.transactions.serving.torn
     session.reload(NEW)
     assert serves(engine, fresh(NEW))
+
+
+def test_steps_that_are_held_for_others_go_on_after_a_while(
+    engine: FakeEngine, clock: list[float]
+) -> None:
+    """Also where nothing has begun here, or what was begun has failed already."""
+    session = half_an_update(engine)
+    session.transactions.hold(True)
+    session.abandon()
+    clock[0] += 9
+    session.transactions.take_back_what_was_left()
+    assert session.transactions.holds_steps
+    clock[0] += 1
+
+    session.transactions.take_back_what_was_left()
+
+    assert (session.transactions.holds_steps, session.transactions.quiet) == (False, None)

@@ -112,6 +112,33 @@ def test_replicas_take_the_entries_of_a_file_in_turn(policies: Policies, tmp_pat
     assert answer["tokens"] == [start.outputs.tokens[0] for start in b]
 
 
+def test_replicas_that_share_experts_take_an_update_together_or_not_at_all(tmp_path: Path) -> None:
+    """No token is made of two policies, whoever generates, fails alone, or is a step behind."""
+    answer = run_program(
+        "mixed_replicas",
+        Policies(tmp_path, "qwen3-moe"),
+        FLASHRL_CONFIG="bf16",
+        VLLM_ENABLE_V1_MULTIPROCESSING="1",
+        VLLM_ALLOW_INSECURE_SERIALIZATION="1",  # to send the workers a fault
+        VLLM_CPU_OMP_THREADS_BIND=CORES,
+    )
+
+    start, a, b = answer["start"], answer["a"], answer["b"]
+    pushes = {name: told for name, told in answer.items() if "met" in told}
+    assert a != b
+    assert answer["a again"] == a
+    assert answer["b again"] == b
+    ends = {name: "b" if told["ranks"] != start else "a" for name, told in pushes.items()}
+    assert ends == {"both run": "b", "prepared": "a", "one fails": "a", "one runs": "b"}
+    assert all(told["met"] and told["said"] == told["anew"] for told in pushes.values())
+    refused = {name: told["refused"][:2] for name, told in pushes.items()}
+    assert refused.pop("one fails") == ["ReloadError", "rank 1: MemoryError: injected"]
+    assert all(kind == "nothing" for kind, _ in refused.values())
+    assert answer["split"][0] == "TornWeights"
+    assert answer["asked"] == [[], []]
+    assert answer["healed"] == [start, a]
+
+
 def test_an_engine_in_a_ray_actor_is_patched_and_so_is_rays_worker(
     policies: Policies, tmp_path: Path
 ) -> None:

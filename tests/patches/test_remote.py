@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from flashquant.errors import MisfitTensor, PeerFailed, ReloadError, WorkerLost
+from flashquant.errors import MisfitTensor, PeerFailed, ReloadError, TornWeights, WorkerLost
 from flashquant.patches.remote import conversation as remote
 from flashquant.patches.seams import worker
 from flashquant.update import Member
@@ -38,6 +38,62 @@ def reload(*answers: Any, **kwargs: Any) -> Any:
     return remote.carry_out(
         Llm(*answers, **kwargs), remote.conversation("/path", atomic=True, strict=True)
     )
+
+
+def together(prepare: bool, **told: list[dict[str, Any]]) -> tuple[list[Any], Any]:
+    """What two replicas that share experts are asked, and how it ends; `told` by method."""
+    done = {"answer": False}
+    answers = {
+        worker.BEGIN: [done] * 2,
+        worker.FEED: [done] * 2,
+        worker.CLOSE: [{"answer": asdict(a_report(ranks=("a",)))}] * 2,
+        worker.DIGEST: [{"answer": (True, "d")}] * 2,
+        **told,
+    }
+    talk = remote.conversation("/p", atomic=True, strict=True, prepare=prepare, together=True)
+    asked, answer = [], None
+    try:
+        while True:
+            call = talk.send(answer)
+            asked.append((call.method, *call.args) if call.method == worker.HOLD else call.method)
+            answer = answers.get(call.method, [None, None])
+    except StopIteration as end:
+        return asked, end.value
+    except ReloadError as failure:
+        return asked, failure
+
+
+HELD, RELEASED = (worker.HOLD, True), (worker.HOLD, False)
+
+
+@pytest.mark.parametrize("prepare", [False, True])
+def test_replicas_that_compute_together_hold_their_steps_while_any_may_differ(prepare):
+    """A prepared update differs only while it is swapped in."""
+    asked, report = together(prepare)
+
+    assert report.ranks == ("d", "d")
+    begun = [worker.BEGIN, worker.FEED]
+    order = [*begun, HELD] if prepare else [HELD, *begun]
+    assert asked == [*order, worker.CLOSE, RELEASED, worker.DIGEST]
+
+
+def test_what_one_of_them_refuses_is_taken_back_by_all_before_any_goes_on():
+    asked, failure = together(False, flashquant_feed=[{"answer": False}, REFUSED])
+
+    assert isinstance(failure, MisfitTensor)
+    assert asked == [HELD, worker.BEGIN, worker.FEED, worker.ABANDON, RELEASED]
+
+
+def test_where_some_have_committed_none_is_served():
+    """It is too late to go back, and each request would be computed by both policies."""
+    stood = {"answer": asdict(a_report(ranks=("a",)))}
+    asked, failure = together(False, flashquant_close=[stood, CRASHED])
+
+    assert isinstance(failure, TornWeights)
+    assert "Push one complete update to all of them" in str(failure)
+    assert asked[-4:] == [worker.CLOSE, worker.TEAR, worker.ABANDON, RELEASED]
+    asked, failure = together(False, flashquant_close=[FOLLOWED, CRASHED])
+    assert worker.TEAR not in asked
 
 
 def test_the_error_of_the_worker_that_failed_by_itself_is_raised():

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, TypeVar
 from pydantic import TypeAdapter
 
 from flashquant import errors
-from flashquant.errors import PeerFailed, ReloadError, WorkerLost
+from flashquant.errors import PeerFailed, ReloadError, TornWeights, WorkerLost
 from flashquant.patches.seams import worker
 from flashquant.update import KVScales, Member, ReloadReport
 
@@ -30,6 +30,7 @@ _REPORT = TypeAdapter(ReloadReport)  # a worker's answer comes as plain data
 
 _LOOK_EVERY = 0.05  # seconds
 _SLICE = 0.01  # seconds of an update that is prepared, between two steps of the engine
+_WITHOUT_A_BREAK = 86400.0
 _GRACE = 5.0  # seconds between a worker's death and the last answer that can still come
 
 
@@ -52,43 +53,90 @@ def conversation(
     strict: bool,
     prepare: bool = False,
     kv_scales: KVScales | None = None,
+    together: bool = False,
 ) -> Conversation:
     """What is said to the workers in one update, from safetensors at a path.
 
     Prepared, it is many short calls, between which the engine takes its steps; only one of them,
     the swap, is a pause.
 
+    Args:
+        path: a file or a folder.
+        atomic, strict, prepare, kv_scales: as for `flashquant.reload_weights`.
+        together: whether replicas compute each request together, as those of a mixture of experts
+            do. None can wait for another inside a call, as ranks do: it may come to the call a step
+            earlier, and that step is all of theirs. So all get what they need before any commits.
+
     Raises:
         ReloadError: what the first worker that failed has said, with its rank;
             every worker is on its old weights (or torn, with `atomic=False`).
 
     """
-    if not prepare:
-        options = {"atomic": atomic, "strict": strict, "kv_scales": kv_scales}
-        return _report(answers_of((yield Call(worker.TRY_RELOAD, (path,), options))))
-    begun = {"atomic": atomic, "kv_scales": kv_scales}
-    try:
-        answers_of((yield Call(worker.PREPARE, (path,), begun)))
-        while any(answers_of((yield Call(worker.FEED, (_SLICE,))))):
-            pass
-        report = _report(answers_of((yield Call(worker.SWAP, (), {"strict": strict}))))
-    except ReloadError:
-        yield Call(worker.ABANDON)
-        raise
+    options = {"atomic": atomic, "kv_scales": kv_scales}
+    if not (prepare or together):
+        call = Call(worker.TRY_RELOAD, (path,), {**options, "strict": strict})
+        return _report(answers_of((yield call)))
+    in_slices = _in_slices(path, options, strict=strict, prepare=prepare, together=together)
+    report = yield from (_held(in_slices) if together and not prepare else in_slices)
     found = answers_of((yield Call(worker.DIGEST, (_SLICE,), {"anew": True})))
     while not all(done for done, _ in found):
         found = answers_of((yield Call(worker.DIGEST, (_SLICE,))))
     return report.with_digests([taken for _, taken in found])
 
 
-def delta_conversation(path: str) -> Conversation:
+def _in_slices(
+    path: str, options: Mapping[str, Any], *, strict: bool, prepare: bool, together: bool
+) -> Conversation:
+    """Begin, some weights at a time, and the end."""
+    close = _committed(Call(worker.CLOSE, (), {"strict": strict}), together=together)
+    try:
+        answers_of((yield Call(worker.BEGIN, (path,), {**options, "prepares": prepare})))
+        while any(
+            answers_of((yield Call(worker.FEED, (_SLICE if prepare else _WITHOUT_A_BREAK,))))
+        ):
+            pass
+        return (yield from (_held(close) if together and prepare else close))
+    except ReloadError:
+        yield Call(worker.ABANDON)
+        raise
+
+
+def delta_conversation(path: str, *, together: bool = False) -> Conversation:
     """The same of a bundle of what changed, at a path.
 
     Raises:
         ReloadError: as `conversation`.
 
     """
-    return _report(answers_of((yield Call(worker.TRY_APPLY_DELTA, (path,)))))
+    talk = _committed(Call(worker.TRY_APPLY_DELTA, (path,)), together=together)
+    return (yield from (_held(talk) if together else talk))
+
+
+def _held(talk: Conversation) -> Conversation:
+    """The same, and no worker takes a step of a request before its end."""
+    yield Call(worker.HOLD, (True,))
+    try:
+        report = yield from talk
+    except ReloadError:
+        yield Call(worker.HOLD, (False,))
+        raise
+    yield Call(worker.HOLD, (False,))
+    return report
+
+
+def _committed(call: Call, *, together: bool) -> Conversation:
+    """A call by which each replica commits, or not."""
+    answers = yield call
+    try:
+        return _report(answers_of(answers))
+    except ReloadError as failure:
+        if not together or all("error" in answer for answer in answers):
+            raise
+        yield Call(worker.TEAR)
+        raise TornWeights(
+            f"{failure} Other replicas had committed the update, and they compute each request "
+            "together, so none is served. Push one complete update to all of them."
+        ) from failure
 
 
 def carry_out(llm: Any, talk: Conversation) -> ReloadReport:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 from flashquant.errors import ReloadError
+from flashquant.patches.engine import sharing_replicas
 from flashquant.patches.remote import conversation as remote
 from flashquant.patches.seams import worker
 from flashquant.patches.seams.loading import deltas_of, session_of
@@ -166,7 +167,9 @@ async def _apply_async(engine: Any, delta: Delta | str | os.PathLike[str]) -> Re
     with ExitStack() as stack:
         path = await asyncio.to_thread(stack.enter_context, _saved(delta))
         stack.enter_context(remote.explaining_unpatched())
-        return await remote.carry_out_async(engine, remote.delta_conversation(path))
+        together = sharing_replicas(engine.vllm_config) > 1
+        talk = remote.delta_conversation(path, together=together)
+        return await remote.carry_out_async(engine, talk)
 
 
 async def _reload_async(engine: Any, weights: Weights, **options: Any) -> ReloadReport:
@@ -174,7 +177,9 @@ async def _reload_async(engine: Any, weights: Weights, **options: Any) -> Reload
         # Writing a model's tensors takes a while, in which the event loop serves others.
         path = await asyncio.to_thread(stack.enter_context, _stored(weights))
         stack.enter_context(remote.explaining_unpatched())
-        return await remote.carry_out_async(engine, remote.conversation(path, **options))
+        together = sharing_replicas(engine.vllm_config) > 1
+        talk = remote.conversation(path, **options, together=together)
+        return await remote.carry_out_async(engine, talk)
 
 
 async def _status_async(engine: Any) -> Status:

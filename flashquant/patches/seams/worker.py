@@ -65,18 +65,22 @@ def _answering(method: Callable[..., Any]) -> Callable[..., dict[str, Any]]:
     return answer
 
 
-def _prepare(
-    worker: Any, weights: Weights, atomic: bool = True, kv_scales: KVScales | None = None
+def _begin(
+    worker: Any,
+    weights: Weights,
+    atomic: bool = True,
+    kv_scales: KVScales | None = None,
+    prepares: bool = True,
 ) -> bool:
-    """Begin an update that is prepared in slices, while the engine generates."""
+    """Begin an update that is taken in slices: while the engine generates, if it is prepared."""
     session = session_of(worker.get_model())
-    session.begin(atomic=atomic, prepares=True, kv_scales=kv_scales)
+    session.begin(atomic=atomic, prepares=prepares, kv_scales=kv_scales)
     channels.FEED.put(worker, named_tensors(weights))
     return True
 
 
 def _feed(worker: Any, seconds: float) -> bool:
-    """Prepare for about so long; False when there is nothing left."""
+    """Take weights for about so long; False when there is nothing left."""
     session = session_of(worker.get_model())
     feed = channels.FEED.of(worker)
     until, left = time.perf_counter() + seconds, True
@@ -96,14 +100,24 @@ def _feed(worker: Any, seconds: float) -> bool:
     return left
 
 
-def _swap(worker: Any, strict: bool = True) -> Any:
-    """What was prepared goes live: the pause."""
+def _close(worker: Any, strict: bool = True) -> Any:
+    """Commit; what was prepared goes live, and that is the pause."""
     return session_of(worker.get_model()).close(strict=strict)
 
 
 def _abandon(worker: Any) -> None:
     """An update that will not be finished."""
     session_of(worker.get_model()).abandon()
+
+
+def _hold(worker: Any, held: bool) -> None:
+    """Take no step of a request; or take them again."""
+    session_of(worker.get_model()).transactions.hold(held)
+
+
+def _tear(worker: Any) -> None:
+    """Workers that compute one request hold different policies."""
+    session_of(worker.get_model()).overwritten()
 
 
 def _digest(worker: Any, seconds: float, *, anew: bool = False) -> tuple[bool, str | None]:
@@ -164,10 +178,12 @@ RELOAD = "flashquant_reload"
 TRY_RELOAD = "flashquant_try_reload"
 APPLY_DELTA = "flashquant_apply_delta"
 TRY_APPLY_DELTA = "flashquant_try_apply_delta"
-PREPARE = "flashquant_prepare"
+BEGIN = "flashquant_begin"
 FEED = "flashquant_feed"
-SWAP = "flashquant_swap"
+CLOSE = "flashquant_close"
 ABANDON = "flashquant_abandon"
+HOLD = "flashquant_hold"
+TEAR = "flashquant_tear"
 DIGEST = "flashquant_digest"
 STATUS = "flashquant_status"
 MANIFEST = "flashquant_manifest"
@@ -183,10 +199,12 @@ _METHODS: dict[str, Callable[..., Any]] = {
     TRY_RELOAD: _answering(_reload),
     APPLY_DELTA: _apply_delta,
     TRY_APPLY_DELTA: _answering(_apply_delta),
-    PREPARE: _answering(_prepare),
+    BEGIN: _answering(_begin),
     FEED: _answering(_feed),
-    SWAP: _answering(_swap),
+    CLOSE: _answering(_close),
     ABANDON: _abandon,
+    HOLD: _hold,
+    TEAR: _tear,
     DIGEST: _answering(_digest),
     STATUS: _status,
     MANIFEST: _answering(_manifest),

@@ -33,6 +33,19 @@ def fail_in_the_middle(worker: Any, *, rank: int, dies: bool) -> None:
     layer.commit, layer.refresh = failing("commit"), failing("refresh")
 
 
+def fail_at_the_end(worker: Any) -> None:
+    """Make the next update of a worker fail when all of it has come, once."""
+    from flashquant.patches.seams.loading import session_of
+
+    pipeline = session_of(worker.get_model())._pipeline
+
+    def failing(*_: Any) -> None:
+        del pipeline.finish
+        raise MemoryError("injected")
+
+    pipeline.finish = failing
+
+
 def raised_by(call: Callable[[], object]) -> tuple[str, str, float]:
     """The class and the words of what a call raises, and the seconds until it did."""
     began = time.monotonic()
