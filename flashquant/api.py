@@ -114,8 +114,8 @@ def reload_weights(
         PeerFailed: another worker refused the update; says which rank, and why.
         WorkerLost: a worker's process ended. vLLM's engine does not survive that: restart it.
         SleepingWeights: the engine sleeps; wake it up first.
-        TornWeights: replicas that share experts are of two policies now: one failed when another had
-            committed. Nothing is served until a complete update.
+        TornWeights: replicas that share experts are of two policies now: one failed when another
+            had committed. Nothing is served until a complete update.
         MovedTensor: a live tensor is no longer where it was, because something outside flashquant
             replaced it. The engine refuses to serve: restart it.
         UnsupportedEngine: the loader of this model does more with a weight than flashquant can

@@ -225,7 +225,8 @@ def _refuse_late_parameters(blueprint: LayerBlueprint) -> None:
 
 def _cuts_weights(vllm_config: VllmConfig) -> bool:
     """Whether workers hold shards of a tensor; experts are cut up across replicas, too."""
-    return vllm_config.parallel_config.tensor_parallel_size * sharing_replicas(vllm_config) > 1
+    tensor_parallel: int = vllm_config.parallel_config.tensor_parallel_size
+    return tensor_parallel * sharing_replicas(vllm_config) > 1
 
 
 def sharing_replicas(vllm_config: VllmConfig) -> int:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Final, Literal
 
@@ -41,6 +41,8 @@ class TensorChange(BaseModel):
         dtype: of its elements.
         form: `whole`, or how the places are said.
         changed: how many elements have a value in the bundle.
+        fingerprint: of the tensor that comes out. A worker that holds nothing of it, because
+            others have these experts, takes the sender's word for its part of the digest.
 
     """
 
@@ -50,6 +52,7 @@ class TensorChange(BaseModel):
     dtype: Dtype
     form: Form
     changed: Size
+    fingerprint: Digest
 
 
 class DeltaHeader(BaseModel):
@@ -108,8 +111,16 @@ class Delta:
         version: int,
         base: str | None,
         digest: str,
+        fingerprints: Mapping[str, str],
     ) -> Delta:
-        """The bundle of these changes; they are brought to the host."""
+        """The bundle of these changes; they are brought to the host.
+
+        Args:
+            changes: by name.
+            scheme, version, base, digest: as of the header.
+            fingerprints: of each tensor that comes out.
+
+        """
         parts: dict[str, Tensor] = {}
         for name, (_, found) in changes.items():
             if found.places is None:
@@ -119,7 +130,11 @@ class Delta:
                 parts[f"{name}{MARK}values"] = found.values.cpu()
         said = {
             name: TensorChange(
-                shape=spec.shape, dtype=spec.dtype, form=found.form, changed=found.values.numel()
+                shape=spec.shape,
+                dtype=spec.dtype,
+                form=found.form,
+                changed=found.values.numel(),
+                fingerprint=fingerprints[name],
             )
             for name, (spec, found) in changes.items()
         }
@@ -159,8 +174,15 @@ class Delta:
         except ValueError as wrong:
             raise BrokenDelta(f"{name} in a bundle: {wrong}. {_AGAIN}") from wrong
 
-    def check_fits(self, scheme: str, specs: Mapping[str, TensorSpec]) -> None:
+    def check_fits(
+        self, scheme: str, specs: Mapping[str, TensorSpec], elsewhere: Collection[str] = ()
+    ) -> None:
         """Whether it is one for an engine that wants these tensors.
+
+        Args:
+            scheme: that the engine serves.
+            specs: what this worker wants.
+            elsewhere: what others want, and this one has nothing of.
 
         Raises:
             BrokenDelta: it is of another scheme, of other tensors, or not whole though it has no
@@ -175,6 +197,8 @@ class Delta:
             )
         for name, said in header.tensors.items():
             spec = specs.get(name)
+            if name in elsewhere:
+                continue
             if spec is None or (spec.shape, spec.dtype) != (said.shape, said.dtype):
                 wanted = "none" if spec is None else f"{spec.dtype} {spec.shape}"
                 raise BrokenDelta(

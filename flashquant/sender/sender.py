@@ -168,6 +168,7 @@ class Sender:
             version=self._version,
             base=base,
             digest=_digest(sums),
+            fingerprints={name: sums[name].fingerprint for name in changes},
         )
 
     def _complete(self, weights: Weights) -> Iterator[tuple[str, Tensor]]:

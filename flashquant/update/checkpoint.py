@@ -7,7 +7,7 @@ of which other workers hold a part.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -58,6 +58,15 @@ class Checkpoint:
                 self._known[name] = dict(self._specs_of(name, form))
             found |= self._known[name]
         return {name: spec for name, spec in found.items() if name not in self._made}
+
+    def elsewhere(self, names: Iterable[str]) -> set[str]:
+        """Of these, what other workers hold, and this one nothing of: experts, or a stage's layers.
+
+        Scales go with their codes.
+        """
+        forms = self._planner.forms.items()
+        nothing = {name for name, form in forms if not self._bindings.of(name, form).plan.steps}
+        return {name for name in names if {name, name.removesuffix("_scale")} & nothing}
 
     def manifest(self, version: int, *, settled: bool) -> Manifest:
         """What a complete update brings, and the digest of what is live.

@@ -176,11 +176,14 @@ class Deltas:
         """Every tensor of the layers that change; raises before the first one what can be told."""
         delta = source if isinstance(source, Delta) else Delta.load(source)
         specs = self._checkpoint.specs()
-        delta.check_fits(self._checkpoint.scheme, specs)
+        said = delta.header.tensors
+        elsewhere = self._checkpoint.elsewhere(said.keys() - specs.keys())
+        delta.check_fits(self._checkpoint.scheme, specs, elsewhere)
         old = _Policy() if delta.is_whole else self._base(delta, specs)
         fresh.fingerprints |= old.fingerprints
+        fresh.fingerprints |= {name: said[name].fingerprint for name in elsewhere}
         fresh.kept |= old.kept
-        groups, said = self._checkpoint.groups(specs), delta.header.tensors
+        groups = self._checkpoint.groups(specs)
         windows = {name: self._checkpoint.window(name, spec) for name, spec in specs.items()}
         changed = [group for group in groups if not said.keys().isdisjoint(group)]
         pushed = [group for group in changed if not all(windows[n] for n in group if n in said)]

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -146,11 +147,11 @@ def mind_the_map_of_experts() -> None:
     """
     from vllm.model_executor.layers.fused_moe.experts import cpu_moe
 
-    if not hasattr(cpu_moe, "CPUUnquantizedExperts"):  # until 0.29: a router of their own
-        return
     for name in ("CPUUnquantizedExperts", "CPUExpertsInt8", "CPUExpertsFp8"):
-        experts = getattr(cpu_moe, name)
-        experts.apply = _by_place(experts.apply)
+        experts = getattr(cpu_moe, name, None)
+        # Until 0.29, they are told by a router of their own.
+        if experts is not None and "topk_ids" in inspect.signature(experts.apply).parameters:
+            experts.apply = _by_place(experts.apply)
 
 
 def make_room_between_stages() -> None:

@@ -43,6 +43,7 @@ def needs(versions: str, what: str) -> pytest.MarkDecorator:
 FP8_CHANNEL = needs(">=0.24", "online fp8 by channel")
 INT8_EXPERTS = needs(">=0.25", "kernel of experts in int8 on a CPU")
 GPT_OSS = needs("!=0.24.0", "loader that finds the experts of GPT-OSS")
+BY_EXPERTS = needs(">=0.30", "kernel of experts on a CPU that can be told which experts it has")
 # A scheme of rows, for tests that are about something else.
 BY_ROW = "fp8_channel" if vllm_is(">=0.24") else "int8"
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from tests.engine.processes import CORES, assert_lost, run_program
-from tests.engine.serving import BY_ROW, WEIGHT_VERSIONS, Serving, serve
+from tests.engine.processes import CORES, assert_lost, run, run_program
+from tests.engine.serving import BY_EXPERTS, BY_ROW, WEIGHT_VERSIONS, Serving, serve
 from tools.models.policies import Policies
 
 pytestmark = pytest.mark.engine
@@ -112,11 +112,14 @@ def test_replicas_take_the_entries_of_a_file_in_turn(policies: Policies, tmp_pat
     assert answer["tokens"] == [start.outputs.tokens[0] for start in b]
 
 
-def test_replicas_that_share_experts_take_an_update_together_or_not_at_all(tmp_path: Path) -> None:
+@pytest.mark.parametrize("cut", [pytest.param("experts", marks=BY_EXPERTS)])
+def test_replicas_that_share_experts_take_an_update_together_or_not_at_all(
+    tmp_path: Path, cut: str
+) -> None:
     """No token is made of two policies, whoever generates, fails alone, or is a step behind."""
-    answer = run_program(
-        "mixed_replicas",
-        Policies(tmp_path, "qwen3-moe"),
+    mixture = Policies(tmp_path, "qwen3-moe")
+    answer = run(
+        *("mixed_replicas", mixture.bf16("a"), mixture.bf16("b"), cut),
         FLASHRL_CONFIG="bf16",
         VLLM_ENABLE_V1_MULTIPROCESSING="1",
         VLLM_ALLOW_INSECURE_SERIALIZATION="1",  # to send the workers a fault
@@ -137,6 +140,7 @@ def test_replicas_that_share_experts_take_an_update_together_or_not_at_all(tmp_p
     assert answer["split"][0] == "TornWeights"
     assert answer["asked"] == [[], []]
     assert answer["healed"] == [start, a]
+    assert answer["by a delta"] == [pushes["one runs"]["ranks"], b]
 
 
 def test_an_engine_in_a_ray_actor_is_patched_and_so_is_rays_worker(

@@ -12,12 +12,11 @@ from flashquant.profiles import save_profile
 from flashquant.profiles.making import Factors, profile_of
 from tests.engine.kernels import NO_AMX_KERNELS, WORKER_KERNELS, has_amx_kernels, want_int4
 from tests.engine.processes import CORES, assert_lost, run, run_program
-from tests.engine.serving import FP8_CHANNEL, needs
+from tests.engine.serving import BY_EXPERTS, FP8_CHANNEL, needs
 from tools.models.policies import Policies
 
 pytestmark = pytest.mark.engine
 WHOLE_ROWS = needs(">=0.28", "scales of whole rows over ranks")
-BY_EXPERTS = needs(">=0.30", "kernel of experts on a CPU that can be told which experts it has")
 
 
 @pytest.fixture(scope="module")

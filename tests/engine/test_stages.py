@@ -96,6 +96,11 @@ def test_however_they_are_pushed_to(told: dict[str, Any]) -> None:
     assert told["pushes"] == [a, b, a, b]
 
 
+def test_bundles_bring_each_stage_its_own(told: dict[str, Any]) -> None:
+    """A whole one, and what changed."""
+    assert told["by deltas"] == [told["a"], told["b"]]
+
+
 def test_nothing_that_one_of_them_takes_is_reported_as_ignored(told: dict[str, Any]) -> None:
     assert told["ignored"] == []
 

@@ -1,6 +1,7 @@
 """Two data-parallel replicas that share the experts of one mixture, each an engine core.
 
-Usage: python -m tests.engine.programs.mixed_replicas STARTS_ON PUSHED
+Usage: python -m tests.engine.programs.mixed_replicas STARTS_ON PUSHED CUT
+CUT is `experts` (each replica has some of them) or `columns` (a part of each).
 Prints one JSON object: digests by rank, answers before and after pushes, and of each push what it
 raised and what was said meanwhile.
 
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tests.engine.kernels import mind_the_map_of_experts
 from tests.engine.programs.engine import OPTIONS, PROMPT, print_result
 from tests.engine.programs.failing import fail_at_the_end, fail_in_the_middle
 from tools.models import tiny_models
@@ -62,17 +64,22 @@ if __name__ != "__main__":
 
     CpuCommunicator.all_gatherv = _all_gatherv
     CpuCommunicator.reduce_scatterv = _reduce_scatterv
+    mind_the_map_of_experts()
 
 LONG = 80  # tokens of an answer that a push meets
 
 
-async def main(starts_on: str, pushed: str) -> dict[str, Any]:
+async def main(starts_on: str, pushed: str, cut: str) -> dict[str, Any]:
     from vllm import AsyncEngineArgs, SamplingParams
     from vllm.v1.engine.async_llm import AsyncLLM
 
     exchange = f"tests.engine.programs.mixed_replicas.{Exchange.__name__}"
     arguments = AsyncEngineArgs(
-        starts_on, **OPTIONS, data_parallel_size=2, worker_extension_cls=exchange
+        starts_on,
+        **OPTIONS,
+        data_parallel_size=2,
+        enable_expert_parallel=cut == "experts",
+        worker_extension_cls=exchange,
     )
     engine = AsyncLLM.from_engine_args(arguments)
     import flashquant
@@ -136,6 +143,9 @@ async def main(starts_on: str, pushed: str) -> dict[str, Any]:
     sender = Sender(await flashquant.manifest(engine), delta=True)
     await flashquant.apply_delta(engine, sender.bundle(tiny_models.tensors(Path(starts_on))))
     result["healed"] = [await ranks(), await answers()]
+    delta = sender.bundle(tiny_models.tensors(Path(pushed)))
+    await flashquant.apply_delta(engine, delta)
+    result["by a delta"] = [await ranks(), await answers()]
     return result
 
 

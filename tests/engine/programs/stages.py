@@ -20,6 +20,7 @@ def main(starts_on: str, pushed: str) -> dict[str, Any]:
     from vllm import LLM, SamplingParams
 
     import flashquant
+    from flashquant.sender import Sender
 
     llm = LLM(
         starts_on,
@@ -62,6 +63,12 @@ def main(starts_on: str, pushed: str) -> dict[str, Any]:
     left = {n: t for n, t in weights.items() if n != "model.norm.weight"}
     result["incomplete"] = raised_by(lambda: flashquant.reload_weights(llm, left))
     result["last"] = stands()
+
+    sender = Sender(flashquant.manifest(llm), delta=True)
+    flashquant.apply_delta(llm, sender.bundle(tiny_models.tensors(Path(starts_on))))
+    result["by deltas"] = [stands()]
+    flashquant.apply_delta(llm, sender.bundle(weights))
+    result["by deltas"].append(stands())
     return result
 
 
