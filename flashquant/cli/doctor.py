@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -20,18 +21,31 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from flashquant.config import env
 from flashquant.errors import ConfigError
 
 if TYPE_CHECKING:
     from flashquant.patches.diagnostics import Finding
 
 _STYLES = {"ok": "green", "skipped": "yellow", "fails": "bold red"}
+_TITLES = {
+    "seams": "seams: the functions of vLLM that flashquant wraps",
+    "kernels": "kernels: what quantizes here, against the definition of each scheme",
+}
 _SECONDS = 600.0  # for one scheme
+_NAMED = 3  # of those that are alike
 
 
 def add_to(commands: argparse._SubParsersAction[Any]) -> None:
     """Add the command."""
-    doctor = commands.add_parser("doctor", help="look whether flashquant works on this machine")
+    doctor = commands.add_parser(
+        "doctor",
+        help="look whether flashquant works on this machine",
+        description="Looks whether flashquant works on this machine: versions, the functions of "
+        "vLLM that it wraps (seams), hardware, schemes, and each kernel against its definition. "
+        "Takes some seconds and patches nothing. The exit code is 1 where something fails. "
+        "Paste its output into a bug report.",
+    )
     output = doctor.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="for machines: a list, at the end")
     output.add_argument(
@@ -116,20 +130,47 @@ def _check(what: str, chosen: Sequence[str], there: Sequence[str]) -> None:
 def _show(findings: Sequence[Finding], failed: Sequence[Finding]) -> None:
     console = Console()
     for topic, group in groupby(findings, key=lambda finding: finding.topic):
-        table = Table(title=topic, title_justify="left", box=None, show_header=False)
-        table.add_column()
-        table.add_column(overflow="fold")
-        table.add_column()
-        for finding in group:
-            style = _STYLES[finding.verdict]
-            verdict = f"[{style}]{finding.verdict}[/]"
-            table.add_row(verdict, escape(finding.name), escape(finding.detail))
         if topic == "verdict":  # in one line, to be pasted
-            console.print(finding.detail, soft_wrap=True, markup=False, highlight=False)
+            for finding in group:
+                console.print(finding.detail, soft_wrap=True, markup=False, highlight=False)
         else:
-            console.print(table)
+            console.print(_table(topic, group))
         console.print()
     if failed:
         console.print(f"[bold red]{len(failed)} of {len(findings)} fail[/]: see above what to do")
     else:
         console.print(f"[green]all is well[/] ({len(findings)} looked at)")
+    said = env.CONFIG.read(os.environ)
+    console.print(
+        f"{env.CONFIG.name} is {escape(said)}: engines that start here are patched"
+        if said
+        else f"{env.CONFIG.name} is not set: engines that start here are vLLM's own"
+    )
+
+
+def _table(topic: str, findings: Iterable[Finding]) -> Table:
+    table = Table(
+        title=_TITLES.get(topic, topic), title_justify="left", box=None, show_header=False
+    )
+    table.add_column()
+    table.add_column(overflow="fold")
+    table.add_column()
+    for alike in _alike(findings):
+        style = _STYLES[alike[0].verdict]
+        verdict = f"[{style}]{alike[0].verdict}[/]"
+        table.add_row(verdict, escape(_names(alike)), escape(alike[0].detail))
+    return table
+
+
+def _alike(findings: Iterable[Finding]) -> Iterator[list[Finding]]:
+    """Those of which the same is to be said, together: a person reads it once."""
+    together: dict[tuple[str, str], list[Finding]] = {}
+    for finding in findings:
+        together.setdefault((finding.verdict, finding.detail), []).append(finding)
+    yield from together.values()
+
+
+def _names(alike: Sequence[Finding]) -> str:
+    names = [finding.name for finding in alike]
+    left = len(names) - _NAMED
+    return ", ".join(names) if left <= 0 else f"{names[0]} and {len(names) - 1} more"

@@ -1,20 +1,22 @@
 """`flashquant` on the command line.
 
-flashquant doctor [--engine|--gpu] [--json]   does it work on this machine? see `cli_doctor`
-flashquant config [FILE] [--env] [--json]     what does FLASHRL_CONFIG mean here? see `cli_config`
-flashquant inspect --model PATH [NAME]        where does each tensor land? see `cli_inspect`
-flashquant profile make|sensitivity|inspect|compare|convert    profiles: see `cli_profile`
-flashquant bench --model PATH                 how long does a sync take here? see `cli_bench`
-flashquant sync --from FOLDER --to URL        bring a trainer's bundles into servers: see `cli_sync`
-flashquant mismatch FILE.jsonl                what keeps trainer and rollout apart? `cli_mismatch`
+flashquant doctor [--engine|--gpu] [--json]   does it work on this machine? see `cli/doctor.py`
+flashquant config [FILE] [--env] [--json]     what does FLASHRL_CONFIG mean here? `cli/config.py`
+flashquant inspect --model PATH [NAME]        where does each tensor land? see `cli/inspect.py`
+flashquant profile make|sensitivity|inspect|compare|convert    profiles: see `cli/profile.py`
+flashquant bench --model PATH                 how long does a sync take here? see `cli/bench.py`
+flashquant sync --from FOLDER --to URL        bring a trainer's bundles into servers: `cli/sync.py`
+flashquant mismatch FILE.jsonl                what keeps both policies apart? `cli/mismatch.py`
 
-The exit code is 0, or 1 where something fails.
+The exit code is 0, 1 where something fails, or 130 after Ctrl-C.
 """
 
 from __future__ import annotations
 
 import argparse
+import signal
 from collections.abc import Sequence
+from typing import Final
 
 from rich.console import Console
 from rich.markup import escape
@@ -29,10 +31,24 @@ from flashquant.cli import profile as cli_profile
 from flashquant.cli import sync as cli_sync
 from flashquant.errors import FlashquantError
 
+_FIRST: Final = """\
+on a new machine:
+  flashquant doctor                    does it work here?
+  flashquant config int8               what would FLASHRL_CONFIG=int8 mean?
+  flashquant inspect --model FOLDER    where does each tensor of my model land?
+  FLASHRL_CONFIG=int8 python train.py  and it is on; without the variable, it is off
+"""
+_INTERRUPTED: Final = 128 + signal.SIGINT
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; 0 when all is well."""
-    parser = argparse.ArgumentParser(prog="flashquant", description="fp8 and int8 rollouts in vLLM")
+    parser = argparse.ArgumentParser(
+        prog="flashquant",
+        description="fp8 and int8 rollouts in vLLM",
+        epilog=_FIRST,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--version", action="version", version=f"%(prog)s {flashquant.__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     cli_doctor.add_to(commands)
@@ -47,5 +63,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code: int = chosen.run(chosen)
         return code
     except FlashquantError as error:
-        Console(stderr=True, soft_wrap=True).print(f"[bold red]error[/]: {escape(str(error))}")
+        said = f"[bold red]error[/]: {escape(str(error))}"
+        Console(stderr=True, soft_wrap=True, highlight=False).print(said)
         return 1
+    except KeyboardInterrupt:
+        Console(stderr=True).print("interrupted")
+        return _INTERRUPTED

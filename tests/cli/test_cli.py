@@ -36,6 +36,60 @@ def test_on_this_machine_all_is_well(capsys: pytest.CaptureFixture[str]) -> None
         assert topic in said
 
 
+def test_what_is_alike_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of 77 seams that fit, a person reads one line; what fails is a line of its own."""
+    seams = [doctor.Finding("seams", f"seam{index}", "ok", "fits") for index in range(5)]
+    moved = doctor.Finding("seams", "seam5", "fails", "is gone")
+    monkeypatch.setattr("flashquant.patches.diagnostics.examine", lambda: [*seams, moved])
+
+    assert main(["doctor"]) == 1
+
+    said = " ".join(capsys.readouterr().out.split())
+    assert "seam0 and 4 more fits" in said
+    assert "fails seam5 is gone" in said
+    assert "seam3" not in said
+
+
+@pytest.mark.parametrize("config", ["", "int8"])
+def test_it_says_whether_engines_would_be_patched(
+    config: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FLASHRL_CONFIG", config)
+    monkeypatch.setattr("flashquant.patches.diagnostics.examine", list)
+
+    main(["doctor"])
+
+    assert ("is int8: engines" if config else "is not set: engines") in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("amx", [True, False])
+def test_a_scheme_without_a_kernel_here_is_not_called_well(
+    amx: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("FLASHQUANT_EMULATE", raising=False)
+    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: amx)
+
+    verdicts = {f.name: f.verdict for f in doctor.examine() if f.topic == "schemes"}
+
+    on_a_cpu = bool(doctor.current_platform.is_cpu())
+    assert verdicts["fp8_block"] == ("ok" if amx or not on_a_cpu else "skipped")
+    assert verdicts["mxfp8"] == verdicts["nvfp4"] == ("skipped" if on_a_cpu else "ok")
+
+
+def test_an_interrupted_command_ends_without_a_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted() -> list[doctor.Finding]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("flashquant.patches.diagnostics.examine", interrupted)
+
+    assert main(["doctor"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
 def test_for_machines_it_is_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--json"]) == 0
 

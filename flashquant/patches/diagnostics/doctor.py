@@ -9,6 +9,7 @@ kernels     each quantization against its definition, bit for bit, on every devi
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,12 +20,15 @@ import torch
 import vllm
 from torch import Tensor
 from vllm import _custom_ops as ops
+from vllm.platforms import current_platform
 
 from flashquant import patches
-from flashquant.config.schemes import COMPRESSED, SCHEMES
+from flashquant.config import env
+from flashquant.config.schemes import COMPRESSED, SCHEMES, Scheme
 from flashquant.errors import PatchError
 from flashquant.patches import guard
 from flashquant.patches.seams import engine_args
+from flashquant.patches.seams.emulation import is_emulated
 from flashquant.schemes import DEFINITIONS, has_groups
 
 Verdict = Literal["ok", "skipped", "fails"]
@@ -97,12 +101,26 @@ def _schemes() -> Iterator[Finding]:
     for scheme in SCHEMES.values():
         if not engine_args.is_served(scheme):
             yield Finding("schemes", scheme.name, "skipped", scheme.instead)
+        elif lacking := _lacks_here(scheme):
+            yield Finding("schemes", scheme.name, "skipped", lacking)
         elif scheme.online is not None:
             yield Finding("schemes", scheme.name, "ok", f"vLLM's online {scheme.online}")
         elif scheme.name in COMPRESSED:
             layout = COMPRESSED[scheme.name]["format"]
             detail = f"compressed-tensors {layout}, a scale a {scheme.scales}"
             yield Finding("schemes", scheme.name, "ok", detail)
+
+
+def _lacks_here(scheme: Scheme) -> str:
+    """What keeps an engine on this machine from serving a scheme, where that is known."""
+    if is_emulated(scheme) and not env.EMULATE.read(os.environ):
+        return (
+            "vLLM has no kernel of it for CPUs; FLASHQUANT_EMULATE=1 lets it emulate one, slowly, "
+            "to try it"
+        )
+    if scheme.scales == "block" and current_platform.is_cpu():
+        return "" if torch.cpu._is_amx_tile_supported() else "vLLM's kernel for CPUs wants AMX"
+    return ""
 
 
 def _kernels() -> Iterator[Finding]:
@@ -152,7 +170,7 @@ def _as_on_the_cpu(name: str, quantize: Quantize, weight: Tensor, device: str) -
     coarse = error.max().item()
     if not coarse <= _COARSEST[name]:
         return Finding("kernels", topic, "fails", f"off by {coarse:.2f} steps of its scale")
-    return Finding("kernels", topic, "ok", f"as defined; off by {coarse:.2f} of a scale at most")
+    return Finding("kernels", topic, "ok", "as defined: about half a step of its codes at most")
 
 
 def _as_vllms(name: str, quantize: Quantize, weight: Tensor, device: str) -> Finding:
