@@ -24,7 +24,10 @@ if TYPE_CHECKING:
 def add_to(commands: argparse._SubParsersAction[Any]) -> None:
     """Add the command."""
     bench = commands.add_parser(
-        "bench", help="time a weight sync beside vLLM's own and the copy of its bytes"
+        "bench",
+        help="time a weight sync beside vLLM's own and the copy of its bytes",
+        description="Times a weight sync of your model, with random weights, beside vLLM's own "
+        "reload and the copy of its bytes. Starts an engine: use a machine that is idle.",
     )
     bench.add_argument("--model", type=Path, required=True, help="folder of a bf16 checkpoint")
     bench.add_argument("--scheme", default="int8", help="what FLASHRL_CONFIG would say")

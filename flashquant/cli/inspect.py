@@ -48,6 +48,7 @@ _MEANING = {
     "processed": "packed, transposed or quantized by vLLM, on a copy of the one layer",
     "loader": "vLLM's loader does more than copy, and runs at every push",
 }
+_WIDE = 140  # columns that the table takes
 _LEFT = (
     ("keep", "in bf16 because the entry keeps it"),
     ("tower", "in bf16 as towers of a multimodal model (quantize_towers: true quantizes them)"),
@@ -59,7 +60,10 @@ _LEFT = (
 def add_to(commands: argparse._SubParsersAction[Any]) -> None:
     """Add the command."""
     inspect = commands.add_parser(
-        "inspect", help="show where each tensor of a checkpoint lands, without loading it"
+        "inspect",
+        help="show where each tensor of a checkpoint lands, without loading it",
+        description="Shows where each tensor of a checkpoint lands in the engine, in which dtype "
+        "it is kept there, and how it is written. Creates the model without its weights.",
     )
     inspect.add_argument("name", nargs="?", help="part of the name of a tensor, or a parameter")
     inspect.add_argument("--model", type=Path, required=True, help="folder of a checkpoint")
@@ -90,7 +94,10 @@ def _inspect(chosen: argparse.Namespace) -> int:
         sys.stdout.write(json.dumps(_as_json(inspection, shown), indent=2) + "\n")
         return 0
     console = output.console()
-    console.print(_table(lines))
+    if console.width < _WIDE:
+        _list(console, lines)
+    else:
+        console.print(_table(lines))
     if chosen.name is None:
         _summarize(console, inspection)
     else:
@@ -110,6 +117,19 @@ def _named(name: str, lines: Sequence[Line]) -> list[Line]:
             + (f"; did you mean {near[0]!r}?" if near else "")
         )
     return found
+
+
+def _list(console: Console, lines: Sequence[Line]) -> None:
+    """What `_table` has, where its columns would cut up every name."""
+    for line in lines:
+        if line.how != "padding":
+            alike = f", {line.alike} times" if line.alike > 1 else ""
+            console.print(f"{escape(line.name)} {line.form}{alike}", highlight=False)
+        window = f"\\[{line.window}]" if line.window else ""
+        console.print(
+            f"  -> {escape(line.target)}{window} {line.kept_as} [{STYLES[line.how]}]{line.how}[/]",
+            highlight=False,
+        )
 
 
 def _table(lines: Sequence[Line]) -> Table:

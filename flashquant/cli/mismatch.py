@@ -20,7 +20,10 @@ from flashquant.cli.output import console
 def add_to(commands: argparse._SubParsersAction[Any]) -> None:
     """Add the command."""
     mismatch = commands.add_parser(
-        "mismatch", help="say what keeps trainer and rollout apart, from logged log-probs"
+        "mismatch",
+        help="say what keeps trainer and rollout apart, from logged log-probs",
+        description="Says what keeps the log-probs of trainer and rollout apart: sampling that "
+        "cuts off, stale weights, routing, or rounding; and draws it.",
     )
     mismatch.add_argument(
         "log", type=Path, metavar="FILE.jsonl", help="one sequence a line; docs/loss-correction.md"

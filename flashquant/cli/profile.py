@@ -39,7 +39,12 @@ _BASE_FILES = "folder of the bf16 checkpoint: config.json, safetensors, tokenize
 
 def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add `profile` and its verbs."""
-    profile = commands.add_parser("profile", help="make int8 profiles, look at them, convert them")
+    profile = commands.add_parser(
+        "profile",
+        help="make int8 profiles, look at them, convert them",
+        description="Makes calibration profiles, which bring int8 and int4 nearer to bf16, looks "
+        "at them and converts FlashRL's: docs/calibration.md.",
+    )
     verbs = profile.add_subparsers(dest="verb", required=True)
     _add_make(verbs)
     sensitivity.add_to(verbs)

@@ -160,9 +160,24 @@ def catch_up(server: Server, folder: Path, seen_as: Path) -> Iterator[tuple[str,
 
 def add_to(commands: argparse._SubParsersAction[Any]) -> None:
     """Add the command."""
-    sync = commands.add_parser("sync", help="bring bundles of a folder into running servers")
-    sync.add_argument("--from", dest="folder", type=Path, required=True, metavar="FOLDER")
-    sync.add_argument("--to", nargs="+", required=True, metavar="URL")
+    sync = commands.add_parser(
+        "sync",
+        help="bring bundles of a folder into running servers",
+        description="Watches a folder of weight updates (bundles, written by the trainer's "
+        "flashquant.sender.BundleStore) and has each vLLM server read those that it lacks: "
+        "docs/delta.md. Ends at Ctrl-C.",
+    )
+    sync.add_argument(
+        "--from",
+        dest="folder",
+        type=Path,
+        required=True,
+        metavar="FOLDER",
+        help="that the trainer writes",
+    )
+    sync.add_argument(
+        "--to", nargs="+", required=True, metavar="URL", help="servers, as http://10.0.0.2:8000"
+    )
     sync.add_argument(
         "--seen-as", type=Path, metavar="FOLDER", help="where the servers see the folder"
     )

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from flashquant.cli.main import main
 from flashquant.config.env import VARIABLES
@@ -151,6 +152,18 @@ def test_every_variable_is_listed_with_what_it_says_now(
     found = {one["name"]: one for one in json.loads(capsys.readouterr().out)}
     assert found.keys() == {variable.name for variable in VARIABLES}
     assert (found["FLASHQUANT_NATIVE"]["now"], found["FLASHQUANT_NATIVE"]["unset"]) == ("off", "1")
+
+
+def test_on_a_narrow_terminal_every_word_of_the_list_is_whole(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("flashquant.cli.output.console", lambda: Console(width=80))
+
+    assert main(["config", "--env"]) == 0
+
+    said = capsys.readouterr().out
+    assert "\N{HORIZONTAL ELLIPSIS}" not in said
+    assert all(variable.name in said for variable in VARIABLES)
 
 
 def test_a_variable_that_says_nothing_possible_fails_the_list(

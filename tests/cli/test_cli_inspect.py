@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from flashquant.cli.main import main
 from flashquant.patches import diagnostics
@@ -153,3 +154,15 @@ def test_what_is_no_checkpoint_is_one_line(
     assert capsys.readouterr().err == (
         f"error: {tmp_path} is no folder of a checkpoint: it has no config.json\n"
     )
+
+
+def test_on_a_narrow_terminal_names_stay_whole(
+    inspection: Inspection, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("flashquant.cli.output.console", lambda: Console(width=80))
+
+    assert main(["inspect", "--model", "/models/tiny"]) == 0
+
+    said = capsys.readouterr().out
+    assert "model.layers.{0-1}.k.weight bfloat16 4 x 8, 2 times\n" in said
+    assert "  -> model.layers.{0-1}.qkv_proj.weight[4:8, :]" in said
