@@ -70,6 +70,11 @@ class Variable(Generic[T]):
         return f"{self.default:g}" if isinstance(self.default, float) else str(self.default)
 
 
+def means_no(said: str) -> bool:
+    """Whether someone wants something to be off, who writes this where a name belongs."""
+    return said.strip().lower() in _NO | {"none"}
+
+
 def _yes_or_no(said: str) -> bool:
     word = said.strip().lower()
     if word not in _YES | _NO:

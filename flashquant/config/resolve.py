@@ -14,7 +14,7 @@ from typing import Any, Final
 from flashquant.config.locate import Located, locate, locate_in_model, split_revision
 from flashquant.config.schema import RolloutConfig
 from flashquant.config.schemes import SCHEMES
-from flashquant.errors import ConfigError
+from flashquant.errors import ConfigError, LocateError
 
 # In a model that an entry names: the name that `profile make` gives, and FlashRL's.
 _OWN_PROFILES: Final = ("profile.safetensors", "profile.pt")
@@ -95,11 +95,26 @@ def profile_of(config: RolloutConfig) -> Located | None:
     if not SCHEMES[config.scheme].takes_profile:
         return None
     if config.profile is not None:
-        return locate(config.profile)
+        return _named_profile(config.profile)
     if config.model is None:
         return None
     found = (locate_in_model(config.model, name) for name in _OWN_PROFILES)
     return next((profile for profile in found if profile is not None), None)
+
+
+def _named_profile(reference: str) -> Located:
+    try:
+        return locate(reference)
+    except LocateError as error:
+        beside = (
+            ""
+            if os.path.isabs(reference)
+            else (
+                " A relative path is looked for beside the file that names it, then where the "
+                "process was started."
+            )
+        )
+        raise LocateError(f"profile: {error}{beside}") from error.__cause__
 
 
 def check_profile_is_for(scheme: str, config: RolloutConfig, profile: Located) -> None:

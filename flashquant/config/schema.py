@@ -256,8 +256,8 @@ def load_config(reference: str) -> FlashConfig:
         return FlashConfig(configs=(RolloutConfig(fn=wanted),), source=wanted)
     if not _is_path(wanted):
         raise ConfigError(
-            f"{wanted!r} is neither a configuration nor the path of a YAML file; "
-            f"{nearest(wanted, NAMES)}"
+            f"{wanted!r} is neither the name of a scheme nor the path of a YAML file; "
+            + (_OFF if env.means_no(wanted) else nearest(wanted, NAMES))
         )
     path, source = locate(wanted)
     try:
@@ -317,6 +317,7 @@ def _parse(text: bytes) -> _ConfigFile:
     return _ConfigFile.model_validate(data)
 
 
+_OFF: Final = f"to switch flashquant off, unset {env.CONFIG.name}"
 _HOLDERS: Final = (
     ("the file", _ConfigFile),
     ("an entry", RolloutConfig),

@@ -43,7 +43,9 @@ def sentences(error: ValidationError, source: str, holders: Holders) -> list[str
 def _sentence(problem: ErrorDetails, source: str, holders: Holders) -> str:
     """`file, where: what is, what should be`."""
     loc, kind, value = problem["loc"], problem["type"], problem["input"]
-    found = f"is {reprlib.repr(value)[:_SHOWN]} ({type(value).__name__})"
+    found = "is empty"
+    if value is not None:
+        found = f"is {reprlib.repr(value)[:_SHOWN]} ({type(value).__name__})"
     if kind == "value_error":
         return f"{place(source, loc)}: {problem['ctx']['error']}"
     if kind == "literal_error":
@@ -54,9 +56,12 @@ def _sentence(problem: ErrorDetails, source: str, holders: Holders) -> str:
     if kind == "extra_forbidden":
         *parents, key = loc
         holder, model = holders[sum(isinstance(part, str) for part in parents)]
+        entry, entries = holders[1]
+        one_too_high = not parents and key in entries.model_fields
+        hint = f"it is one of {entry}, of which `configs` is a list"
         return (
             f"{place(source, parents)}: {key!r} is not a key of {holder}; "
-            f"{nearest(str(key), model.model_fields)}"
+            f"{hint if one_too_high else nearest(str(key), model.model_fields)}"
         )
     return f"{place(source, loc)}: {found}, but {_SHOULD_BE.get(kind, problem['msg'])}"
 

@@ -14,6 +14,7 @@ from flashquant.plan.loader import Loader
 from flashquant.plan.planner import Planner
 from flashquant.plan.trace import replay, storage_of, tensors_in, written_by
 from flashquant.plan.weights import (
+    CARRIED,
     NamedTensors,
     Offered,
     Weights,
@@ -27,6 +28,7 @@ from flashquant.plan.wrappers import Names, unwrapped
 from flashquant.plan.writes import Fill, Replay, Step, TensorPlan, View, Write, WritePlan
 
 __all__ = [
+    "CARRIED",
     "Fill",
     "Loader",
     "NamedTensors",

@@ -19,6 +19,7 @@ from torch import Tensor
 from flashquant.errors import ReloadError
 
 NamedTensors = Iterable[tuple[str, Tensor]]
+CARRIED = "flashquant-carried.safetensors"  # tensors on their way to another process
 _INDEX = ".safetensors.index.json"
 _FEW = 64
 _LARGE = 4 << 20  # bytes; so 256 MiB wait at most
@@ -34,11 +35,17 @@ def named_tensors(weights: Weights) -> Iterator[tuple[str, Tensor]]:
     is, only what the index lists, if there is an index.
 
     Raises:
-        ReloadError: the path holds no safetensors, or not those that its index lists.
+        ReloadError: the path holds no safetensors, or not those that its index lists; or this is
+            none of the three.
 
     """
     if isinstance(weights, str | os.PathLike):
         return Stored(Path(weights))
+    if not isinstance(weights, Iterable):
+        raise ReloadError(
+            f"a {type(weights).__name__} is no weights. Pass a dict of name to tensor (of a "
+            "module, its `state_dict()`), pairs of them, or the path of safetensors."
+        )
     return iter(weights.items() if isinstance(weights, Mapping) else weights)
 
 
@@ -100,8 +107,13 @@ class Stored(Iterator[tuple[str, Tensor]]):
 
 
 def naming_the_file(failure: ReloadError, weights: object) -> ReloadError:
-    """The same failure with the file in its words, where its tensor came from one."""
-    if not isinstance(weights, Stored) or str(weights.file) in str(failure):
+    """The same failure with the file in its words, where its tensor came from one of the caller's.
+
+    Not where it was `CARRIED`: that file is gone with the call.
+    """
+    if not isinstance(weights, Stored) or weights.file.name == CARRIED:
+        return failure
+    if str(weights.file) in str(failure):
         return failure
     return type(failure)(f"{failure} (The last tensor was read from {weights.file}.)")
 

@@ -129,7 +129,7 @@ def _list(number: int, record: Mapping[str, Any], name: str) -> Tensor:
         found = torch.as_tensor(values, dtype=torch.float64)
     except (TypeError, ValueError, RuntimeError) as error:
         raise CorrectionError(
-            f"record {number}: {name} is {type(values).__name__}, but is a list of numbers"
+            f"record {number}: {name} is {type(values).__name__}, but must be a list of numbers"
         ) from error
     if found.dim() != 1:
         raise CorrectionError(f"record {number}: {name} is no list of numbers, one a token")

@@ -142,6 +142,18 @@ def test_a_checkpoint_of_other_codes_is_refused_as_an_engine_refuses_it(
     assert "is quantized already" in said
 
 
+def test_a_profile_that_is_not_there_is_named_as_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "runs.yaml").write_text("configs: [{fn: int8, profile: gone.safetensors}]")
+
+    assert main(["config", str(tmp_path / "runs.yaml")]) == 1
+
+    said = capsys.readouterr().err
+    assert said.startswith("error: profile: there is no file")
+    assert "beside the file that names it" in said
+
+
 def test_every_variable_is_listed_with_what_it_says_now(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -169,7 +169,9 @@ def test_a_misspelt_configs_gives_one_line(write):
     ("text", "remedy"),
     [
         ("", "must be a mapping; write it as lines of `key: value`"),
+        ("", "is empty, but must be a mapping"),
         ("- fn: int8", "must be a mapping"),
+        ("fn: int8", "'fn' is not a key of the file; it is one of an entry, of which `configs` is"),
         ("{}", "has no key 'configs'; put the entries in a list under it"),
         ("configs: []", "at least one entry, such as `- fn: fp8`"),
         ("configs: {fn: int8}", "must be a list"),
@@ -290,6 +292,12 @@ def test_a_reference_that_leads_nowhere_is_told_where_to_go(reference, remedy):
 @pytest.mark.parametrize("environ", [{}, {"FLASHRL_CONFIG": ""}])
 def test_without_the_variable_there_is_no_config(environ):
     assert config_from_env(environ) is None
+
+
+@pytest.mark.parametrize("said", ["off", "0", "none", "False"])
+def test_who_writes_off_is_told_how_to_switch_it_off(said):
+    with pytest.raises(ConfigError, match="to switch flashquant off, unset FLASHRL_CONFIG"):
+        config_from_env({"FLASHRL_CONFIG": said})
 
 
 def test_the_variable_is_read():

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from flashquant.errors import ReloadError, UnknownWeight
-from flashquant.plan import few_at_a_time, named_forms, named_tensors, naming_the_file
+from flashquant.plan import CARRIED, few_at_a_time, named_forms, named_tensors, naming_the_file
 
 WEIGHTS = {"a.weight": torch.arange(6.0).view(2, 3), "b.bias": torch.ones(2).bfloat16()}
 
@@ -147,6 +147,20 @@ def test_a_refusal_names_the_file_that_its_tensor_came_from(checkpoint):
     assert str(checkpoint / "model-00001.safetensors") in str(told)
     same = UnknownWeight("no such weight.")
     assert naming_the_file(same, WEIGHTS) is same
+
+
+def test_what_was_carried_to_another_process_is_no_file_of_the_caller(tmp_path):
+    save_file(WEIGHTS, tmp_path / CARRIED)
+    tensors, same = named_tensors(tmp_path / CARRIED), UnknownWeight("no such weight.")
+    next(tensors)
+
+    assert naming_the_file(same, tensors) is same
+
+
+@pytest.mark.parametrize("wrong", [torch.nn.Linear(2, 2), None, 3])
+def test_what_is_no_weights_is_told_what_is(wrong):
+    with pytest.raises(ReloadError, match=r"is no weights\. Pass a dict .* `state_dict\(\)`"):
+        named_tensors(wrong)
 
 
 def test_a_file_that_ends_too_early_is_named(checkpoint):

@@ -21,7 +21,7 @@ from flashquant.patches.engine import sharing_replicas
 from flashquant.patches.remote import conversation as remote
 from flashquant.patches.seams import worker
 from flashquant.patches.seams.loading import deltas_of, session_of
-from flashquant.plan import NamedTensors, Weights, named_tensors
+from flashquant.plan import CARRIED, NamedTensors, Weights, named_tensors
 from flashquant.sender import Delta, Manifest, TensorSpec
 from flashquant.update import KVScales, ReloadReport, Status
 
@@ -226,7 +226,7 @@ def _stored(weights: Weights) -> Iterator[str]:
         yield str(Path(weights).resolve())
         return
     with tempfile.TemporaryDirectory(prefix="flashquant-", dir=_shared_memory()) as folder:
-        file = Path(folder) / "weights.safetensors"
+        file = Path(folder) / CARRIED
         save_file(_each_its_own(named_tensors(weights)), file)
         yield str(file)
 
