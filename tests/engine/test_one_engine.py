@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -71,6 +72,25 @@ def test_twenty_reloads_move_nothing_and_grow_nothing(live: Serving, policies: P
 
     assert footprints(live.tensors().items()) == before
     assert psutil.Process().memory_info().rss - resident < 3e6  # one of its layers a reload
+
+
+def test_the_first_step_after_a_sync_is_said_once(
+    int8: Serving, policies: Policies, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A tensor a call, as stacks push: the log shows that it arrived, and not once a tensor."""
+    int8.snapshot()
+    before = int8.session.version
+    caplog.clear()
+    with caplog.at_level(logging.INFO, "flashquant"):
+        for name, tensor in policies.tensors("b").items():
+            int8.model.load_weights([(name, tensor)])
+        int8.snapshot()
+        int8.snapshot()
+
+    said = [message for message in caplog.messages if "new weights are served" in message]
+    after = int8.session.version
+    assert said == [f"new weights are served: version {after} (at the last step: {before})"]
+    assert after > before
 
 
 def test_no_float_is_ever_copied_into_a_code(live: Serving, policies: Policies) -> None:

@@ -54,7 +54,7 @@ class _Attached:
         self._caches = bool(vllm_config.cache_config.enable_prefix_caching) or bool(
             own.is_multimodal_model
         )
-        self._noted = 0
+        self._noted = self._served = 0
 
     @property
     def kv_scales(self) -> KVScales:
@@ -97,9 +97,19 @@ class _Attached:
         return self._noted
 
     def check_servable(self) -> None:
-        """Refuse to generate from a mixture; say once where old keys and values may be used."""
+        """Refuse to generate from a mixture; say once where old keys and values may be used.
+
+        The first step after a sync is said in the log: many stacks show nothing else of one.
+        """
         self.session.transactions.take_back_what_was_left()
         self.session.check_servable()
+        if self.session.version != self._served:
+            logger.info(
+                "new weights are served: version %d (at the last step: %d)",
+                self.session.version,
+                self._served,
+            )
+            self._served = self.session.version
         if self._caches and self.session.version != self._noted:
             self._caches = False
             logger.warning(
