@@ -48,6 +48,7 @@ class Server:
         digest: of the policy that it serves, as far as is known.
         version: how many updates it had committed when that was known.
         trouble: what was said last of what is wrong with it; nothing, if it is well.
+        told: whether it has been said that there is nothing to bring.
 
     """
 
@@ -55,6 +56,7 @@ class Server:
     digest: str | None = None
     version: int = -1
     trouble: str = ""
+    told: bool = False
 
     def look(self) -> None:
         """Ask which policy it serves, if that may be another than is known.
@@ -214,6 +216,10 @@ def _bring(server: Server, folder: Path, seen_as: Path, console: Console) -> boo
                 f"{server.url}: {name} in {report['seconds']:.2f} s, version {report['version']}",
                 highlight=False,
             )
+            server.told = True
+        if not server.told:
+            console.print(f"{server.url}: serves the newest policy already", highlight=False)
+            server.told = True
     except ReloadError as failure:
         server.version = -1  # it may have been started anew, or be where nobody expects it
         if (trouble := str(failure)) != server.trouble:

@@ -124,6 +124,17 @@ def test_one_that_is_there_already_is_left_alone(
     assert rollouts.asked == [sync.STANDING]  # no pass over its weights
 
 
+def test_where_there_is_nothing_to_bring_it_says_so(
+    store: BundleStore, url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    steps(Sender(manifest(), delta=True), store, policy(), range(2))
+    once(store, url)
+    capsys.readouterr()
+
+    assert once(store, url) == 0
+    assert capsys.readouterr().out == f"{url}: serves the newest policy already\n"
+
+
 def test_a_server_that_was_started_anew_begins_with_a_whole_bundle(
     store: BundleStore, rollouts: Rollouts, url: str
 ) -> None:
