@@ -110,8 +110,9 @@ class Completeness:
                 if keeps
                 else ""
             )
+            count = "1 layer" if len(waiting) == 1 else f"{len(waiting)} layers"
             raise IncompleteUpdate(
-                f"the update ended with {len(waiting)} layers half arrived, first "
+                f"the update ended with {count} half arrived, first "
                 f"{self._lacking(waiting)}. {remedy}Send every shard of a fused layer; the old "
                 "weights are still served."
             )

@@ -44,7 +44,7 @@ class Refusal:
     def __str__(self) -> str:
         """A part of one line for a log."""
         when = time.strftime("%m-%d %H:%M:%S", time.localtime(self.when))
-        return f"last refusal {when}: {self.what}"
+        return f"last refusal {when}: {self.what.removesuffix('.')}"
 
 
 @dataclass(frozen=True)

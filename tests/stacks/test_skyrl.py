@@ -26,7 +26,7 @@ def test_what_its_worker_wrapper_loads_equals_a_fresh_start(
     a, b = fresh("skyrl", policies, scheme=scheme, vllm=vllm)
     assert answer["started"] == a
     assert answer["pushed b"] == b
-    assert "the update ended with 1 layers half arrived" in answer["a chunk missing"][1]
+    assert "the update ended with 1 layer half arrived" in answer["a chunk missing"][1]
     assert answer["after the missing chunk"] == b
     # SkyRL's own flag: its wrapper takes the refused update for one that still goes on.
     assert "already active" in answer["next start"][1]
