@@ -49,7 +49,7 @@ def naming_the_layer(
             ) from failure
         raise UnsupportedEngine(
             f"{name or 'a layer'} ({type(layer).__name__}) cannot be served in {scheme} on this "
-            f"machine: {type(failure).__name__}: {failure}. Leave it in bf16 by "
+            f"machine: {type(failure).__name__}: {str(failure).strip(' .')}. Leave it in bf16 by "
             f"quantization_config={{'ignore': ['{_pattern(name, model)}']}}, an argument of the "
             "engine, or by `keep` in a file of FLASHRL_CONFIG; or serve the model in another "
             "scheme: docs/compatibility.md says which run where."

@@ -136,8 +136,9 @@ def _check_kernel(method: Any, prefix: str, layer: nn.Module, scheme: str) -> No
 def _no_kernel(prefix: str, layer: nn.Module, scheme: str, said: str) -> str:
     return (
         f"{prefix} ({type(layer).__name__}): vLLM has no kernel on this machine for experts in "
-        f"{scheme} ({said}). Serve this model in bf16, or in another scheme: "
-        "docs/compatibility.md says which run where."
+        f'{scheme} ({said.rstrip(". ")}). Leave the experts in bf16 by `keep: ["*.experts"]` in a '
+        "file of FLASHRL_CONFIG, or serve the model in another scheme: docs/compatibility.md says "
+        "which run where."
     )
 
 
