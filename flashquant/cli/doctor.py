@@ -140,11 +140,11 @@ def _show(findings: Sequence[Finding], failed: Sequence[Finding]) -> None:
         console.print(f"[bold red]{len(failed)} of {len(findings)} fail[/]: see above what to do")
     else:
         console.print(f"[green]all is well[/] ({len(findings)} looked at)")
-    said = env.CONFIG.read(os.environ)
+    name, said = env.CONFIG.name, env.CONFIG.read(os.environ)
     console.print(
-        f"{env.CONFIG.name} is {escape(said)}: engines that start here are patched"
+        f"{name} is {escape(said)}: flashquant config says what engines here make of it"
         if said
-        else f"{env.CONFIG.name} is not set: engines that start here are vLLM's own"
+        else f"{name} is not set: engines that start here are vLLM's own"
     )
 
 
