@@ -348,6 +348,21 @@ def test_layers_of_another_pipeline_stage_are_left_to_it(policies: Policies) -> 
     live.snapshot().assert_same(live.start)
 
 
+def test_what_an_attention_has_made_of_old_scales_is_made_anew(policies: Policies) -> None:
+    """FlashInfer's keep `bmm1_scale`, a product of the scales that their first pass has met."""
+    live = serve(policies.bf16("a"), written(policies, "int8"))
+    attention = live.model.get_submodule(f"{HERE.format(0)}.attn")
+    attention.impl.bmm1_scale = None
+    scales = CacheScales(live.model, captured=False)
+    scales.open({})
+    attention.impl.bmm1_scale = attention._k_scale_float * attention.impl.scale
+
+    scales.set(SCALES, undo := UndoLog())
+    assert attention.impl.bmm1_scale is None
+    undo.restore()
+    live.snapshot().assert_same(live.start)
+
+
 def test_a_cache_that_is_not_in_fp8_takes_no_scales(policies: Policies) -> None:
     live = serve(policies.bf16("a"), "int8")
 
