@@ -42,10 +42,12 @@ class StandInStreams:
 
     def __init__(self) -> None:
         self.host = Clock()
+        self.named: list[StandInStream] = []
         self.default = self.current = StandInStream("default", self)
 
     def new(self, name: str) -> StandInStream:
-        return StandInStream(name, self)
+        self.named.append(stream := StandInStream(name, self))
+        return stream
 
     @contextmanager
     def on(self, stream: StandInStream) -> Iterator[None]:

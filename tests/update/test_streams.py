@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
+import itertools
 from collections.abc import Sequence
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
+from vllm.distributed.weight_transfer import packed_tensor
 
 from flashquant.errors import ReloadError
 from flashquant.update import Session
@@ -64,6 +68,37 @@ def test_layers_that_chunks_have_in_common_are_in_order(
         received(session, streams, CHUNKS)
         if bracket:
             session.finish()
+    assert races.found == []
+    assert serves(engine, fresh(NEW))
+
+
+@pytest.mark.skipif(
+    "device" not in inspect.signature(packed_tensor.packed_nccl_broadcast_consumer).parameters,
+    reason="this vLLM receives on a GPU only",
+)
+def test_vllms_packed_transfer_is_such_a_caller(
+    engine: FakeEngine, streams: StandInStreams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own code, of which only the broadcast is left out."""
+    monkeypatch.setattr("torch.cuda.Stream", lambda *_, **__: streams.new(f"{next(count)}"))
+    monkeypatch.setattr("torch.accelerator.current_device_index", lambda: None)
+    count, session, trainer = itertools.count(), serving(engine), iter(NEW.values())
+
+    def broadcast(into: Tensor, src: int) -> None:
+        into.copy_(next(trainer).flatten().view(torch.uint8))
+
+    with Races(streams) as races:
+        session.begin()
+        packed_tensor.packed_nccl_broadcast_consumer(
+            iter((name, (list(v.shape), v.dtype)) for name, v in NEW.items()),
+            SimpleNamespace(broadcast=broadcast),
+            src=0,
+            post_unpack_func=session.push,
+            buffer_size_bytes=1,  # a chunk a tensor
+            device="cpu",
+        )
+        session.finish()
+    assert len(streams.named) > 1
     assert races.found == []
     assert serves(engine, fresh(NEW))
 
