@@ -32,6 +32,7 @@ from flashquant.update import UndoLog
 from tests.engine.processes import CORES, run
 from tests.engine.serving import Serving, serve
 from tests.engine.test_reload_equals_restart import WAYS, Push
+from tests.support.gpu import HAS_GPU
 from tools.models import tiny_models
 from tools.models.policies import Policies
 
@@ -62,6 +63,7 @@ def live(request: pytest.FixtureRequest, policies: Policies) -> Serving:
     return serve(policies.bf16("a"), written(policies, request.param))
 
 
+@pytest.mark.skipif(HAS_GPU, reason="of vLLM's kernel for CPUs, which is not in a build for GPUs")
 @pytest.mark.parametrize(
     ("dtype", "form"), [("fp8", torch.float8_e4m3fn), ("fp8_e5m2", torch.float8_e5m2)], ids=str
 )

@@ -9,6 +9,7 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +45,15 @@ def on_gpu(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.cuda() for name, tensor in weights.items()}
 
 
-@pytest.mark.parametrize("place", ["host", "cache"])
-@pytest.mark.parametrize("scheme", ["bf16", "int8", "fp8_channel", "fp8_vllm"])
+IN_PLACE = ("bf16", "int8", "fp8_channel", "fp8_vllm")
+# What vLLM repacks for Machete or Marlin, on a twin, biases among it; and blocks.
+STAGED = ("int4", "nvfp4", "mxfp8", "int4_g32", "fp8_block")
+
+
+@pytest.mark.parametrize(
+    ("scheme", "place"),
+    [*product(STAGED, ["cache"]), *product(IN_PLACE, ["cache", "host"])],
+)
 def test_captured_graphs_read_what_was_pushed_and_what_was_taken_back(
     policies: Policies, scheme: str, place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -285,7 +285,7 @@ def gptq_marlin_repack(
     return packed
 
 
-def machete_prepack_B(  # noqa: N802  # as vLLM calls it
+def machete_prepack_B(  # as vLLM calls it
     b_q_weight: Tensor, a_type: torch.dtype, b_type: Any, group_scales_type: torch.dtype | None
 ) -> Tensor:
     """Opaque: other bytes, in memory of its own that is contiguous, as the operation's are."""
