@@ -16,6 +16,7 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
 )
 from vllm.model_executor.layers.quantization.online import fp8 as online
 from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM, Qwen2MLP
+from vllm.model_executor.offloader import PrefetchOffloader
 
 from flashquant.errors import ConfigError, UnsupportedEngine
 from flashquant.patches import engine
@@ -35,6 +36,25 @@ METHODS = {
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("policies")
+
+
+def test_weights_that_vllm_copies_from_the_host_for_each_step_are_refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is live of them is a buffer that layers share, overwritten by the next step."""
+
+    class Offloader(PrefetchOffloader):
+        def __init__(self) -> None:
+            """Without a GPU's streams."""
+
+        def wrap_modules(self, modules_generator: Any, prefix: str = "") -> list[nn.Module]:
+            return list(modules_generator)
+
+    case = Case(HOPPER, "int8", "", "")
+    monkeypatch.setattr("vllm.model_executor.offloader.base._instance", Offloader())
+
+    with pytest.raises(UnsupportedEngine, match=r"on the host.*offload_group_size"):
+        load(case, folder, "a", "int8")
 
 
 @pytest.mark.parametrize("scheme", METHODS)
