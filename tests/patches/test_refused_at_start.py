@@ -38,6 +38,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("policies")
 
 
+@pytest.mark.parametrize("loader", ["tensorizer_loader", "weight_cache.ipc_loader"])
+def test_a_loader_that_brings_processed_weights_is_refused(loader: str, folder: Path) -> None:
+    """It creates the model itself: pushes would go past flashquant, and be cast to int8."""
+    module = pytest.importorskip(f"vllm.model_executor.model_loader.{loader}")
+    config = models.configured(Policies(folder, "qwen2").bf16("a"), "int8")
+
+    with pytest.raises(UnsupportedEngine, match=r"load_format=.*would not be quantized"):
+        module.initialize_model(vllm_config=config)
+
+
 def test_weights_that_vllm_copies_from_the_host_for_each_step_are_refused(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
