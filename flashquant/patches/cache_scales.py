@@ -2,7 +2,8 @@
 
 A key is cached as e4m3(key / k_scale), and read as what is cached times k_scale. vLLM takes scales
 from the checkpoint, or 1.0, and keeps each three times: in a tensor on the device, in one on the
-host, and as a number that kernels are called with.
+host, and as a number that kernels are called with. Attentions of FlashInfer and Tokenspeed keep a
+product of such numbers, too, from their first forward pass on.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ class CacheScales:
     def __init__(self, model: nn.Module, *, captured: bool) -> None:
         self._captured, self._model = captured, model
         self._held: dict[str, tuple[Tensor, Tensor]] = {}  # on the host, of every layer
+        self._unmade: dict[str, list[tuple[object, str]]] = {}  # what the first pass may make
         self._layers: dict[str, Any] = {
             name.removesuffix(_SUFFIX): module
             for name, module in model.named_modules()
@@ -55,6 +57,7 @@ class CacheScales:
         for name, layer in self._layers.items():
             keys, values = (getattr(layer, side).detach().cpu().clone() for side in _SIDES)
             self._held[name] = keys, values
+            self._unmade[name] = list(_not_made_yet(layer))
         if scales:
             try:
                 self._check_names(scales)
@@ -121,12 +124,24 @@ class CacheScales:
                     undo.remember(tensor)
                 number = f"{side}_float"
                 undo.remember_how(functools.partial(setattr, layer, number, getattr(layer, number)))
-            _write(layer, self._held[name])
+            self._write(name)
 
     def restore(self) -> None:
         """Write those that were set last once more, where the engine may have lost them."""
-        for name, pair in self._held.items():
-            _write(self._layers[name], pair)
+        for name in self._held:
+            self._write(name)
+
+    def _write(self, name: str) -> None:
+        layer = self._layers[name]
+        for side, scale in zip(_SIDES, self._held[name], strict=True):
+            for tensor in _tensors(layer, side):
+                if scale.numel() == tensor.numel():  # shapes differ: [] and [1]
+                    tensor.copy_(scale.view_as(tensor))
+            if scale.numel() == 1:
+                setattr(layer, f"{side}_float", scale.item())
+        for holder, attribute in self._unmade[name]:
+            if isinstance(getattr(holder, attribute, None), float):
+                setattr(holder, attribute, None)  # the next pass makes it anew
 
     def _is_of_another_stage(self, name: str) -> bool:
         """Whether a module that has this layer is only served by another pipeline rank."""
@@ -148,13 +163,13 @@ def _tensors(layer: Any, side: str) -> list[Tensor]:
     return [tensor.detach() for tensor in places if isinstance(tensor, Tensor)]
 
 
-def _write(layer: Any, pair: tuple[Tensor, Tensor]) -> None:
-    for side, scale in zip(_SIDES, pair, strict=True):
-        for tensor in _tensors(layer, side):
-            if scale.numel() == tensor.numel():  # shapes differ: [] and [1]
-                tensor.copy_(scale.view_as(tensor))
-        if scale.numel() == 1:
-            setattr(layer, f"{side}_float", scale.item())
+def _not_made_yet(layer: Any) -> Iterator[tuple[object, str]]:
+    """The attributes of an attention and of its implementation that hold nothing, before its first
+    forward pass."""
+    for holder in (layer, getattr(layer, "impl", None)):
+        for attribute, value in getattr(holder, "__dict__", {}).items():
+            if value is None:
+                yield holder, attribute
 
 
 def _caches_in_fp8(layer: Any) -> bool:

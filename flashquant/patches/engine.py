@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.model_executor.offloader import PrefetchOffloader, get_offloader
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from flashquant.config.checks import Checks
@@ -76,6 +77,7 @@ class LiveEngine:
             else None
         )
         _refuse_own_processing(model)
+        _refuse_weights_elsewhere()
         self.layers: tuple[LiveLayer, ...] = ()
         self.stored: dict[str, Tensor] = {}
         self.in_bf16: Mapping[str, WhyInBf16] = {}
@@ -234,6 +236,16 @@ def sharing_replicas(vllm_config: VllmConfig) -> int:
     if not vllm_config.model_config.get_num_experts():
         return 1
     return int(vllm_config.parallel_config.data_parallel_size)
+
+
+def _refuse_weights_elsewhere() -> None:
+    """Buffers that layers share, into which each step copies the weights from the host."""
+    if isinstance(get_offloader(), PrefetchOffloader):
+        raise UnsupportedEngine(
+            "vLLM keeps weights on the host, where a push would not reach them, and copies those "
+            "of each layer into a shared buffer as it is computed (offload_group_size). Serve the "
+            "model without that, or unset FLASHRL_CONFIG to serve it unpatched."
+        )
 
 
 def _refuse_own_processing(model: nn.Module) -> None:

@@ -5,6 +5,7 @@ session             the only room that knows the order
 pipeline            one tensor: admitted, quantized, written, its layer committed
 bindings            what is known of a name before its tensor comes
 transaction, undo   an update is committed, or the old weights are put back
+streams             all of it on one stream of a GPU
 completeness        what has not arrived yet; passes, where one sync ends and the next begins
 agreement           all workers commit, or none does
 integrity           nothing moved

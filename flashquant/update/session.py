@@ -39,7 +39,6 @@ from flashquant.update.pipeline import Pipeline
 from flashquant.update.proofs import Proofs
 from flashquant.update.report import ReloadReport
 from flashquant.update.reporter import Reporter
-from flashquant.update.reserve import Reserve
 from flashquant.update.state import Update
 from flashquant.update.status import Status
 from flashquant.update.ties import Ties
@@ -70,7 +69,7 @@ class Session:
         self._calibration = calibration
         self._engine = engine
         checks = checks or Checks()
-        self.transactions = Transactions(ballot, self._settle, checks.bracket_timeout, Reserve())
+        self.transactions = Transactions(ballot, self._settle, checks, engine.device)
         self.proofs = Proofs(engine, checks, self.transactions)
         self._planner = Planner(engine)
         self._bindings = Bindings(engine, self._planner, calibration)

@@ -12,12 +12,16 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import torch
+
+from flashquant.config.checks import Checks
 from flashquant.errors import MovedTensor, ReloadError, TornWeights
 from flashquant.update.agreement import Ballot
 from flashquant.update.interrupts import uninterrupted
 from flashquant.update.reserve import Reserve
 from flashquant.update.serving_state import ServingState
 from flashquant.update.state import Update
+from flashquant.update.streams import OneStream
 from flashquant.update.undo import UndoLog
 
 logger = logging.getLogger(__name__)
@@ -39,24 +43,25 @@ class Transactions:
         self,
         ballot: Ballot | None,
         settle: Callable[[Update, bool], None],
-        timeout: float,
-        reserve: Reserve,
+        checks: Checks,
+        device: torch.device,
     ) -> None:
         """Args:
         ballot: the voice of this worker among several; None where it is the only one.
         settle: called whenever an update is over, with whether it was committed.
-        timeout: seconds without anything new after which a bracket may be taken back; 0 for never.
-        reserve: memory for the undo logs.
+        checks: they say after how many seconds without anything new a bracket may be taken back.
+        device: of the weights.
 
         """
         self.current: Update | None = None
         self.serving = ServingState()
         self.version = 0
-        self.reserve = reserve
+        self.reserve = Reserve()
         self._ballot = ballot
         self._held: float | None = None  # since when
         self._spent: list[UndoLog] = []
-        self._settle, self._timeout = settle, timeout
+        self._settle, self._timeout = settle, checks.bracket_timeout
+        self._stream = OneStream(device)
 
     @property
     def under_way(self) -> bool:
@@ -101,10 +106,11 @@ class Transactions:
         try:
             if self._ballot is not None:
                 update.round = self._ballot.open()
-            first()
-            self.current = update
-            self.serving.check_writable()
-            yield
+            with self._stream.joined():
+                first()
+                self.current = update
+                self.serving.check_writable()
+                yield
             update.busy = False
         except BaseException as failure:
             self._roll_back(update, failure)
@@ -231,10 +237,11 @@ class Transactions:
         """Leave with everything done, or with everything as it was."""
         update.busy = True
         try:
-            yield
-            if commits:
-                with uninterrupted():
-                    self._stand(update)
+            with self._stream.joined():
+                yield
+                if commits:
+                    with uninterrupted():
+                        self._stand(update)
             update.busy, update.heard = False, time.monotonic()
         except BaseException as failure:
             self._roll_back(update, failure)
@@ -244,7 +251,7 @@ class Transactions:
         """Roll an update back, unless it is committed, or the workers have agreed to commit it."""
         if update.over:
             return
-        with uninterrupted():
+        with uninterrupted(), self._stream.joined():
             if self._all_have_agreed(update, failure):
                 self._stand(update)
                 return

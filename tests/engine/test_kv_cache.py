@@ -32,6 +32,7 @@ from flashquant.update import UndoLog
 from tests.engine.processes import CORES, run
 from tests.engine.serving import Serving, serve
 from tests.engine.test_reload_equals_restart import WAYS, Push
+from tests.support.gpu import HAS_GPU
 from tools.models import tiny_models
 from tools.models.policies import Policies
 
@@ -62,6 +63,7 @@ def live(request: pytest.FixtureRequest, policies: Policies) -> Serving:
     return serve(policies.bf16("a"), written(policies, request.param))
 
 
+@pytest.mark.skipif(HAS_GPU, reason="of vLLM's kernel for CPUs, which is not in a build for GPUs")
 @pytest.mark.parametrize(
     ("dtype", "form"), [("fp8", torch.float8_e4m3fn), ("fp8_e5m2", torch.float8_e5m2)], ids=str
 )
@@ -344,6 +346,21 @@ def test_layers_of_another_pipeline_stage_are_left_to_it(policies: Policies) -> 
     scales.set(SCALES, undo := UndoLog())
 
     assert numbers(live)[0] == (0.5, 0.5, 0.25, 0.25)
+    undo.restore()
+    live.snapshot().assert_same(live.start)
+
+
+def test_what_an_attention_has_made_of_old_scales_is_made_anew(policies: Policies) -> None:
+    """FlashInfer's keep `bmm1_scale`, a product of the scales that their first pass has met."""
+    live = serve(policies.bf16("a"), written(policies, "int8"))
+    attention = live.model.get_submodule(f"{HERE.format(0)}.attn")
+    attention.impl.bmm1_scale = None
+    scales = CacheScales(live.model, captured=False)
+    scales.open({})
+    attention.impl.bmm1_scale = attention._k_scale_float * attention.impl.scale
+
+    scales.set(SCALES, undo := UndoLog())
+    assert attention.impl.bmm1_scale is None
     undo.restore()
     live.snapshot().assert_same(live.start)
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import pickle
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +45,15 @@ def on_gpu(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.cuda() for name, tensor in weights.items()}
 
 
-@pytest.mark.parametrize("place", ["host", "cache"])
-@pytest.mark.parametrize("scheme", ["bf16", "int8", "fp8_channel", "fp8_vllm"])
+IN_PLACE = ("bf16", "int8", "fp8_channel", "fp8_vllm")
+# What vLLM repacks for Machete or Marlin, on a twin, biases among it; and blocks.
+STAGED = ("int4", "nvfp4", "mxfp8", "int4_g32", "fp8_block")
+
+
+@pytest.mark.parametrize(
+    ("scheme", "place"),
+    [*product(STAGED, ["cache"]), *product(IN_PLACE, ["cache", "host"])],
+)
 def test_captured_graphs_read_what_was_pushed_and_what_was_taken_back(
     policies: Policies, scheme: str, place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -127,6 +135,51 @@ def test_what_slept_comes_back_and_what_is_pushed_after_it_is_exact(policies: Po
     flashquant.reload_weights(live.llm, on_gpu(policies.tensors("b")))
     live.llm.wake_up(tags=["kv_cache"])
     live.snapshot().assert_same(fresh.start)
+
+
+@pytest.mark.parametrize("scheme", ["bf16", "int8", "fp8_vllm"])
+def test_chunks_of_vllms_packed_transfer_come_on_streams_by_turns(
+    policies: Policies, scheme: str
+) -> None:
+    """Layers lie across chunks, and what one brings may be written after the next has begun."""
+    from vllm.distributed.weight_transfer.packed_tensor import packed_nccl_broadcast_consumer
+
+    live, fresh = (serve(policies.bf16(policy), scheme) for policy in "ab")
+    sent = on_gpu(policies.tensors("b"))
+    chunks = 0
+
+    def load(weights: list[tuple[str, Tensor]]) -> None:
+        nonlocal chunks
+        if chunks % 2 == 0:
+            torch.cuda._sleep(20_000_000)  # cycles: a hundredth of a second, on this stream only
+        chunks += 1
+        live.session.push(weights)
+
+    live.session.begin()
+    packed_nccl_broadcast_consumer(
+        iter((name, (list(tensor.shape), tensor.dtype)) for name, tensor in sent.items()),
+        Broadcast(sent.values()),
+        src=0,
+        post_unpack_func=load,
+        buffer_size_bytes=20_000,
+        num_buffers=2,
+    )
+    live.session.finish(strict=True)
+
+    assert chunks > 4
+    live.snapshot().assert_same(fresh.start)
+
+
+class Broadcast:
+    """The trainer's end: the bytes of its tensors, one after another."""
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        self._rest = torch.cat([tensor.flatten().view(torch.uint8) for tensor in tensors])
+        torch.cuda.synchronize()
+
+    def broadcast(self, into: Tensor, src: int, stream: object = None) -> None:
+        into.copy_(self._rest[: into.numel()])
+        self._rest = self._rest[into.numel() :]
 
 
 def test_tensors_of_a_stream_that_is_still_busy_are_waited_for(policies: Policies) -> None:

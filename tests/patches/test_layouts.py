@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from flashquant.errors import ConfigError, UnsupportedEngine
 from flashquant.schemes import fp8_tensor
 from tools.layouts import models
-from tools.layouts.cases import CORNERS, EXPERTS, HOPPER, LINEAR, MI350, REFUSED, Case
+from tools.layouts.cases import AMPERE, CORNERS, EXPERTS, HOPPER, LINEAR, MI350, REFUSED, Case
 from tools.layouts.layout import load, look
 from tools.layouts.machine import pretending
 from tools.models import tiny_models
@@ -86,6 +87,25 @@ def test_a_checkpoint_with_a_scale_a_shard_is_refused_by_name(folder: Path) -> N
 
     with pytest.raises(ConfigError, match=r"quantized already .* Serve the bf16 checkpoint"):
         models.configured(path, "fp8_vllm")
+
+
+def test_zeros_that_a_kernel_moves_about_are_not_taken_for_what_was_loaded(tmp_path: Path) -> None:
+    """Marlin permutes a bias: of one that is zero at the start, the live bytes do not tell."""
+    policies = Policies(tmp_path, "qwen2")
+    started = policies.tensors("a")
+    started |= {n: torch.zeros_like(t) for n, t in started.items() if n.endswith("bias")}
+    save_file(started, policies.bf16("a") / "model.safetensors", metadata={"format": "pt"})
+    case = Case(AMPERE, "int4", "MarlinLinearKernel", "packed")
+    live, sent = load(case, tmp_path, "a", "int4"), policies.tensors("b")
+    with pretending(AMPERE):
+        live.load_weights(sent.items())
+    before = {name: tensor.clone() for name, tensor in models.tensors(live).items()}
+
+    with pretending(AMPERE):
+        live.load_weights((n, t) for n, t in sent.items() if not n.endswith("bias"))
+
+    after = models.tensors(live)
+    assert [n for n in after if not torch.equal(after[n], before[n])] == []
 
 
 def test_twins_are_processed_without_a_default_device_as_vllm_processes_layers(

@@ -41,6 +41,16 @@ def test_other_values_in_the_same_layout_are_not_the_parameter() -> None:
     assert torch.equal(parameters.value("layer.weight"), WEIGHT * 2)
 
 
+def test_what_processing_makes_something_of_is_not_the_parameter_whatever_it_shows() -> None:
+    blueprint = created(pack, weight=WEIGHT.clone(), bias=torch.zeros(4))
+    loaded = digests(blueprint.loaded())
+    metas = blueprint.forms
+
+    parameters = LiveParameters([process(blueprint)], metas, loaded, {"layer.bias"})
+
+    assert parameters.kept == set()
+
+
 def test_a_bias_that_was_widened_is_narrowed_to_be_read_back() -> None:
     def widen(layer: Any) -> None:
         layer.bias = parameter(layer.bias.float())

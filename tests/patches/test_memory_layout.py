@@ -49,8 +49,19 @@ def transpose(layer: Any) -> None:
 def test_a_view_of_the_very_memory_takes_rows() -> None:
     assert after(transpose) == {
         "weight": MemoryLayout("rows", ("weight",)),
-        "scale": MemoryLayout("rows", ("scale",), copies=("scale",)),
+        "scale": MemoryLayout("rows", ("scale",), copies=("scale",), stays=True),
     }
+
+
+def test_what_is_moved_about_in_place_does_not_stay() -> None:
+    """As Marlin permutes a bias."""
+
+    def process(layer: Any) -> None:
+        layer.scale.data = layer.scale.data.flip(0)
+
+    stays = {name: layout.stays for name, layout in after(process).items()}
+
+    assert stays == {"weight": True, "scale": False}
 
 
 def test_another_view_kept_beside_it_takes_rows_too() -> None:
@@ -201,7 +212,7 @@ def test_what_shares_memory_with_a_leaf_is_not_hidden() -> None:
     def process(layer: Any) -> None:
         vars(layer)["config"] = Holder(layer.scale.view(-1))
 
-    assert after(process)["scale"] == MemoryLayout("rows", ("scale",))
+    assert after(process)["scale"] == MemoryLayout("rows", ("scale",), stays=True)
 
 
 def test_what_is_only_computed_on_the_way_counts_for_nothing() -> None:

@@ -16,6 +16,7 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
 )
 from vllm.model_executor.layers.quantization.online import fp8 as online
 from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM, Qwen2MLP
+from vllm.model_executor.offloader import PrefetchOffloader
 
 from flashquant.errors import ConfigError, UnsupportedEngine
 from flashquant.patches import engine
@@ -35,6 +36,35 @@ METHODS = {
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("policies")
+
+
+@pytest.mark.parametrize("loader", ["tensorizer_loader", "weight_cache.ipc_loader"])
+def test_a_loader_that_brings_processed_weights_is_refused(loader: str, folder: Path) -> None:
+    """It creates the model itself: pushes would go past flashquant, and be cast to int8."""
+    module = pytest.importorskip(f"vllm.model_executor.model_loader.{loader}")
+    config = models.configured(Policies(folder, "qwen2").bf16("a"), "int8")
+
+    with pytest.raises(UnsupportedEngine, match=r"load_format=.*would not be quantized"):
+        module.initialize_model(vllm_config=config)
+
+
+def test_weights_that_vllm_copies_from_the_host_for_each_step_are_refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is live of them is a buffer that layers share, overwritten by the next step."""
+
+    class Offloader(PrefetchOffloader):
+        def __init__(self) -> None:
+            """Without a GPU's streams."""
+
+        def wrap_modules(self, modules_generator: Any, prefix: str = "") -> list[nn.Module]:
+            return list(modules_generator)
+
+    case = Case(HOPPER, "int8", "", "")
+    monkeypatch.setattr("vllm.model_executor.offloader.base._instance", Offloader())
+
+    with pytest.raises(UnsupportedEngine, match=r"on the host.*offload_group_size"):
+        load(case, folder, "a", "int8")
 
 
 @pytest.mark.parametrize("scheme", METHODS)

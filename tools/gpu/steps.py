@@ -7,23 +7,26 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-_DENSE = ("fp8_channel", "int8", "fp8_vllm", "fp8_tensor", "fp8_block", "int4", "bf16")
-# Files of tests/engine whose engines run in one process, eagerly; each a step.
+_DENSE = ("fp8_channel", "int8", "fp8_vllm", "fp8_tensor", "fp8_block", "bf16")
+# Schemes that no GPU has served yet; Machete packs int4, Marlin the others.
+_NEW = ("int4", "nvfp4", "mxfp8", "int4_g32", "int4_channel")
+# Files of tests/engine whose engines run in one process, eagerly, what is likeliest to fail first;
+# each a step.
 _TESTS = (
     "on_gpu",
-    "reload_equals_restart",
-    "doors",
+    "kv_cache",
+    "delta",
     "undo_in_cache",
+    "moe",
+    "tied",
+    "kept_layers",
     "faults",
+    "doors",
+    "reload_equals_restart",
     "prepare",
     "engine_state",
-    "moe",
     "transfer",
-    "delta",
-    "kv_cache",
     "profiles",
-    "kept_layers",
-    "tied",
 )
 _V1 = {"VLLM_USE_V2_MODEL_RUNNER": "0"}
 _TRITON = ("--attention", "TRITON_ATTN")
@@ -110,7 +113,11 @@ def steps(device: str, work: Path, scratch: Path) -> list[Step]:
 
 
 # All doctors together, for their time is spent on starting; then speed.
-_RANK = {"eager": 1, "graphs": 1, "experts": 1, "more": 1, "tests": 1, "bench": 2, "speed": 3}
+_RANK = {
+    **dict.fromkeys(("new", "eager", "graphs", "experts", "more", "tests"), 1),
+    "bench": 2,
+    "speed": 3,
+}
 
 
 def doctor(
@@ -133,6 +140,11 @@ def doctor(
 
 def _doctors(device: str) -> Iterator[Step]:
     yield doctor("serve", device, "bf16", "eager", seconds=120)
+    yield doctor("new-graphs-qwen3-moe", device, "int8", "graphs", "qwen3-moe")
+    for scheme in _NEW:
+        yield doctor(f"new-{scheme}", device, scheme, "graphs")
+    yield doctor("new-eager-qwen3-moe-mxfp8", device, "mxfp8", "eager", "qwen3-moe")
+    yield doctor("new-graphs-deepseek-v2", device, "int8", "graphs", "deepseek-v2")
     for mode in ("eager", "graphs"):
         for scheme in _DENSE:
             if (scheme, mode) != ("bf16", "eager"):  # that was `serve`
@@ -190,8 +202,6 @@ def _more(device: str) -> Iterator[Step]:
     yield doctor("more-triton-attention", device, "fp8_channel", "eager", arguments=_TRITON)
     deep = {"VLLM_USE_DEEP_GEMM": "1", "VLLM_MOE_USE_DEEP_GEMM": "1"}
     yield doctor("more-deep-gemm", device, "fp8_block", "eager", seconds=300, **deep)
-    for model in ("qwen3-moe", "deepseek-v2"):
-        yield doctor(f"more-graphs-{model}", device, "int8", "graphs", model)
 
 
 def chosen(found: list[Step], only: list[str], skip: list[str]) -> list[Step]:

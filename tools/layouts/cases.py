@@ -90,6 +90,7 @@ LINEAR = (
     Case(AMPERE, "fp8_tensor", _MARLIN, "packed"),
     *(Case(machine, "int4", _MARLIN_INT4, "packed") for machine in (AMPERE, ADA, BLACKWELL)),
     Case(_off(HOPPER, _MACHETE), "int4", _MARLIN_INT4, "packed"),
+    Case(HOPPER, "int4", _MACHETE, "packed", opaque="machete_prepack_B"),
     # Where FlashInfer or CUTLASS come first, they pack for Blackwell by ops of their own.
     *(Case(machine, "mxfp8", _MARLIN_MXFP8, "packed") for machine in (AMPERE, HOPPER, BLACKWELL)),
     *(Case(machine, "nvfp4", _MARLIN_NVFP4, "packed") for machine in (AMPERE, HOPPER, BLACKWELL)),

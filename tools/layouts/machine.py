@@ -189,6 +189,7 @@ def _device_operations(machine: Machine) -> dict[str, Any]:
         "cutlass_scaled_mm_supports_block_fp8": lambda capability: capability >= 90,
         "cutlass_group_gemm_supported": lambda capability: capability // 10 in (9, 10),
         "gptq_marlin_repack": gptq_marlin_repack,
+        "machete_prepack_B": machete_prepack_B,
     }
 
 
@@ -282,6 +283,20 @@ def gptq_marlin_repack(
     """Marlin's repack, by vLLM's own reference for its tests of the operation."""
     packed: Tensor = _marlin_reference(b_q_weight, size_k, size_n, num_bits)
     return packed
+
+
+def machete_prepack_B(  # as vLLM calls it
+    b_q_weight: Tensor, a_type: torch.dtype, b_type: Any, group_scales_type: torch.dtype | None
+) -> Tensor:
+    """Opaque: other bytes, in memory of its own that is contiguous, as the operation's are."""
+    packed: Tensor = _mixed(b_q_weight)
+    return packed
+
+
+@torch.library.custom_op("flashquant_tests::mixed", mutates_args=())
+def _mixed(words: Tensor) -> Tensor:
+    mixed = words.contiguous().flip(0)
+    return mixed ^ (mixed >> 7)
 
 
 @torch.library.custom_op("flashquant_tests::marlin_reference", mutates_args=())

@@ -106,6 +106,7 @@ class LayerChoice:
             self._device,
             self._aliases,
             self._compared,
+            self._probe.changed(group),
         )
         layer.rehearse()
         return layer

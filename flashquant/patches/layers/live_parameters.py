@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ class LiveParameters:
         blueprints: the modules.
         metas: their parameters in checkpoint format, on meta.
         loaded: the fingerprints of these parameters, taken just before processing.
+        changed: parameters that processing makes something else of, whatever the live ones show.
 
     Attributes:
         kept: the parameters that processing has left as they were loaded.
@@ -31,11 +32,12 @@ class LiveParameters:
         blueprints: Sequence[LayerBlueprint],
         metas: Mapping[str, Tensor],
         loaded: Mapping[str, str],
+        changed: Collection[str] = (),
     ) -> None:
         self._blueprints, self._metas = blueprints, metas
         # Processing may rewrite a parameter without changing its layout, so only
         # values show whether it is still the one that was loaded.
-        readable = ((target, self.read_back(target)) for target in metas)
+        readable = ((target, self.read_back(target)) for target in metas if target not in changed)
         found = digests((target, value) for target, value in readable if value is not None)
         self.kept = frozenset(target for target in found if found[target] == loaded.get(target))
 

@@ -26,7 +26,7 @@ Limits
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -53,6 +53,7 @@ class MemoryLayout:
         reason: why it is not `rows`.
         copies: the leaves that are the parameter, in whatever dtype, where processing only
             passes it through; none where anything else was done to it.
+        stays: whether its module shows it under its name as before, in whatever dtype.
 
     """
 
@@ -60,6 +61,7 @@ class MemoryLayout:
     leaves: tuple[str, ...] = ()
     reason: str = ""
     copies: tuple[str, ...] = ()
+    stays: bool = False
 
 
 def memory_layouts(
@@ -90,8 +92,20 @@ def memory_layouts(
     }
     if quantize is not None:
         found |= _quantized(own, made, found, quantize)
+    shown = digests(_shown(twin, own))
     kernel_state.take_apart(twin)
-    return {name: replace(layout, copies=made.copies(name)) for name, layout in found.items()}
+    return {
+        name: replace(layout, copies=made.copies(name), stays=shown.get(name) == before[name])
+        for name, layout in found.items()
+    }
+
+
+def _shown(twin: nn.Module, own: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """What is left under the name of each parameter, in its dtype, if it is laid out alike."""
+    for name, tensor in own.items():
+        left = twin._parameters.get(name)
+        if left is not None and (left.shape, left.stride()) == (tensor.shape, tensor.stride()):
+            yield name, left.detach().to(tensor.dtype)
 
 
 def _layout(name: str, own: Tensor, made: _Made, *, changed: bool) -> MemoryLayout:

@@ -8,12 +8,13 @@ taken the memory that a twin needs. What is seen decides
                                        would go stale: refused by name
     where its rows can be written      `homes`
     what goes live alone               `pass_through`
+    what is live as it was loaded      `changed`: all other parameters, if their bytes say so, too
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -62,6 +63,22 @@ class Probe:
             self._known[kind] = found = self._process(blueprint)
             _refuse_hidden(blueprint, found)
         return self._known[kind]
+
+    def changed(self, blueprints: Iterable[LayerBlueprint]) -> frozenset[str]:
+        """The parameters that processing leaves nowhere as they were loaded.
+
+        What is live may not tell: zeros that were moved about are zeros.
+        """
+        every, stay = set[str](), set[str]()
+        for blueprint in blueprints:
+            layouts = self.layouts(blueprint)
+            every.update(blueprint.targets.values())
+            stay.update(
+                target
+                for name, target in blueprint.targets.items()
+                if name not in layouts or layouts[name].stays
+            )
+        return frozenset(every - stay)
 
     def _process(self, blueprint: LayerBlueprint) -> Layouts:
         with self._context():

@@ -42,6 +42,7 @@ class ProcessedLayer(LiveLayer):
         aliases: windows of its parameters that other layers hold as they were loaded.
         compared: parameters that are fingerprinted, to be compared with what comes under their
             other names.
+        changed: parameters that processing makes something else of.
 
     """
 
@@ -54,6 +55,7 @@ class ProcessedLayer(LiveLayer):
         device: torch.device,
         aliases: Sequence[Alias] = (),
         compared: Collection[str] = (),
+        changed: Collection[str] = (),
     ) -> None:
         self._metas = {t: form for one in blueprints for t, form in one.forms.items()}
         super().__init__(tuple(blueprints), self._metas, device)
@@ -61,7 +63,7 @@ class ProcessedLayer(LiveLayer):
         self.placement = "staged" if is_processed else "direct"
         self._aliases = [one for one in aliases if one.target in self._metas]
         self._alone = alone
-        self._parameters = LiveParameters(blueprints, self._metas, loaded)
+        self._parameters = LiveParameters(blueprints, self._metas, loaded, changed)
         self._twins = Twins(blueprints, context)
         digests = {target: loaded.get(target, "") for target in self._metas}
         self._digests = PackedDigests(blueprints, digests, compared)

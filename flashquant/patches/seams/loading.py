@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from flashquant.errors import ReloadError
+from flashquant.errors import ReloadError, UnsupportedEngine
 from flashquant.patches.channels import FORGOT
 from flashquant.patches.decided import (
     asks_for_session,
@@ -265,6 +265,20 @@ def _initialize_model(original: Any, vllm_config: Any, **kwargs: Any) -> nn.Modu
     return model
 
 
+def _refuse_to_initialize(original: Any, vllm_config: Any, **kwargs: Any) -> nn.Module:
+    """For a loader that creates the model itself, and brings weights that are processed already.
+
+    Such an engine would have no session, and what is pushed would be cast, not quantized.
+    """
+    if asks_for_session(vllm_config):
+        name = getattr(vllm_config.load_config, "load_format", None)
+        raise UnsupportedEngine(
+            f"load_format={name!r} brings weights in a way that flashquant cannot follow, so that "
+            "what is pushed later would not be quantized. Leave it out, or unset FLASHRL_CONFIG."
+        )
+    return original(vllm_config, **kwargs)  # type: ignore[no-any-return]
+
+
 def _process_weights_after_loading(
     original: Any, model: nn.Module, model_config: Any, target_device: Any
 ) -> None:
@@ -308,6 +322,18 @@ POINTS = (
         f"{_LOADER}:initialize_model",
         expects=("vllm_config", "prefix", "model_class", "model_config"),
         wrapper=_initialize_model,
+    ),
+    *(
+        PatchPoint(
+            f"vllm.model_executor.model_loader.{module}:initialize_model",
+            expects=("vllm_config", "prefix", "model_class", "model_config"),
+            wrapper=_refuse_to_initialize,
+            within=versions,
+        )
+        for module, versions in {
+            "tensorizer_loader": "",
+            "weight_cache.ipc_loader": ">=0.30",
+        }.items()
     ),
     # vLLM's loader has the name by value; the stacks import it when they call it.
     *(
