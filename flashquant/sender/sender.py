@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from flashquant.sender.changes import Change, apply, change
 from flashquant.sender.delta import MARK, Delta
 from flashquant.sender.manifest import Manifest, TensorSpec, policy_digest
 from flashquant.sender.scratch import Scratch
+from flashquant.sender.turn import Turn
 
 Weights = Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
 
@@ -32,6 +34,9 @@ class Sender:
 
     Codes are made by the definitions that the engine itself goes by, on the device where the
     weights are: what comes out is, to the bit, what the engine would make of the same weights.
+
+    Threads take turns at its bundles. It can be copied and pickled: a copy goes on from the same
+    bundle by itself.
 
     Args:
         manifest: what `flashquant.manifest(target)` returned, or the plain data of it.
@@ -47,13 +52,16 @@ class Sender:
         """
         self.manifest = Manifest.model_validate(manifest)
         self._keeps = delta
-        self._last: dict[str, Tensor] = {}
-        self._sums: dict[str, _Sums] = {}
+        self._kept = _Kept({}, {})
         self._version = 0
         self._quantizers: dict[str, Quantize] = {}
         self._codes = Scratch()
+        self._turn = Turn()
         if odd := next((name for name in self.manifest.tensors if MARK in name), None):
             raise ReloadError(f"{odd}: {MARK} may not be in a name. Push this model in bf16.")
+
+    def __copy__(self) -> Sender:
+        return copy.deepcopy(self)  # what is kept is written into
 
     def stream(self, weights: Weights) -> Iterator[tuple[str, Tensor]]:
         """Each tensor as the engine wants it, under its checkpoint name; codes before their scales.
@@ -69,23 +77,23 @@ class Sender:
             MisfitTensor: its shape, dtype or values are wrong.
 
         """
-        return self._stored(weights, None)
+        for name, home, tensor in self._arriving(weights):
+            if name == home:
+                yield from self._made(name, tensor, self.manifest.tensors[name], None)
+            else:
+                yield name, tensor
 
-    def _stored(self, weights: Weights, scratch: Scratch | None) -> Iterator[tuple[str, Tensor]]:
-        """As `stream`; each tensor is good until the next one where codes go to a scratch."""
+    def _arriving(self, weights: Weights) -> Iterator[tuple[str, str, Tensor]]:
+        """Each tensor, and the name under which the engine holds it."""
         pairs = weights.items() if isinstance(weights, Mapping) else weights
         for name, sent in pairs:
-            tensor = _gathered(sent)
-            spec = self.manifest.tensors.get(name)
-            if spec is not None:
-                yield from self._made(name, tensor, spec, scratch)
-            elif name in self.manifest.tied:
-                yield name, tensor
-            else:
+            home = self.manifest.tied.get(name, name)
+            if home not in self.manifest.tensors:
                 raise UnknownWeight(
                     f"{name} is none of the {len(self.manifest.tensors)} tensors that the engine "
                     "wants. Send the names of its checkpoint, without the marks of wrappers."
                 )
+            yield name, home, _gathered(sent)
 
     def bundle(self, weights: Weights) -> Delta:
         """One update: what changed since the last bundle, if the sender keeps that; else all of it.
@@ -96,30 +104,40 @@ class Sender:
 
         Raises:
             IncompleteUpdate: some tensors are missing.
-            ReloadError: as `stream`.
+            ReloadError: as `stream`; or what yields the weights calls this sender itself.
 
         """
-        changes: dict[str, tuple[TensorSpec, Change]] = {}
-        sums, tied = dict(self._sums), dict[str, str]()
-        with torch.no_grad():
-            for name, value in self._complete(weights):
-                if name in self.manifest.tied:
-                    tied[name] = fingerprint(value)
-                    continue
-                region = self._region(value, self._sums.get(name))
-                found = change(self._last.get(name), value, region)
-                if found is None:
-                    continue
-                sums[name] = _Sums.of(value, region)
-                if found.form == "whole":  # what else it holds is in memory of its own
-                    found = found._replace(values=found.values.clone())
-                changes[name] = self.manifest.tensors[name], found
-        self._check_tied(tied, sums)
-        made = self._bundled(changes, _digest(self._sums) if self._last else None, sums)
-        if self._keeps:
-            self._keep(changes)
-            self._sums = sums
+        with self._turn, torch.no_grad():
+            changes, sums = self._changes(weights)
+            base = _digest(self._kept.sums) if self._kept.tensors else None
+            made = self._bundled(changes, base, sums)
+            if self._keeps:
+                self._keep(changes, sums)
         return made
+
+    def _changes(
+        self, weights: Weights
+    ) -> tuple[dict[str, tuple[TensorSpec, Change]], dict[str, _Sums]]:
+        """What is other than in the last bundle, and the sums of all."""
+        changes: dict[str, tuple[TensorSpec, Change]] = {}
+        last, sums = self._kept.tensors, dict(self._kept.sums)
+        tied: list[tuple[str, str, str]] = []
+        for name, home, value in self._complete(weights):
+            if name != home:
+                tied.append((name, home, fingerprint(value)))
+                continue
+            region = self._region(value, sums.get(name))
+            found = change(last.get(name), value, region)
+            if found is None:
+                continue
+            sums[name] = _Sums.of(value, region)
+            if found.form == "whole":  # what else it holds is in memory of its own
+                found = found._replace(values=found.values.clone())
+            changes[name] = self.manifest.tensors[name], found
+        for name, home, claimed in tied:
+            if claimed != sums[home].fingerprint:
+                raise MisfitTensor(f"{name} differs from {home}, which the engine holds once")
+        return changes, sums
 
     def _region(self, value: Tensor, last: _Sums | None) -> Region | None:
         """What follows the sums of a tensor from one bundle to the next: on the host, if any is
@@ -130,12 +148,14 @@ class Sender:
             return Region.of(value)
         return Region(value, last.blocks.clone())
 
-    def _keep(self, changes: Mapping[str, tuple[TensorSpec, Change]]) -> None:
+    def _keep(
+        self, changes: Mapping[str, tuple[TensorSpec, Change]], sums: dict[str, _Sums]
+    ) -> None:
         """The last bundle is this one: what changed is written into what was sent before."""
-        last, self._last = self._last, {}  # whoever interrupts this has the next one sent whole
+        last, self._kept = self._kept.tensors, _Kept({}, {})  # cut off here, the next is whole
         for name, (_, found) in changes.items():
             last[name] = found.values.clone() if found.form == "whole" else apply(found, last[name])
-        self._last = last
+        self._kept = _Kept(last, sums)
 
     def snapshot(self) -> Delta:
         """The last bundle's policy, whole: for an engine that is not at its base.
@@ -144,16 +164,20 @@ class Sender:
             ReloadError: nothing is kept.
 
         """
-        if not self._last:
-            raise ReloadError(
-                "this sender keeps no bundle. Make it with delta=True, and call bundle(weights)."
-            )
-        tensors = self.manifest.tensors
-        whole = {
-            name: (tensors[name], Change("whole", None, kept.clone()))
-            for name, kept in self._last.items()
-        }
-        return self._bundled(whole, None, self._sums)
+        with self._turn:
+            if not self._kept.tensors:
+                raise ReloadError(
+                    "this sender keeps no bundle. Make it with delta=True, and call "
+                    "bundle(weights)."
+                )
+            tensors, kept = self.manifest.tensors, self._kept.tensors
+            whole = {
+                name: (tensors[name], Change("whole", None, kept[name].clone())) for name in kept
+            }
+            # Read anew: a trainer that wrote while its last bundle was made has spoilt its sums.
+            sums = {n: _Sums.of(value, self._region(value, None)) for n, value in kept.items()}
+            self._kept = _Kept(kept, sums)
+            return self._bundled(whole, None, sums)
 
     def _bundled(
         self,
@@ -171,25 +195,23 @@ class Sender:
             fingerprints={name: sums[name].fingerprint for name in changes},
         )
 
-    def _complete(self, weights: Weights) -> Iterator[tuple[str, Tensor]]:
-        """Each tensor that the engine wants, once, contiguous; or an error."""
-        seen = set[str]()
-        for name, value in self._stored(weights, self._codes if self._keeps else None):
-            if name in seen:
-                raise MisfitTensor(f"{name} came twice in one update; send each tensor once")
-            seen.add(name)
-            yield name, value.contiguous()
+    def _complete(self, weights: Weights) -> Iterator[tuple[str, str, Tensor]]:
+        """Each tensor once, as it is sent: its name, that under which the engine holds it, and its
+        value, contiguous and good until the next one. Or an error."""
+        seen, scratch = set[str | tuple[str, str]](), self._codes if self._keeps else None
+        for sent, home, tensor in self._arriving(weights):
+            for name, value in self._made(sent, tensor, self.manifest.tensors[home], scratch):
+                own = home if name == sent else name
+                key = own if sent == home else (sent, own)
+                if key in seen:
+                    raise MisfitTensor(f"{name} came twice in one update; send each tensor once")
+                seen.add(key)
+                yield (own if sent == home else sent), own, value.contiguous()
         if missing := [name for name in self.manifest.tensors if name not in seen]:
             raise IncompleteUpdate(
                 f"the update ended without {len(missing)} of the engine's tensors, first "
                 f"{missing[0]}. A bundle is made of a complete set of weights."
             )
-
-    def _check_tied(self, tied: Mapping[str, str], sums: Mapping[str, _Sums]) -> None:
-        """Tensors that the engine holds once are equal under each of their names."""
-        for name, found in tied.items():
-            if found != sums[home := self.manifest.tied[name]].fingerprint:
-                raise MisfitTensor(f"{name} differs from {home}, which the engine holds once")
 
     def _made(
         self, name: str, tensor: Tensor, spec: TensorSpec, scratch: Scratch | None
@@ -217,7 +239,8 @@ class Sender:
             room = scratch.room(tensor.numel(), tensor.device)  # a byte a code
             into = room.view(spec.torch_dtype).view(spec.shape)
         codes, scales = quantize(tensor.detach().contiguous(), into)
-        check_finite(name, scales)  # a row that holds NaN or Inf has such a scale
+        # A row that holds NaN or Inf has such a scale.
+        check_finite(name, scales, (scale_spec.torch_dtype,))
         yield name, codes.reshape(spec.shape)
         yield spec.scales, scales.reshape(scale_spec.shape).to(scale_spec.torch_dtype)
 
@@ -239,6 +262,19 @@ class _Sums(NamedTuple):
         if region is None:
             return cls(fingerprint(value), None)
         return cls(fingerprint(value, region.sums), region.blocks)
+
+
+class _Kept(NamedTuple):
+    """What was sent last, and its sums: both of one bundle, or of none.
+
+    Attributes:
+        tensors: by name, in memory of their own; the next bundle is written into it.
+        sums: of each of them.
+
+    """
+
+    tensors: dict[str, Tensor]
+    sums: dict[str, _Sums]
 
 
 def _digest(sums: Mapping[str, _Sums]) -> str:
