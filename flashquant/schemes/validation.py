@@ -17,7 +17,7 @@ _SENT = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def check_plain(name: str, value: object) -> None:
-    """An ordinary tensor: neither another library's array, nor sharded, nor sparse."""
+    """An ordinary tensor: neither another library's array, nor sharded, nor sparse, nor freed."""
     if not isinstance(value, Tensor):
         raise MisfitTensor(f"{name} is a {type(value).__name__}; send a torch.Tensor")
     if hasattr(value, "full_tensor"):
@@ -26,6 +26,12 @@ def check_plain(name: str, value: object) -> None:
         )
     if value.layout is not torch.strided:
         raise MisfitTensor(f"{name} is laid out as {value.layout}; send a dense tensor")
+    if value.numel() and not value.untyped_storage().nbytes():
+        raise MisfitTensor(
+            f"{name} holds no values: its memory has been given back, as FSDP does between two "
+            "steps. Gather the weights (summon_full_params, unshard), and push them before that "
+            "ends."
+        )
 
 
 def check_form(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:

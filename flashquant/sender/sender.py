@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +25,8 @@ from flashquant.sender.delta import MARK, Delta
 from flashquant.sender.manifest import Manifest, TensorSpec, policy_digest
 from flashquant.sender.scratch import Scratch
 from flashquant.sender.turn import Turn
+
+_PLAIN: Final = Tensor.__torch_dispatch__
 
 Weights = Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
 
@@ -282,9 +284,14 @@ def _digest(sums: Mapping[str, _Sums]) -> str:
 
 
 def _gathered(sent: Any) -> Any:
-    """All of a sharded tensor, which every rank has to ask for; anything else as it is."""
+    """All of a tensor, in ordinary memory: of one that is sharded, which every rank has to ask for,
+    and of one that another library wraps, which has an address only in there."""
     full = getattr(sent, "full_tensor", None)
-    return sent if full is None else full()
+    tensor = sent if full is None else full()
+    if getattr(type(tensor), "__torch_dispatch__", _PLAIN) is _PLAIN:
+        return tensor
+    with torch.no_grad():
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 
 
 def _form(spec: TensorSpec) -> Tensor:

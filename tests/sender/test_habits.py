@@ -32,9 +32,10 @@ def test_an_interrupt_while_a_bundle_is_kept_has_the_next_one_sent_whole(monkeyp
         return found.values if found.form == "whole" else real(found, base)
 
     real = module.apply
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(module, "apply", cut_off)
-        sender.bundle(moved(policy(), 1))
+        with pytest.raises(KeyboardInterrupt):
+            sender.bundle(moved(policy(), 1))
     weights = moved(policy(), 2)
     whole = sender.bundle(weights)
 
@@ -170,3 +171,38 @@ def test_a_bundle_may_be_made_in_inference_mode_and_the_next_one_outside():
         whole = sender.bundle(policy())
 
     assert is_right(sender.bundle(moved(policy(), 1)), whole.parts, moved(policy(), 1))
+
+
+class Wrapped(torch.Tensor):
+    """As other libraries make them: the values are in another tensor, and there is no address."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        inner = [arg.inner if isinstance(arg, cls) else arg for arg in args]
+        return function(*inner, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", [NORM, EMBED, W, HEAD])
+def test_a_tensor_that_another_library_wraps_is_read(name):
+    """Its address would be read as that of values, and end the trainer."""
+    weights = policy() | {HEAD: policy()[EMBED]}
+
+    bundle = Sender(manifest(), delta=True).bundle(weights | {name: Wrapped(weights[name])})
+
+    assert is_right(bundle, {}, policy())
+
+
+@pytest.mark.parametrize("name", [NORM, EMBED, W, HEAD])
+def test_a_tensor_whose_memory_was_given_back_is_refused_by_name(name):
+    weights = policy() | {HEAD: policy()[EMBED]}
+    weights[name].untyped_storage().resize_(0)
+
+    with pytest.raises(MisfitTensor, match=f"{name} holds no values: its memory"):
+        Sender(manifest()).bundle(weights)

@@ -1059,6 +1059,12 @@ def bad(name: str, tensor: Tensor) -> dict[str, Tensor]:
     return {key: value for key, value in NEW.items() if key != name} | {name: tensor}
 
 
+def freed(tensor: Tensor) -> Tensor:
+    """As FSDP leaves one: of the same shape, and without memory. To read it ends the process."""
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
 @pytest.mark.parametrize(
     ("tensor", "remedy"),
     [
@@ -1072,6 +1078,7 @@ def bad(name: str, tensor: Tensor) -> dict[str, Tensor]:
         (torch.zeros(4, 4, dtype=torch.int8), "Send bfloat16"),
         (torch.zeros(4, 4).to(torch.float8_e4m3fn), "Send bfloat16"),
         (torch.zeros(4, 4, device="meta").bfloat16(), "send a tensor that holds values"),
+        (freed(torch.zeros(4, 4).bfloat16()), r"q\.weight holds no values: its memory"),
         (torch.full((4, 4), float("nan")).bfloat16(), "NaN or infinite.*trainer's last step"),
         (torch.tensor([[float("inf"), -float("inf")] * 2] * 4).bfloat16(), "NaN or infinite"),
     ],
@@ -1086,6 +1093,7 @@ def bad(name: str, tensor: Tensor) -> dict[str, Tensor]:
         "int8",
         "fp8",
         "meta",
+        "freed",
         "nan",
         "inf",
     ],
