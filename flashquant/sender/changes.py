@@ -75,6 +75,8 @@ def check(found: Change, numel: int) -> None:
         raise ValueError(f"its gaps are {places.dtype}")
     if form == "bitmap" and (places.dtype, len(places)) != (torch.uint8, -(-numel // 8)):
         raise ValueError(f"its bitmap is {places.dtype} {tuple(places.shape)}")
+    if places.numel() > numel:  # so that no sum of gaps leaves 64 bits
+        raise ValueError(f"it says {places.numel()} places of {numel} elements")
     count, last = native.kernels(places, places).span(form, places)
     if last >= numel:
         raise ValueError(f"it changes element {last} of {numel}")

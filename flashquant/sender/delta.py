@@ -11,14 +11,14 @@ consistent in itself. Whether it fits an engine is looked at there, before anyth
 
 from __future__ import annotations
 
-import contextlib
+import math
 import os
+import stat
 import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
-import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -92,7 +92,8 @@ class Delta:
         BrokenDelta: header and tensors contradict each other.
 
         """
-        self.header, self.parts = header, dict(parts)
+        self.header = header
+        self.parts = {name: part.contiguous() for name, part in parts.items()}
         expected = {part for name in header.tensors for part in _part_names(name, header)}
         if odd := sorted(expected ^ self.parts.keys()):
             raise BrokenDelta(f"{odd[0]} is in a bundle's header or among its tensors. {_AGAIN}")
@@ -209,19 +210,26 @@ class Delta:
             raise BrokenDelta(f"a whole bundle lacks {missing[0]}. {_AGAIN}")
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write it to a safetensors file: whole, or not at all."""
+        """Write it to a safetensors file: whole, or not at all. Who may read it, the umask says.
+
+        Raises:
+            OSError: it could not be written; what was there under this name is there.
+
+        """
         path = Path(path)
-        parts = {name: part.contiguous() for name, part in self.parts.items()}
-        handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(handle)
-        try:
-            save_file(parts, scratch, metadata={_KEY: self.header.model_dump_json()})
-            with open(scratch, "rb") as written:
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+            scratch = Path(folder) / path.name
+            scratch.touch()
+            mode = scratch.stat().st_mode  # safetensors lets nobody but its own user read
+            try:
+                save_file(self.parts, scratch, metadata={_KEY: self.header.model_dump_json()})
+            except SafetensorError as failure:
+                raise OSError(f"{path} could not be written ({failure})") from failure
+            if scratch.stat().st_mode != mode:
+                scratch.chmod(stat.S_IMODE(mode))
+            with scratch.open("rb") as written:
                 os.fsync(written.fileno())
             os.replace(scratch, path)
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(scratch)
 
     @staticmethod
     def is_at(path: str | os.PathLike[str]) -> bool:
@@ -243,7 +251,7 @@ class Delta:
         try:
             with safe_open(path, framework="pt") as file:
                 header = (file.metadata() or {}).get(_KEY, "")
-                parts = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                parts = {name: _read(file, name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as broken:
             raise BrokenDelta(f"{path} is no whole bundle ({broken}). {_AGAIN}") from broken
         return cls.of_parts(header, parts, path)
@@ -270,6 +278,13 @@ class Delta:
         return cls(said, parts)
 
 
+def _read(file: Any, name: str) -> Tensor:
+    """One tensor of a file. Whole ones are the file's own pages; places, which are written to, and
+    the way back from there, stay what they were when they were checked."""
+    found: Tensor = file.get_tensor(name)
+    return found.clone() if MARK in name else found
+
+
 def _part_names(name: str, header: DeltaHeader) -> Iterator[str]:
     form = header.tensors[name].form
     if form == "whole":
@@ -281,7 +296,7 @@ def _part_names(name: str, header: DeltaHeader) -> Iterator[str]:
 
 def _check(found: Change, said: TensorChange, *, whole: bool) -> None:
     """Raise ValueError unless the tensors of a change are what its header says."""
-    values, numel = found.values, torch.Size(said.shape).numel()
+    values, numel = found.values, math.prod(said.shape)
     if dtype_name(values.dtype) != said.dtype or values.numel() != said.changed:
         raise ValueError(f"its values are {values.dtype} {tuple(values.shape)}")
     if found.form == "whole":

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flashquant.sender import eager, native
 from flashquant.sender.changes import Change, apply, change, check
 
 DTYPES = [torch.int8, torch.float8_e4m3fn, torch.bfloat16, torch.float32]
@@ -54,6 +55,19 @@ def test_any_change_comes_back_to_the_bit(dtype, numel, share, seed):
         assert size <= new.nbytes
 
 
+@pytest.mark.parametrize("kernels", [eager, native._believed() or eager])
+def test_an_element_alone_may_come_from_anywhere(kernels, monkeypatch):
+    """What torch calls contiguous: the stride of a single element says nothing."""
+    monkeypatch.setattr(native, "_believed", lambda: kernels)
+    memory = torch.arange(8, dtype=torch.bfloat16)
+
+    found = change(memory[::8], memory[3:][::8])
+
+    assert found is not None
+    assert found.values.item() == 3
+    assert change(memory[::8], memory.clone()[::8]) is None
+
+
 @pytest.mark.parametrize("gap", [0, 1, 253, 254, 255, 256, 510, 511, 65534, 65535, 65536, 131071])
 def test_gaps_around_every_limit_come_back(gap):
     old = torch.zeros(gap + 300_000, dtype=torch.int8)
@@ -98,6 +112,7 @@ def test_a_sparse_change_costs_about_two_bytes_a_place():
         (torch.tensor([255, 255], dtype=torch.uint8), "0 places and 2 values"),
         (torch.tensor([1], dtype=torch.uint8), "1 places and 2 values"),
         (torch.tensor([0, -1], dtype=torch.int64), "its gaps are torch.int64"),
+        (torch.full((11,), 2**32 - 1, dtype=torch.uint32), "11 places of 10 elements"),
         (torch.tensor([[0, 1]], dtype=torch.uint8), "no places"),
         (torch.tensor([2**32 - 2, 0], dtype=torch.uint32), "of 10"),
     ],

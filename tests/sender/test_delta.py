@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import resource
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from flashquant.errors import BrokenDelta
 from flashquant.sender import Delta, Sender, TensorSpec
-from tests.sender.test_sender import NORM, W, manifest, moved, policy, same
+from tests.sender.test_sender import NORM, W, applied, manifest, moved, policy, same
 
 
 @pytest.fixture
@@ -29,6 +31,59 @@ def test_a_file_gives_back_what_was_saved(delta, tmp_path):
     assert found.header == delta.header
     assert same(found.parts, delta.parts)
     assert [path.name for path in tmp_path.iterdir()] == ["1.safetensors"]
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
+def test_a_file_may_be_read_by_whom_the_umask_lets(delta, tmp_path, umask, mode):
+    """A server far away is often another user."""
+    before = os.umask(umask)
+    try:
+        delta.save(tmp_path / "1.safetensors")
+    finally:
+        os.umask(before)
+
+    assert (tmp_path / "1.safetensors").stat().st_mode & 0o777 == mode
+
+
+def test_a_disk_that_is_full_leaves_the_folder_as_it_was(delta, tmp_path):
+    """As far as a file can tell: the system lets no more than a part of it be written."""
+    delta.save(tmp_path / "1.safetensors")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))  # Python ignores SIGXFSZ
+    try:
+        with pytest.raises(OSError, match=r"2\.safetensors could not be written"):
+            delta.save(tmp_path / "2.safetensors")
+        with pytest.raises(OSError, match=r"1\.safetensors could not be written"):
+            Sender(manifest()).bundle(policy()).save(tmp_path / "1.safetensors")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    assert [path.name for path in tmp_path.iterdir()] == ["1.safetensors"]
+    assert Delta.load(tmp_path / "1.safetensors").header == delta.header
+
+
+def test_what_was_checked_stays_whoever_writes_into_the_file(delta, tmp_path):
+    """Places lead to where an engine's memory is written, and back."""
+    file = tmp_path / "1.safetensors"
+    delta.save(file)
+    found, size = Delta.load(file), file.stat().st_size
+
+    with file.open("r+b") as other:
+        other.write(b"\xff" * size)
+
+    places = {name: part for name, part in delta.parts.items() if "#" in name}
+    assert places
+    assert same({name: found.parts[name] for name in places}, places)
+
+
+def test_tensors_that_lie_elsewhere_are_taken_as_they_are(delta):
+    """Every other element of some memory."""
+    apart = {name: torch.stack([part] * 2, -1)[..., 0] for name, part in delta.parts.items()}
+    held = Sender(manifest()).bundle(policy()).parts
+
+    found = applied(Delta(delta.header, apart), held)
+
+    assert same(found, dict(Sender(manifest()).stream(moved(policy(), 1))))
 
 
 def test_any_safetensors_reader_reads_it(delta, tmp_path):
@@ -96,7 +151,10 @@ def said_of(delta, name, **said):
     [
         ({"changed": 1}, "its values are"),
         ({"dtype": "bfloat16"}, "its values are"),
-        ({"shape": (2, 2)}, "changes element|its bitmap is"),
+        ({"shape": (2, 2)}, "changes element|its bitmap is|places of 4 elements"),
+        ({"shape": (2**32, 2**32), "form": "whole"}, "is in a bundle's header"),
+        ({"shape": (0,)}, "places of 0 elements"),
+        ({"changed": 2**70}, "its values are"),
         ({"form": "whole"}, "is in a bundle's header or among its tensors"),
     ],
 )
@@ -105,6 +163,15 @@ def test_a_header_that_contradicts_its_tensors_is_refused(delta, said, says):
 
     with pytest.raises(BrokenDelta, match=says):
         said_of(delta, W, **said)
+
+
+@pytest.mark.parametrize("shape", [(2**32, 2**32), (2**63,), (2**62, 4), (10**30,)])
+def test_sizes_that_no_computer_counts_are_another_shape(delta, shape):
+    """(2**32, 2**32) has no elements, where 64 bits count them."""
+    tensors = manifest().tensors
+
+    with pytest.raises(BrokenDelta, match=r"w\.weight in a bundle"):
+        said_of(delta, W, shape=shape).check_fits("int8", tensors)
 
 
 def test_tensors_too_many_or_too_few_are_refused(delta):
