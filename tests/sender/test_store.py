@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
+import threading
+from pathlib import Path
 
 import pytest
 
-from flashquant.errors import BrokenDelta, StaleBase
+from flashquant.errors import BrokenDelta, ReloadError, StaleBase
 from flashquant.sender import BundleStore, Delta, Sender
 from tests.sender.test_sender import applied, manifest, moved, policy, same
 
@@ -165,6 +168,137 @@ def test_what_is_no_bundle_is_let_alone(store, sender):
     assert len(store.path_from(None)) == 1
     store.prune([])
     assert (store.folder / "notes.txt").exists()
+    assert (store.folder / ".00000002-whole-x.safetensors.tmp").exists()
+
+
+def of_no_file(store, make):
+    """A name that would lead on to another policy, of what is no ordinary file."""
+    make(store.folder / f"00000009-{store.newest}-{'f' * 32}.safetensors")
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, Path.mkdir, lambda path: path.symlink_to("/dev/zero")])
+def test_only_ordinary_files_are_bundles(store, sender, make):
+    """A link leads out of the folder; a pipe would be read for ever."""
+    steps(sender, store, 2)
+    newest = store.newest
+
+    of_no_file(store, make)
+
+    assert store.newest == newest
+    assert len(store.path_from(None)) == 2
+    assert store.put(sender.bundle(moved(policy(), 7))).name.startswith("00000003")
+
+
+def test_after_a_policy_came_back_the_newest_stays_the_newest(store, sender):
+    """A step that was taken back, and one in which nothing changed."""
+    one, other = moved(policy(), 1), moved(policy(), 2)
+    for weights in (one, other, one, one, other, one):
+        store.put(sender.bundle(weights))
+        if len(list(store.folder.iterdir())) == 3:
+            store.put(sender.snapshot())
+    newest = store.newest
+
+    for _ in range(3):
+        store.prune([])
+        assert store.newest == newest
+    engine = Engine()
+    engine.catch_up(store)
+    assert same(engine.held, dict(Sender(manifest()).stream(one)))
+    assert store.put(sender.bundle(other)).name.startswith("00000008")
+
+
+def test_a_way_without_what_was_refused_is_another_or_none(store, sender):
+    engine = Engine()
+    steps(sender, store, 1)
+    engine.catch_up(store)
+    steps(sender, store, 1, start=1)
+    (delta,) = store.path_from(engine.digest)
+    with pytest.raises(StaleBase):
+        store.path_from(engine.digest, without=[delta])
+    store.put(sender.snapshot())
+
+    (whole,) = store.path_from(engine.digest, without=[delta])
+
+    assert "whole" in whole.name
+    assert store.path_from(engine.digest) == [delta]
+
+
+def test_two_writers_at_once_are_told(store, sender, monkeypatch):
+    """Both took the same number: which policy is the newest, no reader could say."""
+    steps(sender, store, 2)
+    other = Sender(manifest(), delta=True).bundle(moved(policy(), 50))
+    save = Delta.save
+
+    def meanwhile(delta, path):
+        monkeypatch.setattr(Delta, "save", save)
+        store.put(other)
+        save(delta, path)
+
+    monkeypatch.setattr(Delta, "save", meanwhile)
+    with pytest.raises(ReloadError, match="another writer has put 00000003-whole"):
+        store.put(sender.bundle(moved(policy(), 9)))
+
+    assert store.newest == other.header.digest
+    assert len(list(store.folder.iterdir())) == 3
+
+
+def test_a_bundle_that_does_not_start_from_the_newest_policy_is_warned_of(store, sender, caplog):
+    steps(sender, store, 2)
+    sender.bundle(moved(policy(), 8))
+    assert not caplog.records
+
+    store.put(sender.bundle(moved(policy(), 9)))
+
+    assert "one was left out, or there is another writer" in caplog.text
+
+
+def test_what_a_killed_writer_left_goes_with_the_next_prune(store, sender):
+    """And what one is writing just now stays."""
+    steps(sender, store, 2)
+    newest = max(store.folder.iterdir())
+    half, writing = (
+        store.folder / f".{name}.x7" for name in (newest.name, newest.name.replace("2", "3", 1))
+    )
+    for folder in (half, writing):
+        folder.mkdir()
+        (folder / "half").write_bytes(b"half")
+
+    store.prune([])
+
+    assert (half.exists(), writing.exists()) == (False, True)
+
+
+def test_a_reader_beside_a_writer_that_prunes_finds_a_way_at_every_moment(store, sender):
+    """It looks once: of two looks, the second may be at another folder."""
+    steps(sender, store, 1)
+    over, failures = threading.Event(), []
+
+    def follow():
+        engine = Engine()
+        while not over.is_set():
+            try:
+                engine.catch_up(store)
+            except BrokenDelta as gone:  # it went before it was read; the next look is at others
+                failures.extend([gone] if "No such file" not in str(gone) else [])
+            except StaleBase as lost:
+                failures.append(lost)
+        engine.catch_up(store)
+        digests.append(engine.digest)
+
+    digests: list[str] = []
+    threads = [threading.Thread(target=follow) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for step in range(40):
+        store.put(sender.bundle(moved(policy(), step)))
+        store.put(sender.snapshot())
+        store.prune([])
+    over.set()
+    for thread in threads:
+        thread.join()
+
+    assert not failures
+    assert digests == [store.newest] * 2
 
 
 def test_a_file_that_was_spoilt_is_refused_when_it_is_read(store, sender):
