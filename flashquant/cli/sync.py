@@ -4,28 +4,40 @@ flashquant sync --from FOLDER --to URL [URL ...] [--seen-as FOLDER] [--once] [--
 
 The trainer writes bundles (`flashquant.sender.BundleStore`); each server reads them itself, so it
 has to see the folder, too. A server is asked over vLLM's route /collective_rpc, which it has with
-VLLM_SERVER_DEV_MODE=1. Whatever is refused leaves it on the policy it served.
+VLLM_SERVER_DEV_MODE=1. Whatever is refused leaves it on the policy it served, and it goes by other
+bundles if there are any. Each server has a thread: one that never answers holds up no other.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
 import http.client
 import json
+import logging
+import math
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import Any, Final
+from types import NoneType
+from typing import TYPE_CHECKING, Any, Final
 
 from rich.console import Console
 from rich.markup import escape
 
 from flashquant import errors
 from flashquant.cli import output
-from flashquant.errors import ReloadError
+from flashquant.errors import BrokenDelta, ReloadError, StaleBase
+
+if TYPE_CHECKING:
+    from flashquant.sender import BundleStore
+
+logger = logging.getLogger(__name__)
 
 # A worker's methods (flashquant.patches.seams.worker), by the names under which vLLM calls them.
 MANIFEST: Final = "flashquant_manifest"
@@ -33,6 +45,14 @@ TRY_APPLY_DELTA: Final = "flashquant_try_apply_delta"
 STANDING: Final = "flashquant_standing"
 _ROUTE: Final = "collective_rpc"
 _PATIENCE: Final = 600.0  # seconds for one answer: an update of a large model over a slow disk
+_UNREADABLE: Final = (
+    OSError,
+    http.client.HTTPException,
+    ValueError,
+    KeyError,
+    TypeError,
+    RecursionError,
+)
 
 
 class NoAnswer(ReloadError):
@@ -66,10 +86,10 @@ class Server:
 
         """
         standing = self._ask(STANDING)[0]
-        version = int(standing[0]) if isinstance(standing, list) else -1
-        if version == -1 or version != self.version:
-            self.digest = _answers(self._ask(MANIFEST))[0]["digest"]
-            self.version = version
+        version = standing[0] if isinstance(standing, list) and standing else None
+        if not isinstance(version, int) or version != self.version:
+            self.digest = _field(_answers(self._ask(MANIFEST))[0], "digest", str, NoneType)
+            self.version = version if isinstance(version, int) else -1
 
     def apply(self, path: Path, digest: str) -> dict[str, Any]:
         """One update by a bundle.
@@ -87,29 +107,34 @@ class Server:
         """
         self.version = -1  # until it is known again
         report: dict[str, Any] = _answers(self._ask(TRY_APPLY_DELTA, str(path)))[0]
-        self.digest, self.version = digest, int(report["version"])
+        _field(report, "seconds", int, float)
+        self.digest, self.version = digest, _field(report, "version", int)
         return report
 
     def _ask(self, method: str, *arguments: str) -> list[Any]:
-        """What every worker answers."""
+        """What every worker answers: one at least."""
         body = json.dumps({"method": method, "args": arguments}).encode()
         headers = {"Content-Type": "application/json"}
-        request = urllib.request.Request(f"{self.url}/{_ROUTE}", body, headers)
         try:
+            request = urllib.request.Request(f"{self.url}/{_ROUTE}", body, headers)
             with urllib.request.urlopen(request, timeout=_PATIENCE) as answer:
                 found: list[Any] = json.load(answer)["results"]
-                return found
+            if not (isinstance(found, list) and found):
+                raise TypeError(f"no worker's results: {found!r:.200}")
         except urllib.error.HTTPError as refusal:
             raise NoAnswer(_explained(self.url, refusal)) from refusal
-        except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError) as failure:
+        except _UNREADABLE as failure:
             raise NoAnswer(
-                f"{self.url} gives no answer that could be read ({failure}). Is it a vLLM server, "
-                "and does it run?"
+                f"{self.url} gives no answer that could be read ({failure}). Is it the URL of a "
+                "vLLM server (http://host:port), and does it run?"
             ) from failure
+        return found
 
 
 def _explained(url: str, refusal: urllib.error.HTTPError) -> str:
-    said = " ".join(refusal.read(500).decode(errors="replace").split())
+    said = ""
+    with contextlib.suppress(OSError, http.client.HTTPException):
+        said = " ".join(refusal.read(500).decode(errors="replace").split())
     if refusal.code == 404:
         return (
             f"{url} has no route /{_ROUTE}. Start the server with VLLM_SERVER_DEV_MODE=1, where "
@@ -127,37 +152,61 @@ def _answers(found: Sequence[Any]) -> list[Any]:
     if failures:
         followed = errors.PeerFailed.__name__
         first = next((one for one in failures if one["error"] != followed), failures[0])
-        kind = getattr(errors, str(first["error"]), None)
+        kind, says = getattr(errors, str(first["error"]), None), str(first.get("says", ""))
         if isinstance(kind, type) and issubclass(kind, ReloadError):
-            raise kind(first["says"])
-        raise ReloadError(f"{first['error']}: {first['says']}")
+            raise kind(says)
+        raise ReloadError(f"{first['error']}: {says}")
     try:
         return [one["answer"] for one in found]
     except (KeyError, TypeError) as odd:
         raise NoAnswer(f"an answer that flashquant does not know: {found!r:.200}") from odd
 
 
-def catch_up(server: Server, folder: Path, seen_as: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _field(said: Any, name: str, *kinds: type) -> Any:
+    """One field of an answer."""
+    value = said.get(name, said) if isinstance(said, dict) else said
+    if not isinstance(value, kinds):
+        raise NoAnswer(f"an answer that flashquant does not know: {said!r:.200}")
+    return value
+
+
+def catch_up(
+    server: Server, store: BundleStore, seen_as: Path
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """Bring one server to the newest policy of a folder.
 
     Args:
-        folder: of the bundles.
-        seen_as: the same folder, as the server sees it.
+        store: the bundles.
+        seen_as: their folder, as the server sees it.
 
     Yields:
         The name of each bundle that was applied, and the report.
 
     Raises:
-        ReloadError: a bundle was refused.
+        ReloadError: a bundle was refused, and no others lead there.
         StaleBase: no bundles lead to the newest policy from where the server is.
+        OSError: the folder cannot be read.
 
     """
-    from flashquant.sender import BundleStore
-
-    store = BundleStore(folder)
-    server.look()
-    for path in store.path_from(server.digest):
-        yield path.name, server.apply(seen_as / path.name, path.stem.rsplit("-", 1)[-1])
+    refused: dict[Path, ReloadError] = {}
+    while True:
+        server.look()
+        try:
+            way = store.path_from(server.digest, without=refused)
+        except StaleBase:
+            if refused:
+                raise next(reversed(refused.values())) from None
+            raise
+        for path in way:
+            try:
+                report = server.apply(seen_as / path.name, path.stem.rsplit("-", 1)[-1])
+            except (BrokenDelta, StaleBase) as refusal:  # or somebody else brought it on meanwhile
+                logger.warning("%s refuses %s: %s", server.url, path.name, refusal)
+                refused[path] = refusal
+                break
+            yield path.name, report
+        else:
+            return
 
 
 def add_to(commands: argparse._SubParsersAction[Any]) -> None:
@@ -185,7 +234,7 @@ def add_to(commands: argparse._SubParsersAction[Any]) -> None:
     )
     sync.add_argument("--once", action="store_true", help="and do not wait for more")
     sync.add_argument(
-        "--every", type=float, default=1.0, metavar="SECONDS", help="look for more so often (1)"
+        "--every", type=_seconds, default=1.0, metavar="SECONDS", help="look for more so often (1)"
     )
     sync.set_defaults(run=run)
 
@@ -196,35 +245,62 @@ def run(options: argparse.Namespace) -> int:
         raise ReloadError(
             f"{options.folder} is no folder. Name the one that the trainer's BundleStore writes."
         )
-    folder, console = options.folder.resolve(), output.console()
-    servers = [Server(url.rstrip("/")) for url in options.to]
+    from flashquant.sender import BundleStore
+
+    store = BundleStore(options.folder.resolve())
+    servers = [Server(url) for url in dict.fromkeys(url.rstrip("/") for url in options.to)]
+    follow = functools.partial(
+        _follow,
+        store=store,
+        seen_as=options.seen_as or store.folder,
+        console=output.console(),
+        every=None if options.once else options.every,
+    )
     try:
-        while True:
-            well = [_bring(s, folder, options.seen_as or folder, console) for s in servers]
-            if options.once:
-                return 0 if all(well) else 1
-            time.sleep(options.every)
+        with ThreadPool(len(servers)) as each:  # whose threads end with the command
+            return 0 if all(list(each.imap_unordered(follow, servers))) else 1
     except KeyboardInterrupt:
         return 0
 
 
-def _bring(server: Server, folder: Path, seen_as: Path, console: Console) -> bool:
+def _seconds(said: str) -> float:
+    value = float(said)
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(said)
+    return value
+
+
+def _follow(
+    server: Server, store: BundleStore, seen_as: Path, console: Console, every: float | None
+) -> bool:
+    """Whether one server was brought along, once; or again and again."""
+    while True:
+        well = _bring(server, store, seen_as, console)
+        if every is None:
+            return well
+        time.sleep(every)
+
+
+def _bring(server: Server, store: BundleStore, seen_as: Path, console: Console) -> bool:
     """One server, with a line for each bundle; what fails is said once, and tried again later."""
     try:
-        for name, report in catch_up(server, folder, seen_as):
+        for name, report in catch_up(server, store, seen_as):
             console.print(
                 f"{server.url}: {name} in {report['seconds']:.2f} s, version {report['version']}",
                 highlight=False,
+                markup=False,
             )
             server.told = True
         if not server.told:
-            console.print(f"{server.url}: serves the newest policy already", highlight=False)
+            console.print(
+                f"{server.url}: serves the newest policy already", highlight=False, markup=False
+            )
             server.told = True
-    except ReloadError as failure:
+    except (ReloadError, OSError) as failure:
         server.version = -1  # it may have been started anew, or be where nobody expects it
         if (trouble := str(failure)) != server.trouble:
             server.trouble = trouble
-            line = f"[red]{server.url}[/]: {escape(trouble)}"
+            line = f"[red]{escape(server.url)}[/]: {escape(trouble)}"
             Console(stderr=True, soft_wrap=True).print(line)
         return False
     server.trouble = ""

@@ -103,7 +103,14 @@ class BundleStore:
             StaleBase: none of what is there leads to it.
 
         """
-        return self._path(self._all(), digest, without)
+        every = self._all()
+        while True:
+            try:
+                return self._path(every, digest, without)
+            except StaleBase:
+                before, every = every, self._all()
+                if set(every) == set(before):  # else another process wrote and pruned meanwhile
+                    raise
 
     def _path(
         self, every: Sequence[_Stored], digest: str | None, without: Collection[Path] = ()

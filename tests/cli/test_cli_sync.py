@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import signal
+import socket
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -10,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from flashquant.cli import sync
 from flashquant.cli.main import main
-from flashquant.errors import StaleBase
+from flashquant.errors import BrokenDelta, StaleBase
 from flashquant.sender import BundleStore, Delta, Sender
 from tests.sender.test_sender import applied, manifest, moved, policy, same
 
@@ -24,6 +27,7 @@ class Rollouts:
     def __init__(self, folder: Path) -> None:
         self.folder, self.asked = folder, list[str]()
         self.code, self.workers = 200, 1
+        self.said: bytes | None = None  # whatever it is asked
         self.start()
 
     def start(self) -> None:
@@ -40,8 +44,8 @@ class Rollouts:
             return {"answer": {"digest": self.digest, "version": self.version}}
         try:
             return {"answer": self.apply(Path(args[0]))}
-        except StaleBase as failure:
-            return {"error": "StaleBase", "says": str(failure)}
+        except (StaleBase, BrokenDelta) as failure:
+            return {"error": type(failure).__name__, "says": str(failure)}
 
     def apply(self, path: Path) -> dict[str, Any]:
         delta = Delta.load(self.folder / path.name)
@@ -71,7 +75,7 @@ def url(rollouts: Rollouts) -> Iterator[str]:
             said = {"results": answers} if self.path == "/collective_rpc" else {}
             self.send_response(rollouts.code)
             self.end_headers()
-            self.wfile.write(json.dumps(said).encode())
+            self.wfile.write(rollouts.said or json.dumps(said).encode())
 
         def log_message(self, *_: Any) -> None:
             pass
@@ -117,10 +121,10 @@ def test_one_that_is_there_already_is_left_alone(
 ) -> None:
     steps(Sender(manifest(), delta=True), store, policy(), range(2))
     server = sync.Server(url)
-    list(sync.catch_up(server, store.folder, store.folder))
+    list(sync.catch_up(server, store, store.folder))
     rollouts.asked.clear()
 
-    assert list(sync.catch_up(server, store.folder, store.folder)) == []
+    assert list(sync.catch_up(server, store, store.folder)) == []
     assert rollouts.asked == [sync.STANDING]  # no pass over its weights
 
 
@@ -140,10 +144,10 @@ def test_a_server_that_was_started_anew_begins_with_a_whole_bundle(
 ) -> None:
     steps(Sender(manifest(), delta=True), store, policy(), range(3))
     server = sync.Server(url)
-    list(sync.catch_up(server, store.folder, store.folder))
+    list(sync.catch_up(server, store, store.folder))
 
     rollouts.start()
-    applied_now = [name for name, _ in sync.catch_up(server, store.folder, store.folder)]
+    applied_now = [name for name, _ in sync.catch_up(server, store, store.folder)]
 
     assert ["whole" in name for name in applied_now] == [True, False, False]
     assert rollouts.digest == store.newest
@@ -202,19 +206,172 @@ def test_trouble_is_said_once_and_tried_again(
     steps(Sender(manifest(), delta=True), store, policy(), range(1))
     rounds = iter([500, 500, 200, None])
 
+    over = threading.Event()
+
     def sleep(_: float) -> None:
         code = next(rounds)
         if code is None:
-            raise KeyboardInterrupt
-        rollouts.code = code
+            interrupt()
+            over.wait(60)
+            raise RuntimeError("the command is over")
+        else:
+            rollouts.code = code
 
     rollouts.code = 500
     monkeypatch.setattr(sync.time, "sleep", sleep)
 
     assert main(["sync", "--from", str(store.folder), "--to", url]) == 0
+    over.set()
 
     assert rollouts.digest == store.newest
     assert capsys.readouterr().err.count("without FLASHRL_CONFIG") == 1
+
+
+def interrupt() -> None:
+    """Ctrl-C, wherever the command waits."""
+    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+
+def test_a_server_that_never_answers_holds_up_no_other(
+    store: BundleStore, rollouts: Rollouts, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps(Sender(manifest(), delta=True), store, policy(), range(2))
+
+    over = threading.Event()
+
+    def sleep(_: float) -> None:
+        if not over.is_set():
+            interrupt()
+        over.wait(60)
+        raise RuntimeError("the command is over")
+
+    monkeypatch.setattr(sync.time, "sleep", sleep)
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        never = f"http://127.0.0.1:{mute.getsockname()[1]}"
+        assert main(["sync", "--from", str(store.folder), "--to", never, url]) == 0
+        over.set()
+
+    assert rollouts.digest == store.newest
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        b"<html>It works!</html>",
+        b"[" * 100_000,
+        b"[1]",
+        b'{"results": null}',
+        b'{"results": []}',
+        b'{"results": {"0": 1}}',
+        b'{"results": [null]}',
+        b'{"results": [[]]}',
+        b'{"results": [["x"]]}',
+        b'{"results": [{"error": "Odd"}]}',
+        b'{"results": [{"answer": {}}]}',
+        b'{"results": [{"answer": {"digest": 3, "version": 1}}]}',
+        b'{"results": [{"answer": {"digest": null, "version": "1"}}]}',
+        b'{"results": [{"answer": {"digest": null, "version": 1}}]}',
+    ],
+    ids=lambda said: said[:60].decode(),
+)
+def test_an_answer_of_whatever_kind_is_trouble_and_no_end(
+    said: bytes,
+    store: BundleStore,
+    rollouts: Rollouts,
+    url: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    steps(Sender(manifest(), delta=True), store, policy(), range(2))
+    rollouts.said = said
+    server = sync.Server(url)
+    assert not sync._bring(server, store, store.folder, Console())
+    assert capsys.readouterr().err.startswith(f"{url}: ")
+
+    rollouts.said = None
+
+    assert sync._bring(server, store, store.folder, Console())
+    assert rollouts.digest == store.newest
+
+
+@pytest.mark.parametrize(
+    "odd", ["myhost", "localhost:1", "http://[::1", "http://[fe80::1]:1", "file:///dev", "http://"]
+)
+def test_what_is_no_url_of_a_server_is_trouble_with_its_name(
+    odd: str, store: BundleStore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert once(store, odd) == 1
+
+    assert capsys.readouterr().err.startswith(
+        f"{odd.rstrip('/')}: {odd.rstrip('/')} gives no answer"
+    )
+
+
+@pytest.mark.parametrize("spoil", [lambda data: data[:-1], lambda data: b""])
+def test_where_a_bundle_is_spoilt_a_server_goes_by_a_whole_one(
+    spoil: Any, store: BundleStore, rollouts: Rollouts, url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    sender = Sender(manifest(), delta=True)
+    weights = steps(sender, store, policy(), range(2))
+    assert once(store, url) == 0
+    weights = steps(sender, store, weights, range(2, 3))
+    (delta,) = store.path_from(rollouts.digest)
+    delta.write_bytes(spoil(delta.read_bytes()))
+    assert once(store, url) == 1  # there is no other way yet
+
+    store.put(sender.snapshot())
+    weights = steps(sender, store, weights, range(3, 4))
+
+    assert once(store, url) == 0
+    assert same(rollouts.held, dict(sender.stream(weights)))
+    assert f"refuses {delta.name}" in caplog.text
+
+
+def test_a_server_that_another_one_brings_on_meanwhile_goes_on_from_there(
+    store: BundleStore, rollouts: Rollouts, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two commands follow one folder for the same server."""
+    sender = Sender(manifest(), delta=True)
+    weights = steps(sender, store, policy(), range(1))
+    assert once(store, url) == 0
+    weights = steps(sender, store, weights, range(1, 4))
+    store.put(sender.snapshot())
+    apply, names = rollouts.apply, list[str]()
+
+    def twice(path: Path) -> Any:
+        names.append(path.name)
+        if len(names) == 1:
+            apply(path)
+        return apply(path)
+
+    monkeypatch.setattr(rollouts, "apply", twice)
+
+    assert once(store, url) == 0
+
+    assert same(rollouts.held, dict(sender.stream(weights)))
+    assert [name[:8] for name in names] == ["00000002", "00000003", "00000004"]
+
+
+def test_a_folder_that_goes_away_is_trouble_until_it_is_back(
+    store: BundleStore, rollouts: Rollouts, url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a share does that is unmounted; and nobody makes another one in its place."""
+    steps(Sender(manifest(), delta=True), store, policy(), range(2))
+    server, away = sync.Server(url), store.folder.with_name("away")
+    store.folder.rename(away)
+
+    assert not sync._bring(server, store, store.folder, Console())
+    assert "No such file or directory" in capsys.readouterr().err
+    assert not store.folder.exists()
+
+    away.rename(store.folder)
+    assert sync._bring(server, store, store.folder, Console())
+    assert rollouts.digest == store.newest
+
+
+@pytest.mark.parametrize("every", ["-1", "nan", "inf", "soon"])
+def test_a_time_that_is_none_is_refused(every: str, store: BundleStore) -> None:
+    with pytest.raises(SystemExit):
+        main(["sync", "--from", str(store.folder), "--to", "http://h", "--every", every])
 
 
 def test_servers_may_see_the_folder_elsewhere(
