@@ -18,6 +18,3 @@ class Scratch:
         if chunk is None or len(chunk) < nbytes or chunk.device != device:
             chunk = self._chunk = torch.empty(nbytes, dtype=torch.uint8, device=device)
         return chunk[:nbytes]
-
-    def __reduce__(self) -> tuple[type[Scratch], tuple[()]]:
-        return type(self), ()  # a copy has nothing to keep

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final, NamedTuple
 
@@ -24,8 +25,8 @@ from flashquant.sender.changes import Change, apply, change
 from flashquant.sender.delta import MARK, Delta
 from flashquant.sender.manifest import Manifest, TensorSpec, policy_digest
 from flashquant.sender.scratch import Scratch
-from flashquant.sender.turn import Turn
 
+_OWN: Final = ("_codes", "_turn")  # what no copy of a sender shares
 _PLAIN: Final = Tensor.__torch_dispatch__
 
 Weights = Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
@@ -58,9 +59,15 @@ class Sender:
         self._version = 0
         self._quantizers: dict[str, Quantize] = {}
         self._codes = Scratch()
-        self._turn = Turn()
+        self._turn = threading.RLock()
         if odd := next((name for name in self.manifest.tensors if MARK in name), None):
             raise ReloadError(f"{odd}: {MARK} may not be in a name. Push this model in bf16.")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in _OWN}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _codes=Scratch(), _turn=threading.RLock())
 
     def __copy__(self) -> Sender:
         return copy.deepcopy(self)  # what is kept is written into
@@ -110,7 +117,13 @@ class Sender:
 
         """
         with self._turn, torch.no_grad():
+            kept = self._kept
             changes, sums = self._changes(weights)
+            if self._kept is not kept:
+                raise ReloadError(
+                    "a sender makes one bundle at a time, and was called by what yields the "
+                    "weights of another one. Call it before or after, or make a second Sender."
+                )
             base = _digest(self._kept.sums) if self._kept.tensors else None
             made = self._bundled(changes, base, sums)
             if self._keeps:

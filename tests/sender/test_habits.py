@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import pickle
+import sys
 import threading
 
 import pytest
@@ -109,19 +111,25 @@ def test_threads_take_turns():
     assert same(held, snapshot.parts)
 
 
-@pytest.mark.parametrize("call", [Sender.snapshot, lambda sender: sender.bundle(policy())])
-def test_a_call_by_what_yields_the_weights_is_refused_and_the_next_bundle_goes(call):
+@pytest.mark.parametrize(
+    "call", [Sender.snapshot, lambda sender: sender.bundle(moved(policy(), 5))]
+)
+def test_a_call_by_what_yields_the_weights_has_them_refused_and_the_next_bundle_goes(call):
+    """Half of them were compared with what was sent before that, half with what was sent then."""
     sender = Sender(manifest(), delta=True)
-    whole = sender.bundle(policy())
+    whole, inner = sender.bundle(policy()), []
 
     def weights():
         yield from moved(policy(), 1).items()
-        call(sender)
+        inner.append(call(sender))
 
     with pytest.raises(ReloadError, match="one bundle at a time"):
         sender.bundle(weights())
 
-    assert is_right(sender.bundle(moved(policy(), 2)), whole.parts, moved(policy(), 2))
+    held = applied(inner[0], dict(whole.parts))
+    after = sender.bundle(moved(policy(), 2))
+    assert after.header.base == inner[0].header.digest
+    assert is_right(after, held, moved(policy(), 2))
 
 
 @pytest.mark.parametrize(
@@ -206,3 +214,39 @@ def test_a_tensor_whose_memory_was_given_back_is_refused_by_name(name):
 
     with pytest.raises(MisfitTensor, match=f"{name} holds no values: its memory"):
         Sender(manifest()).bundle(weights)
+
+
+class CutOff:
+    """Ctrl-C at one line of flashquant, counted as they run."""
+
+    def __init__(self, at):
+        self.left = at
+
+    def __call__(self, frame, event, _):
+        return self.line if "/flashquant/" in frame.f_code.co_filename else None
+
+    def line(self, frame, event, _):
+        self.left -= event == "line"
+        if event == "line" and self.left == 0:
+            raise KeyboardInterrupt
+        return self.line
+
+
+def test_wherever_a_bundle_is_cut_off_the_next_one_is_right():
+    """It is whole, or starts from the last bundle, or from the one that nobody got."""
+    lost, at, left = Sender(manifest()).bundle(moved(policy(), 1)), 1, 0
+    while left <= 0:
+        sender = Sender(manifest(), delta=True)
+        first, cut = sender.bundle(policy()), CutOff(at)
+        before = sys.gettrace()
+        sys.settrace(cut)
+        with contextlib.suppress(KeyboardInterrupt):
+            sender.bundle(moved(policy(), 1))
+        sys.settrace(before)
+
+        bases = {None: {}, first.header.digest: first.parts, lost.header.digest: lost.parts}
+        after = sender.bundle(moved(policy(), 2))
+        assert is_right(after, dict(bases[after.header.base]), moved(policy(), 2)), at
+        assert is_right(sender.snapshot(), {}, moved(policy(), 2)), at
+        at, left = at + 17, cut.left
+    assert at > 200
