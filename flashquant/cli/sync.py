@@ -21,7 +21,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from types import NoneType
@@ -69,6 +69,7 @@ class Server:
         version: how many updates it had committed when that was known.
         trouble: what was said last of what is wrong with it; nothing, if it is well.
         told: whether it has been said that there is nothing to bring.
+        refused: bundles of which was said that it refused them.
 
     """
 
@@ -77,6 +78,7 @@ class Server:
     version: int = -1
     trouble: str = ""
     told: bool = False
+    refused: set[str] = field(default_factory=set)
 
     def look(self) -> None:
         """Ask which policy it serves, if that may be another than is known.
@@ -201,7 +203,9 @@ def catch_up(
             try:
                 report = server.apply(seen_as / path.name, path.stem.rsplit("-", 1)[-1])
             except (BrokenDelta, StaleBase) as refusal:  # or somebody else brought it on meanwhile
-                logger.warning("%s refuses %s: %s", server.url, path.name, refusal)
+                if path.name not in server.refused:
+                    logger.warning("%s refuses %s: %s", server.url, path.name, refusal)
+                server.refused.add(path.name)
                 refused[path] = refusal
                 break
             yield path.name, report
