@@ -246,6 +246,8 @@ class Transactions:
         except BaseException as failure:
             self._roll_back(update, failure)
             raise
+        finally:
+            self.hold(self._held is not None)  # its time counts from the last that came
 
     def _roll_back(self, update: Update, failure: BaseException) -> None:
         """Roll an update back, unless it is committed, or the workers have agreed to commit it."""

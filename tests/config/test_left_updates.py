@@ -117,6 +117,8 @@ def test_steps_that_are_held_for_others_go_on_after_a_while(
     """Also where nothing has begun here, or what was begun has failed already."""
     session = half_an_update(engine)
     session.transactions.hold(True)
+    clock[0] += 9
+    session.push(only("k.weight"))
     session.abandon()
     clock[0] += 9
     session.transactions.take_back_what_was_left()
