@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from vllm.config import WeightTransferConfig
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
     CompressedTensorsLinearMethod,
 )
@@ -155,3 +156,13 @@ def test_experts_find_their_scales_without_a_word_to_other_ranks(
     assert asked
     mine, theirs = models.tensors(live), models.tensors(fresh)
     assert [n for n in mine if not torch.equal(mine[n].float(), theirs[n].float())] == []
+
+
+@pytest.mark.parametrize("backend", ["sparse_nccl", "sharded_rdt"])
+def test_transfers_that_bring_nothing_to_quantize_are_refused(folder: Path, backend: str) -> None:
+    checkpoint = Policies(folder, "qwen2").bf16("a")
+
+    with pytest.raises(ConfigError, match=f"backend='{backend}'.*Use 'nccl'"):
+        models.configured(
+            checkpoint, "int8", weight_transfer_config=WeightTransferConfig(backend=backend)
+        )

@@ -11,7 +11,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 import vllm
 from transformers import PretrainedConfig
@@ -45,6 +45,12 @@ from flashquant.patches.seams.quantization_args import choose_quantization, held
 from flashquant.profiles import load_kv_scales, load_profile
 
 logger = logging.getLogger(__name__)
+
+# Of vLLM's weight transfers, and what they do.
+_OTHER_WRITERS: Final = {
+    "sparse_nccl": "sends NaN for what has not changed, and NaN is refused",
+    "sharded_rdt": "writes into the parameters itself, so that nothing would be quantized",
+}
 
 
 def _create_model_config(original: Any, args: Any) -> Any:
@@ -94,6 +100,7 @@ def configure(args: Any, config: RolloutConfig, checks: Checks, *, emulate: bool
     """
     _refuse_what_is_not_served(config)
     _refuse_moving_experts(args)
+    _refuse_other_writers(args)
     _refuse_scales_of_shards(args, config)
     _apply_defaults(args, config)
     _cache_as_asked(args, config)
@@ -251,6 +258,16 @@ def _refuse_moving_experts(args: Any) -> None:
             "enable_eplb=True moves experts between GPUs while the engine serves, so that a pushed "
             "expert would be written where another one lies by now. Start the engine without it, "
             "or unset FLASHRL_CONFIG to run unpatched."
+        )
+
+
+def _refuse_other_writers(args: Any) -> None:
+    """Those that bring no tensors which could be quantized."""
+    backend = getattr(args.weight_transfer_config, "backend", "")
+    if does := _OTHER_WRITERS.get(backend):
+        raise ConfigError(
+            f"weight_transfer_config has backend={backend!r}, which {does}. Use 'nccl' or 'ipc', "
+            "or send what changed by flashquant.sender."
         )
 
 
