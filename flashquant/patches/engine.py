@@ -58,6 +58,7 @@ class LiveEngine:
         self.scheme = str(decided["scheme"]) if quantized else "bf16"
         self.overrides: Mapping[str, str] = overrides_of(vllm_config) if quantized else {}
         self.checks = Checks(**decided["checks"])
+        self.is_alone = vllm_config.parallel_config.world_size * sharing_replicas(vllm_config) == 1
         by_layer = any(SCHEMES[scheme].by_layer for scheme in self._schemes)
         self.shares_scales = by_layer and _cuts_weights(vllm_config)
         # vLLM says `cuda`, which is never equal to the device of a tensor.

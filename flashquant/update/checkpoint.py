@@ -62,10 +62,12 @@ class Checkpoint:
     def elsewhere(self, names: Iterable[str]) -> set[str]:
         """Of these, what other workers hold, and this one nothing of: experts, or a stage's layers.
 
-        Scales go with their codes.
+        Scales go with their codes. What is tied is held, under another name.
         """
-        forms = self._planner.forms.items()
-        nothing = {name for name, form in forms if not self._bindings.of(name, form).plan.steps}
+        if self._engine.is_alone:
+            return set()
+        found = {name: self._bindings.of(name, form) for name, form in self._planner.forms.items()}
+        nothing = {name for name, one in found.items() if not one.plan.steps and one.tie is None}
         return {name for name in names if {name, name.removesuffix("_scale")} & nothing}
 
     def manifest(self, version: int, *, settled: bool) -> Manifest:

@@ -162,6 +162,11 @@ class Engine(Loader, Protocol):
         ...
 
     @property
+    def is_alone(self) -> bool:
+        """Whether no other worker holds a part of the same model: experts, a stage, shards."""
+        ...
+
+    @property
     def shares_scales(self) -> bool:
         """Whether scales span the shards of other workers: maxima of whole tensors are wanted."""
         ...

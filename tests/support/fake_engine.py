@@ -90,6 +90,7 @@ class FakeEngine:
     """
 
     scheme, device, shares_scales, tied = "int8", CPU, False, MappingProxyType({})
+    is_alone = True
     optional: frozenset[str] = frozenset()
     in_bf16: Mapping[str, WhyInBf16] = MappingProxyType({})
     overrides: Mapping[str, str] = MappingProxyType({})

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from flashquant.errors import BrokenDelta, IncompleteUpdate, MisfitTensor, StaleBase
-from flashquant.sender import Change, Delta, Sender
+from flashquant.sender import Change, Delta, Sender, TensorSpec
 from flashquant.update import Deltas
 from flashquant.update.deltas import _check_finite
 from tests.support.fake_engine import NEW, OLD, FakeEngine, breaking, fresh, serves, serving
@@ -305,3 +305,27 @@ def test_a_nan_among_the_codes_of_many_tensors_is_named():
 
     with pytest.raises(MisfitTensor, match=r"^k\b"):
         _check_finite({"q": changes["q"], "k": Change("gaps", gaps[:2], nan), "v": changes["v"]})
+
+
+def test_what_only_others_hold_is_theirs_and_of_an_engine_that_is_alone_there_is_none(
+    engine, deltas
+):
+    """Here the loader drops `lm_head`: a bundle that holds one was made for another engine, or is
+    one for several workers, of which another has it."""
+    mine = deltas.manifest()
+    theirs = {"lm_head.weight": TensorSpec(shape=(8, 4), dtype="bfloat16")}
+    sender = Sender(mine.model_copy(update={"tensors": mine.tensors | theirs}), delta=True)
+    bundle = sender.bundle(NEW)
+
+    with pytest.raises(BrokenDelta, match=r"lm_head\.weight.*the engine wants none"):
+        deltas.apply(bundle)
+    assert serves(engine, fresh(OLD, dtype=torch.int8))
+    engine.is_alone = False
+    deltas.apply(bundle)
+    assert serves(engine, fresh(NEW, dtype=torch.int8))
+
+    said = dict(bundle.header.tensors)
+    said["lm_head.weight"] = said["lm_head.weight"].model_copy(update={"fingerprint": "0" * 32})
+    spoilt = Delta(bundle.header.model_copy(update={"tensors": said}), bundle.parts)
+    with pytest.raises(BrokenDelta, match="some of its bytes are not those that were sent"):
+        deltas.apply(spoilt)
