@@ -44,27 +44,6 @@ def packs_heads() -> bool:
     return torch.cpu._is_avx512_supported()
 
 
-@functools.cache
-def multiply_fp8_as_everywhere() -> None:
-    """Keep torch from multiplying fp8 in oneDNN, in this process.
-
-    On a CPU with AMX torch does so, and oneDNN has no kernel for it there: 60 to 300 ms a tiny
-    layer, instead of one in float32, as on every other CPU. No promise depends on which it is.
-    """
-    multiply = torch._scaled_mm
-
-    @functools.wraps(multiply)
-    def without_onednn(*args: Any, **kwargs: Any) -> Any:
-        before = torch._C._get_mkldnn_enabled()
-        torch._C._set_mkldnn_enabled(False)
-        try:
-            return multiply(*args, **kwargs)
-        finally:
-            torch._C._set_mkldnn_enabled(before)
-
-    torch._scaled_mm = without_onednn
-
-
 @contextmanager
 def choosing(kernels: str) -> Iterator[None]:
     """Make vLLM choose its CPU linears as on a machine with, or without, AMX.

@@ -24,7 +24,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from tests.support import inspection, vision
+from tests.support import fp8, inspection, vision
 from tests.support.gpu import HAS_GPU
 
 # The fork server imports this first, and transformers looks for torchvision only once.
@@ -115,6 +115,8 @@ def _become(environ: dict[str, str], output: str) -> None:
     os.close(file)
 
     inspection.inspect_models_here()
+    if not HAS_GPU:
+        fp8.multiply_as_everywhere()
     describe = spawn.get_preparation_data
 
     def with_environment(name: str) -> dict[str, Any]:

@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.engine import kernels
-from tests.support import isa
+from tests.support import fp8, isa
 
 _XEON = "processor: 0\nflags\t\t: fpu avx2 avx512f avx512_bf16 amx_tile\n"
 
@@ -90,7 +89,7 @@ def test_fp8_is_multiplied_without_onednn_and_nothing_else_is(
 ) -> None:
     seen: list[Any] = []
     monkeypatch.setattr(torch, "_scaled_mm", lambda: seen.append(torch._C._get_mkldnn_enabled()))
-    kernels.multiply_fp8_as_everywhere.__wrapped__()
+    fp8.multiply_as_everywhere.__wrapped__()
 
     torch._scaled_mm()
 

@@ -112,10 +112,10 @@ def _shown(path: Path, scheme: str, caching: bool) -> Any:
 
     import flashquant
     from tests.engine import sights
-    from tests.engine.kernels import multiply_fp8_as_everywhere
+    from tests.support import fp8
 
     flashquant.patch()
-    multiply_fp8_as_everywhere()
+    fp8.multiply_as_everywhere()
     asked = {"FLASHRL_CONFIG": scheme, "FLASHQUANT_EMULATE": "1"}
     with mock.patch.dict(os.environ, asked), sights.understood():
         _KEPT.append(LLM(str(path), **sights.options(enable_prefix_caching=caching)))

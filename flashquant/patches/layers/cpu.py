@@ -33,7 +33,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashquant.errors import UnsupportedEngine
 from flashquant.patches.channels import Ambient
 from flashquant.patches.point import PatchPoint
 from flashquant.schemes import fp8_channel, fp8_static, fp8_tensor
@@ -192,10 +191,10 @@ def _rounded(cached: Tensor, scale: float, form: torch.dtype) -> Tensor:
 def _refuse_left_over_rows(original: Any, kernel: Any, layer: Any) -> None:
     rows = layer.weight.shape[0]
     if rows % _ROWS_AT_A_TIME:
-        raise UnsupportedEngine(
-            f"{layer.prefix} ({type(layer).__name__}) has {rows} rows, and vLLM's CPU kernel for "
-            f"blocks of fp8 computes {_ROWS_AT_A_TIME} at a time: the rest would end the process. "
-            "Leave it in bf16 (`keep` in the entry), or serve this model in another scheme."
+        # `naming_the_layer` says in which layer, and what helps.
+        raise ValueError(
+            f"it has {rows} rows, and vLLM's CPU kernel for blocks of fp8 computes "
+            f"{_ROWS_AT_A_TIME} at a time: the rest would end the process"
         )
     original(kernel, layer)
 

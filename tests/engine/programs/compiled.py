@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from vllm import LLM, SamplingParams
 
 import flashquant
@@ -32,6 +33,7 @@ def says(llm: Any) -> list[Any]:
 
 
 def main(starts_on: str, pushed: str) -> dict[str, Any]:
+    torch._C._set_mkldnn_enabled(False)  # compiled code asks for oneDNN's: tests/support/fp8.py
     live = engine(starts_on)
     before = says(live)
     flashquant.reload_weights(live, Path(pushed))

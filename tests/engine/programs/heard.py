@@ -8,6 +8,7 @@ Prints one JSON object: what was said, each token with its log-prob.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,12 +54,12 @@ def push(llm: Any, pushed: Path, how: str) -> None:
         llm.collective_rpc("reload_weights", kwargs={"weights_path": str(pushed)})
 
 
-def said(llm: Any, more: tuple[int, ...] = ()) -> list[list[float]]:
-    """The next tokens, greedy, after the sound and what was said already."""
+def said(llm: Any, answer: Sequence[list[float]] = (), cut: int = 0) -> list[list[float]]:
+    """What comes, greedy, after the sound and the answer's first tokens: its rest, or eight."""
     prompt = sounds.prompt()
-    prompt["prompt_token_ids"] = [*prompt["prompt_token_ids"], *more]
-    (answer,) = llm.generate([prompt], sampling(8), use_tqdm=False)
-    return pairs(answer.outputs[0])
+    prompt["prompt_token_ids"] += [int(token) for token, _ in answer[:cut]]
+    (rest,) = llm.generate([prompt], sampling(len(answer) - cut or 8), use_tqdm=False)
+    return pairs(rest.outputs[0])
 
 
 def sampling(tokens: int) -> Any:

@@ -10,11 +10,11 @@ import torch
 
 import flashquant
 from flashquant.patches.diagnostics import inspect_model
-from tests.engine.kernels import multiply_fp8_as_everywhere
 from tests.engine.programs.engine import print_result
+from tests.support import fp8
 
 if __name__ == "__main__":
-    multiply_fp8_as_everywhere()
+    fp8.multiply_as_everywhere()
     asked = sys.argv[1:]
     found = [
         asdict(inspect_model(Path(path), scheme))

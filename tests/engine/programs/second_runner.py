@@ -20,6 +20,7 @@ from triton.backends import backends
 
 from tests.engine.programs.engine import OPTIONS, PROMPT, print_result
 from tests.engine.programs.failing import raised_by
+from tests.support import fp8
 from tools.models import tiny_models
 
 # vLLM asks whether Triton has a backend for the CPU, which the interpreter does not need; before
@@ -34,6 +35,7 @@ def main(starts_on: str, pushed: str) -> dict[str, Any]:
 
     from tests.engine.serving import scheduling_ahead
 
+    fp8.multiply_as_everywhere()
     with scheduling_ahead():
         llm, fresh = (LLM(policy, **OPTIONS) for policy in (starts_on, pushed))
     import flashquant
