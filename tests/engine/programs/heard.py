@@ -15,7 +15,7 @@ from typing import Any
 from tests.engine import sounds
 from tests.engine.programs.engine import print_result
 
-IN_FLIGHT, CUT = 24, 4  # tokens of an answer, and how many of them come before the update
+IN_FLIGHT, CUT = 200, 4  # tokens of an answer, and how many of them come before the update
 
 
 def main(starts_on: str, pushed: str, how: str) -> dict[str, Any]:
@@ -54,12 +54,12 @@ def push(llm: Any, pushed: Path, how: str) -> None:
         llm.collective_rpc("reload_weights", kwargs={"weights_path": str(pushed)})
 
 
-def said(llm: Any, answer: Sequence[list[float]] = (), cut: int = 0) -> list[list[float]]:
-    """What comes, greedy, after the sound and the answer's first tokens: its rest, or eight."""
+def said(llm: Any, before: Sequence[list[float]] = (), tokens: int = 8) -> list[list[float]]:
+    """The next tokens, greedy, after the sound and what was said before."""
     prompt = sounds.prompt()
-    prompt["prompt_token_ids"] += [int(token) for token, _ in answer[:cut]]
-    (rest,) = llm.generate([prompt], sampling(len(answer) - cut or 8), use_tqdm=False)
-    return pairs(rest.outputs[0])
+    prompt["prompt_token_ids"] += [int(token) for token, _ in before]
+    (answer,) = llm.generate([prompt], sampling(tokens), use_tqdm=False)
+    return pairs(answer.outputs[0])
 
 
 def sampling(tokens: int) -> Any:
