@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
-from tests.support import isa, vision
+from tests.support import isa, room, vision
 
 isa.pretend()  # before torch is imported
 os.environ.pop("FLASHRL_CONFIG", None)
@@ -38,6 +38,16 @@ settings.register_profile("long", max_examples=1000)  # --hypothesis-profile lon
 
 _injected: Counter[str] = Counter()  # faults, by the engine they were thrown at
 _seeds: set[int] = set()
+
+
+def pytest_sessionstart(session: Any) -> None:
+    """A full disk breaks tests in ways that look like something else; xdist's workers ask not."""
+    config = session.config
+    if hasattr(config, "workerinput") or config.option.collectonly:
+        return
+    whole = config.args_source is not pytest.Config.ArgsSource.ARGS
+    if said := room.lacking(whole=whole):
+        pytest.exit("no room for the tests:\n" + "\n".join(said), returncode=4)
 
 
 def pytest_sessionfinish(session: Any) -> None:
