@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+import importlib
 from typing import Any
 
 import pytest
@@ -17,18 +17,15 @@ from tools.models.policies import Policies
 pytestmark = pytest.mark.engine
 
 
-class Keeping(qwen2.Qwen2DecoderLayer):
-    """Scales by the square of its norm's weight, which it computes once."""
+FORWARD = qwen2.Qwen2DecoderLayer.forward
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.kept: Tensor | None = None
 
-    def forward(self, positions: Tensor, hidden_states: Tensor, residual: Any) -> Any:
-        if self.kept is None:
-            self.kept = self.input_layernorm.weight.float() ** 2
-        hidden_states, residual = super().forward(positions, hidden_states, residual)
-        return hidden_states * self.kept.to(hidden_states.dtype), residual
+def keeping(self: Any, positions: Tensor, hidden_states: Tensor, residual: Any) -> Any:
+    """Scale by the square of the norm's weight, which is computed once."""
+    if self.kept is None:
+        self.kept = self.input_layernorm.weight.float() ** 2
+    hidden_states, residual = FORWARD(self, positions, hidden_states, residual)
+    return hidden_states * self.kept.to(hidden_states.dtype), residual
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +35,10 @@ def policies(tmp_path_factory: pytest.TempPathFactory) -> Policies:
 
 @pytest.fixture
 def start(monkeypatch: pytest.MonkeyPatch) -> Any:
-    model = partial(qwen2.Qwen2Model, decoder_layer_type=Keeping)
-    monkeypatch.setattr(qwen2, "Qwen2Model", model)
+    monkeypatch.setattr(qwen2.Qwen2DecoderLayer, "kept", None, raising=False)
+    monkeypatch.setattr(qwen2.Qwen2DecoderLayer, "forward", keeping)
+    blocks = importlib.import_module("flashquant.patches.layers.made_once")._blocks
+    monkeypatch.setattr(f"{blocks.__module__}._blocks", blocks.__wrapped__)  # anew, of this class
     return serve
 
 

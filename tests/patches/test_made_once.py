@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 from functools import cached_property
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from vllm.model_executor.models import qwen2
 
 from flashquant.errors import ReloadError, UnsupportedEngine
 from flashquant.patches.layers import (
@@ -15,7 +19,12 @@ from flashquant.patches.layers import (
     plain_tensors,
     while_loaded,
 )
+from flashquant.patches.seams.loading import engine_of, session_of
 from flashquant.update import UndoLog
+from tools.layouts.cases import HOPPER, Case
+from tools.layouts.layout import load
+from tools.layouts.machine import pretending
+from tools.models.policies import Policies
 
 
 class Base(nn.Module):
@@ -312,3 +321,51 @@ def test_vllms_fused_gates_follow_their_weights() -> None:
 
     assert made._combined_gate_weight is kept
     assert bool((kept[:3] == 7).all())
+
+
+@pytest.mark.parametrize("how", ["at once", "one by one", "prepared"])
+def test_every_way_of_pushing_makes_it_anew_in_a_model_of_vllms(
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a pretended GPU, whose kernels are not called; an engine: tests/engine/test_made_once."""
+
+    def fuse(self: Any) -> None:
+        if self.kept is None:
+            self.kept = self.input_layernorm.weight.float() ** 2
+
+    monkeypatch.setattr(qwen2.Qwen2DecoderLayer, "kept", None, raising=False)
+    monkeypatch.setattr(qwen2.Qwen2DecoderLayer, "fuse", fuse, raising=False)
+    blocks = importlib.import_module("flashquant.patches.layers.made_once")._blocks
+    monkeypatch.setattr(blocks.__module__ + "._blocks", blocks.__wrapped__)  # anew, of this class
+    live = load(Case(HOPPER, "int8", "", ""), tmp_path, "a", "int8")
+    with pretending(HOPPER):
+        layer = live.model.layers[0]
+        layer.fuse()
+        kept, at_first = layer.kept, layer.kept.clone()
+        pushed, session = Policies(tmp_path, "qwen2").tensors("b"), session_of(live)
+
+        spoilt = {**pushed, "model.norm.weight": torch.full_like(layer.kept, float("nan"))}
+        with pytest.raises(ReloadError):
+            session.reload(spoilt)
+        assert layer.kept is kept
+        assert torch.equal(kept, at_first)
+
+        if how == "one by one":
+            for pair in pushed.items():
+                live.load_weights([pair])
+        else:
+            session.reload(pushed, prepare=how == "prepared")
+
+    assert layer.kept is kept
+    weight = pushed["model.layers.0.input_layernorm.weight"].float()
+    assert torch.equal(kept, weight**2)
+    assert not torch.equal(kept, at_first)
+
+
+def test_a_draft_that_its_loader_fuses_serves_and_takes_no_push(tmp_path: Path) -> None:
+    live = load(Case(HOPPER, "bf16", "", ""), tmp_path, "a", "bf16")
+    with pretending(HOPPER):
+        engine_of(live).made_while_loaded = ("fused",)
+
+        with pytest.raises(ReloadError, match=r"made fused of its weights while"):
+            live.load_weights(Policies(tmp_path, "qwen2").tensors("b").items())
