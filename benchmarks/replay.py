@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from benchmarks.results import described, machine, markdown, save_json, save_plot, save_text
 from flashquant.config.checks import Checks
 from flashquant.schemes import int8_channel
-from flashquant.update import Session, WhyInBf16
+from flashquant.update import Session, UndoLog, WhyInBf16
 
 ROWS, COLUMNS = 8, 64
 LIMIT = 10.0  # microseconds a tensor: the acceptance
@@ -78,6 +78,9 @@ class Engine:
         """The parameter that a tensor lands in, and its first row there."""
         _, layer, shard, kind = name.split(".")  # kind: weight, or weight_scale
         return f"layers.{layer}.{kind}", int(shard) * ROWS
+
+    def make_anew(self, undo: UndoLog) -> None:
+        """Its modules keep nothing."""
 
     def load(self, weights: Iterator[tuple[str, Tensor]]) -> None:
         for name, loaded in weights:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 from collections.abc import Callable, Iterator, Mapping
@@ -28,16 +29,21 @@ from flashquant.patches.layers import (
     LayerBlueprint,
     LayerChoice,
     LiveLayer,
+    MadeOnce,
     ModelBlueprint,
     Quantizer,
+    all_made_once,
+    attributes_kept,
     buffer_layers,
     is_deferred_attention_layer,
     is_processor,
+    plain_tensors,
+    while_loaded,
 )
 from flashquant.plan import NamedTensors, TensorPlan, Write
 from flashquant.profiles import Calibration, load_profile
 from flashquant.schemes import DEFINITIONS, WHOLE, resolved, warm
-from flashquant.update import WhyInBf16, digests
+from flashquant.update import UndoLog, WhyInBf16, digests
 
 # vLLM warns of a bf16 tensor on its way into an int8 parameter; while we watch
 # its loader, on meta tensors, that is just what we want to see.
@@ -90,6 +96,9 @@ class LiveEngine:
         self.stored |= self._blueprint.targets
         self._load: Callable[[NamedTensors], object] = cast(Any, model).load_weights
         self._loaded: dict[str, str] = {}
+        self._plain = plain_tensors(model)
+        self._made_once: tuple[MadeOnce, ...] = ()
+        self.made_while_loaded: tuple[str, ...] = ()
 
     @property
     def blueprint(self) -> ModelBlueprint:
@@ -131,19 +140,30 @@ class LiveEngine:
     @contextmanager
     def laid_out(self, values: Mapping[str, Tensor] | None = None) -> Iterator[None]:
         """Put checkpoint-format parameters under the model while its loader is watched."""
-        with _loaders_are_quiet(), self._blueprint.laid_out(values), torch.no_grad():
+        with self._watched(), self._blueprint.laid_out(values), torch.no_grad():
             yield
 
     @contextmanager
     def apart(self) -> Iterator[Mapping[str, Tensor]]:
         """Like `laid_out`, on meta, with a parameter for each name of a tied one; all, by name."""
-        with _loaders_are_quiet(), self._blueprint.apart() as targets, torch.no_grad():
+        with self._watched(), self._blueprint.apart() as targets, torch.no_grad():
             yield targets
+
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        """Run the loader, quietly, and on nothing that is live."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(_loaders_are_quiet())
+            if self.made_while_loaded:
+                stack.enter_context(attributes_kept(self.model))
+            yield
 
     def note_loaded(self) -> None:
         """All weights are in, none is processed: take their digests."""
         for blueprint in self._blueprint.layers:
             _refuse_late_parameters(blueprint)
+        self.made_while_loaded = tuple(while_loaded(self.model, self._plain))
+        self._plain.clear()
         loaded = (blueprint.loaded() for blueprint in self._blueprint.layers)
         self._loaded |= digests(itertools.chain.from_iterable(loaded))
 
@@ -167,7 +187,13 @@ class LiveEngine:
         for layer in self.layers:
             self.stored |= {target: home.to("meta") for target, home in layer.homes.items()}
         self._blueprint.release_originals()
+        self._made_once = tuple(all_made_once(self.model))
         warm(tuple(self._quantizers()), self._vllm_config.model_config.dtype, self.device)
+
+    def make_anew(self, undo: UndoLog) -> None:
+        """Bring up to date what modules have made of their weights by themselves."""
+        for one in self._made_once:
+            one.make_anew(undo)
 
     @property
     def _schemes(self) -> tuple[str, ...]:

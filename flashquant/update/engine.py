@@ -137,6 +137,11 @@ class Engine(Loader, Protocol):
         """While the checkpoint is loaded: write a tensor where its plan says, by no loader."""
         ...
 
+    def make_anew(self, undo: UndoLog) -> None:
+        """Make anew what modules have made of their weights by themselves, and keep: the layers of
+        an update are live. An undo log keeps what was there."""
+        ...
+
     @property
     def scheme(self) -> str:
         """Of all layers but those that `overrides` names."""

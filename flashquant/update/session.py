@@ -167,6 +167,7 @@ class Session:
             update.offered = offered.names
             written = self._pipeline.take(self._completeness.watched(offered, update), update)
             self._pipeline.finish(update)
+            self._make_anew(update)
             return written
 
     def begin(
@@ -234,12 +235,17 @@ class Session:
             wanted = self._planner.wanted if update.wanted is None else update.wanted
             self._completeness.check_complete(update, wanted, strict=strict, keeps=keeps)
             self._pipeline.swap_in(update)
+            self._make_anew(update)
             self._engine.cache_scales.set(update.kv_scales, update.undo)
             if update.prepares:
                 self.proofs.audit_later(update.before)
             else:
                 self.proofs.check_unmoved(update.before, update.audited)
         self._ties.reset()
+
+    def _make_anew(self, update: Update) -> None:
+        if update.committed:
+            self._engine.make_anew(update.undo)
 
     def check_nothing_waits(self) -> None:
         """The trainer has sent everything it wanted to, in pushes outside a bracket.

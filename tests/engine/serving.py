@@ -104,6 +104,7 @@ class Serving:
     @cached_property
     def llm(self) -> Any:
         from vllm import LLM
+        from vllm.v1.worker import workspace
 
         flashquant.patch()
         fp8.multiply_as_everywhere()
@@ -125,6 +126,9 @@ class Serving:
                 },
             )
         _KEPT.append(llm)
+        if workspace.is_workspace_manager_initialized():
+            # Captured graphs of this engine write into it; the next engine would free it.
+            _KEPT.append(workspace.current_workspace_manager())
         _IN_USE.append(llm)
         return llm
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from vllm.v1.worker import workspace
 
 from flashquant.cli.main import main
 from flashquant.config import schemes
@@ -273,3 +276,28 @@ def test_speeds_are_beside_the_copy_limit() -> None:
         "fp8_vllm on cpu",
     ]
     assert all("times the copy limit of" in finding.detail for finding in found)
+
+
+def test_what_captured_graphs_of_experts_write_into_outlives_the_next_engine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM has one workspace of experts' kernels a process, and each engine brings a new one.
+
+    With stand-ins for engines: freed, it would be anything of the second engine's by then.
+    """
+    made: list[Any] = []
+
+    def start(*_: Any, **__: Any) -> None:
+        workspace.init_workspace_manager(torch.device("cpu"))
+        (memory,) = workspace.current_workspace_manager().get_simultaneous(((64,), torch.uint8))
+        made.append(StorageWeakRef(memory.untyped_storage()))
+
+    monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)
+    monkeypatch.setattr(workspace, "_manager", None)
+    monkeypatch.setattr(engines, "LLM", start)
+    monkeypatch.setattr(engines, "_alive", [])
+    for _ in range(2):
+        engines._serve(tmp_path, {})
+    gc.collect()
+
+    assert [one.expired() for one in made] == [False, False]

@@ -5,7 +5,9 @@ And what has to be learned of a layer is learned then. On a pretended GPU: `tool
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +23,9 @@ from vllm.model_executor.offloader import PrefetchOffloader
 
 from flashquant.errors import ConfigError, UnsupportedEngine
 from flashquant.patches import engine
+from flashquant.patches.decided import ADDITIONAL_CONFIG_KEY
 from flashquant.patches.layers import probe
+from flashquant.patches.seams import loading
 from tools.layouts import models
 from tools.layouts.cases import AMPERE, HOPPER, Case
 from tools.layouts.layout import load
@@ -158,7 +162,7 @@ def test_experts_find_their_scales_without_a_word_to_other_ranks(
     assert [n for n in mine if not torch.equal(mine[n].float(), theirs[n].float())] == []
 
 
-@pytest.mark.parametrize("backend", ["sparse_nccl", "sharded_rdt"])
+@pytest.mark.parametrize("backend", ["sparse_nccl", "sharded_rdt", "modelexpress"])
 def test_transfers_that_bring_nothing_to_quantize_are_refused(folder: Path, backend: str) -> None:
     checkpoint = Policies(folder, "qwen2").bf16("a")
 
@@ -166,3 +170,29 @@ def test_transfers_that_bring_nothing_to_quantize_are_refused(folder: Path, back
         models.configured(
             checkpoint, "int8", weight_transfer_config=WeightTransferConfig(backend=backend)
         )
+
+
+def test_a_transfer_that_writes_itself_is_refused_where_it_does(folder: Path) -> None:
+    """vLLM's nccl_m2n hands tensors to the loader of a quantized model, and of pipeline stages."""
+    checkpoint = Policies(folder, "qwen2").bf16("a")
+    transfer = {"weight_transfer_config": WeightTransferConfig(backend="nccl_m2n")}
+
+    with pytest.raises(ConfigError, match=r"backend='nccl_m2n'.*itself.*Use 'nccl'"):
+        models.configured(checkpoint, "bf16", **transfer)
+    models.configured(checkpoint, "int8", **transfer)
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_a_loader_that_creates_the_model_itself_is_refused(asked: bool) -> None:
+    """As that of modelexpress, a package: no session would look after the model."""
+    worker = SimpleNamespace(
+        vllm_config=SimpleNamespace(
+            additional_config={ADDITIONAL_CONFIG_KEY: {}} if asked else {},
+            load_config=SimpleNamespace(load_format="modelexpress"),
+        ),
+        get_model=lambda: nn.Linear(2, 2),
+    )
+    refusal = pytest.raises(UnsupportedEngine, match=r"load_format='modelexpress'.*past flashquant")
+
+    with refusal if asked else nullcontext():
+        loading._load_model(lambda _, **__: None, worker, load_dummy_weights=False)

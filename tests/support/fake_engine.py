@@ -112,6 +112,9 @@ class FakeEngine:
         self._under: Mapping[str, Tensor] = self.live
         self._norm = norm
 
+    def make_anew(self, undo) -> None:
+        """Its modules keep nothing."""
+
     def load(self, weights) -> None:
         for name, loaded in weights:
             self.loads.append((name, not loaded.is_meta))

@@ -50,6 +50,7 @@ logger = logging.getLogger(__name__)
 _OTHER_WRITERS: Final = {
     "sparse_nccl": "sends NaN for what has not changed, and NaN is refused",
     "sharded_rdt": "writes into the parameters itself, so that nothing would be quantized",
+    "modelexpress": "installs weights by code of its own, past vLLM's loaders",
 }
 
 
@@ -100,7 +101,7 @@ def configure(args: Any, config: RolloutConfig, checks: Checks, *, emulate: bool
     """
     _refuse_what_is_not_served(config)
     _refuse_moving_experts(args)
-    _refuse_other_writers(args)
+    _refuse_other_writers(args, config)
     _refuse_scales_of_shards(args, config)
     _apply_defaults(args, config)
     _cache_as_asked(args, config)
@@ -261,10 +262,17 @@ def _refuse_moving_experts(args: Any) -> None:
         )
 
 
-def _refuse_other_writers(args: Any) -> None:
-    """Those that bring no tensors which could be quantized."""
+def _refuse_other_writers(args: Any, config: RolloutConfig) -> None:
+    """Those that bring no tensors which could be quantized, or compared.
+
+    `nccl_m2n` hands them to vLLM's loader where the model is quantized or cut into stages.
+    """
     backend = getattr(args.weight_transfer_config, "backend", "")
-    if does := _OTHER_WRITERS.get(backend):
+    does = _OTHER_WRITERS.get(backend)
+    whole = config.schemes == ("bf16",) and args.pipeline_parallel_size == 1
+    if backend == "nccl_m2n" and whole:
+        does = "writes into the parameters of a bf16 model itself, where nothing can be taken back"
+    if does:
         raise ConfigError(
             f"weight_transfer_config has backend={backend!r}, which {does}. Use 'nccl' or 'ipc', "
             "or send what changed by flashquant.sender."

@@ -32,7 +32,7 @@ from flashquant.patches.seams.kept import check_kept, name_as_vllm
 from flashquant.patches.seams.overrides import check_created, served_overrides
 from flashquant.patches.seams.peers import ballot_for
 from flashquant.patches.seams.towers import in_bf16
-from flashquant.update import Deltas, KVScales, Session
+from flashquant.update import Deltas, KVScales, Session, some_of
 
 logger = logging.getLogger(__name__)
 
@@ -63,9 +63,30 @@ class _Attached:
 
     def __call__(self, weights: Iterable[tuple[str, Tensor]]) -> object:
         if self.session.live:
+            self._check_remade()
             return self.session.push(weights)
         with naming_the_layer(self.engine.scheme, self.engine.model):  # online, they process here
             return self.session.first_load(weights)
+
+    def check_loaded(self) -> None:
+        """What a model makes of its weights as they are loaded, no push would make anew.
+
+        A draft may keep it, for it is served without being pushed to.
+        """
+        if (made := self.engine.made_while_loaded) and not self.is_draft:
+            raise UnsupportedEngine(
+                f"{type(self.engine.model).__name__} makes {some_of(made)} of its weights while "
+                "they are loaded, which would go stale when new ones are pushed. Unset "
+                "FLASHRL_CONFIG to serve this model unpatched."
+            )
+
+    def _check_remade(self) -> None:
+        if made := self.engine.made_while_loaded:
+            raise ReloadError(
+                f"the draft {type(self.engine.model).__name__} made {some_of(made)} of its weights "
+                "while they were loaded, which a push would leave as it is. Push to the model that "
+                "is served only; what it generates stays right."
+            )
 
     def note_in_bf16(self, landed: Callable[[], Mapping[str, tuple[str, ...]]]) -> None:
         """Find out what stays in bf16 of a model of codes, and what has another scheme.
@@ -279,6 +300,17 @@ def _refuse_to_initialize(original: Any, vllm_config: Any, **kwargs: Any) -> nn.
     return original(vllm_config, **kwargs)  # type: ignore[no-any-return]
 
 
+def _load_model(original: Any, worker: Any, **kwargs: Any) -> None:
+    """A loader of somebody else's, or of a package, may create the model by itself."""
+    original(worker, **kwargs)
+    if asks_for_session(worker.vllm_config) and find_session(worker.get_model()) is None:
+        name = getattr(worker.vllm_config.load_config, "load_format", None)
+        raise UnsupportedEngine(
+            f"load_format={name!r} created the model past flashquant, so that what is pushed later "
+            "would not be quantized. Leave it out, or unset FLASHRL_CONFIG."
+        )
+
+
 def _process_weights_after_loading(
     original: Any, model: nn.Module, model_config: Any, target_device: Any
 ) -> None:
@@ -293,6 +325,7 @@ def _process_weights_after_loading(
         return
     with naming_the_layer(attached.engine.scheme, model):
         attached.engine.note_loaded()
+        attached.check_loaded()
         with packed_once(attached.engine.shared):
             original(model, model_config, target_device)
         attached.engine.note_processed()
@@ -334,6 +367,11 @@ POINTS = (
             "tensorizer_loader": "",
             "weight_cache.ipc_loader": ">=0.30",
         }.items()
+    ),
+    PatchPoint(
+        "vllm.v1.worker.gpu_worker:Worker.load_model",
+        expects=("self", "load_dummy_weights"),
+        wrapper=_load_model,
     ),
     # vLLM's loader has the name by value; the stacks import it when they call it.
     *(
