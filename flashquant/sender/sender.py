@@ -21,10 +21,10 @@ from flashquant.schemes import (
     fingerprint,
     quantizer,
 )
+from flashquant.scratch import Scratch
 from flashquant.sender.changes import Change, apply, change
 from flashquant.sender.delta import MARK, Delta
 from flashquant.sender.manifest import Manifest, TensorSpec, policy_digest
-from flashquant.sender.scratch import Scratch
 
 _OWN: Final = ("_codes", "_turn")  # what no copy of a sender shares
 _PLAIN: Final = Tensor.__torch_dispatch__

@@ -273,7 +273,7 @@ class Session:
         start = time.perf_counter()
         self.begin(atomic=atomic, prepares=prepare, kv_scales=kv_scales)
         try:
-            tensors = named_tensors(weights)
+            tensors = named_tensors(weights, reuses=True)
             try:
                 self.push(tensors)
             except ReloadError as failure:

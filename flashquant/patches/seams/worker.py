@@ -75,7 +75,7 @@ def _begin(
     """Begin an update that is taken in slices: while the engine generates, if it is prepared."""
     session = session_of(worker.get_model())
     session.begin(atomic=atomic, prepares=prepares, kv_scales=kv_scales)
-    channels.FEED.put(worker, named_tensors(weights))
+    channels.FEED.put(worker, named_tensors(weights, reuses=True))
     return True
 
 
