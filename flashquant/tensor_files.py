@@ -90,7 +90,8 @@ class TensorFile(Mapping[str, Tensor]):
 
         """
         self._path = path
-        self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        # A pipe that nobody writes would be waited for; of a file, this says nothing.
+        self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         self._end = weakref.finalize(self, os.close, self._file)
         try:
             self.written = Written.of(self._file)

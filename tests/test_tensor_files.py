@@ -129,6 +129,14 @@ def test_a_file_that_was_cut_is_an_error_and_no_signal(tmp_path):
         found["a"]
 
 
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir], ids=["a pipe", "a folder"])
+def test_what_is_no_file_is_refused_and_not_waited_for(make, tmp_path):
+    make(tmp_path / "1.safetensors")
+
+    with pytest.raises(OSError, match=r"seek|directory"):
+        TensorFile(tmp_path / "1.safetensors")
+
+
 def test_descriptors_are_given_back(file):
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(50):
