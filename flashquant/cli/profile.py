@@ -205,8 +205,8 @@ def _convert(old: str, new: str, model: str | None, revision: str | None) -> int
 
     profile = load_profile(old)
     if model is not None:
-        check_profile_fits(profile, named_tensors(model))
-        profile = with_base(profile, model, revision, named_tensors(model))
+        check_profile_fits(profile, named_tensors(model, reuses=True))
+        profile = with_base(profile, model, revision, named_tensors(model, reuses=True))
     save_profile(profile, new)
     Console().print(f"{new}: {len(profile.entries)} weights, of {_base_of(profile)}")
     return 0

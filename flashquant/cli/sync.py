@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from types import NoneType
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from rich.console import Console
 from rich.markup import escape
@@ -59,6 +59,22 @@ class NoAnswer(ReloadError):
     """A server could not be asked, or did not understand."""
 
 
+class _Standing(NamedTuple):
+    """What a worker says of its weights: while that stays, they are the same.
+
+    A version alone may be that of another engine, started anew at this URL and brought on by
+    somebody else.
+    """
+
+    version: int
+    torn: str
+    start: str
+    foreign: int
+
+
+_Weights = tuple[_Standing, ...]  # of every worker
+
+
 @dataclass
 class Server:
     """One running server.
@@ -66,7 +82,7 @@ class Server:
     Attributes:
         url: of it, without a route.
         digest: of the policy that it serves, as far as is known.
-        version: how many updates it had committed when that was known.
+        known: what its workers said of their weights when that was known, as `_weights_of` has it.
         trouble: what was said last of what is wrong with it; nothing, if it is well.
         told: whether it has been said that there is nothing to bring.
         refused: bundles of which was said that it refused them.
@@ -75,7 +91,7 @@ class Server:
 
     url: str
     digest: str | None = None
-    version: int = -1
+    known: _Weights = ()
     trouble: str = ""
     told: bool = False
     refused: set[str] = field(default_factory=set)
@@ -87,11 +103,13 @@ class Server:
             NoAnswer: it does not say.
 
         """
-        standing = self._ask(STANDING)[0]
-        version = standing[0] if isinstance(standing, list) and standing else None
-        if not isinstance(version, int) or version != self.version:
-            self.digest = _field(_answers(self._ask(MANIFEST))[0], "digest", str, NoneType)
-            self.version = version if isinstance(version, int) else -1
+        found = _weights_of(self._ask(STANDING))
+        if not found or found != self.known:
+            said = _answers(self._ask(MANIFEST))
+            digests = {_field(one, "digest", str, NoneType) for one in said}
+            # Replicas that serve different policies need a whole bundle, each of them.
+            self.digest = digests.pop() if len(digests) == 1 else None
+            self.known = found
 
     def apply(self, path: Path, digest: str) -> dict[str, Any]:
         """One update by a bundle.
@@ -107,10 +125,17 @@ class Server:
             ReloadError: it was refused; the error is the one that the worker raised.
 
         """
-        self.version = -1  # until it is known again
-        report: dict[str, Any] = _answers(self._ask(TRY_APPLY_DELTA, str(path)))[0]
+        before, self.known = self.known, ()  # until it is known again
+        reports = _answers(self._ask(TRY_APPLY_DELTA, str(path)))
+        report: dict[str, Any] = reports[0]
         _field(report, "seconds", int, float)
-        self.digest, self.version = digest, _field(report, "version", int)
+        versions = [_field(one, "version", int) for one in reports]
+        self.digest = digest
+        if len(versions) == len(before):
+            self.known = tuple(
+                one._replace(version=version, torn="", foreign=0)
+                for one, version in zip(before, versions, strict=True)
+            )
         return report
 
     def _ask(self, method: str, *arguments: str) -> list[Any]:
@@ -146,6 +171,15 @@ def _explained(url: str, refusal: urllib.error.HTTPError) -> str:
         f"{url} answers {refusal.code} ({said}). If it does not know flashquant's methods, it was "
         "started without FLASHRL_CONFIG; its log says more."
     )
+
+
+def _weights_of(found: Sequence[Any]) -> _Weights:
+    """What the workers say of their weights; nothing, where one says what nobody understands."""
+    try:
+        every = [_Standing(one[0], one[3], one[6], one[7]) for one in found]
+    except (IndexError, KeyError, TypeError):  # flashquant there is older, or it is something else
+        return ()
+    return tuple(every) if all(isinstance(one.version, int) and one.start for one in every) else ()
 
 
 def _answers(found: Sequence[Any]) -> list[Any]:
@@ -301,7 +335,7 @@ def _bring(server: Server, store: BundleStore, seen_as: Path, console: Console) 
             )
             server.told = True
     except (ReloadError, OSError) as failure:
-        server.version = -1  # it may have been started anew, or be where nobody expects it
+        server.known = ()  # it may have been started anew, or be where nobody expects it
         if (trouble := str(failure)) != server.trouble:
             server.trouble = trouble
             line = f"[red]{escape(server.url)}[/]: {escape(trouble)}"

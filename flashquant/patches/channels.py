@@ -15,11 +15,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
+from weakref import ReferenceType
 
 from torch import Tensor
 
 from flashquant.config.schema import RolloutConfig
+from flashquant.update import Update
 
 T = TypeVar("T")
 
@@ -84,9 +86,27 @@ ENTRY = Attribute[RolloutConfig]("flashquant_entry")
 # configuration, where each replica picks its own (remote/replicas.py).
 REPLICAS = Attribute[list[Any]]("flashquant_replicas")
 
-# Of a worker: the tensors that are still to come of an update that is prepared in slices, from
-# `flashquant_begin` to the last `flashquant_feed` (seams/worker.py).
-FEED = Attribute[Iterator[tuple[str, Tensor]]]("_flashquant_feed")
+
+class Feed(NamedTuple):
+    """What is still to come of an update that is taken in slices.
+
+    Attributes:
+        word: of the caller that began it.
+        update: that was begun.
+        tensors: of it.
+
+    """
+
+    word: str
+    update: ReferenceType[Update]
+    tensors: Iterator[tuple[str, Tensor]]
+
+
+# Of a worker: from `flashquant_begin` to the next one (seams/worker.py).
+FEED = Attribute[Feed]("_flashquant_feed")
+
+# Of a worker: the update that was begun by `start_weight_update`, until its end (seams/reload.py).
+STARTED = Attribute[ReferenceType[Update]]("_flashquant_started")
 
 # Of a worker: a digest that is taken in slices, from one `flashquant_digest` to the next.
 DIGESTING = Attribute[Iterator[str | None]]("_flashquant_digesting")

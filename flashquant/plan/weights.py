@@ -10,13 +10,14 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from flashquant.errors import ReloadError
+from flashquant.scratch import Scratch
+from flashquant.tensor_files import TensorFile, Written
 
 NamedTensors = Iterable[tuple[str, Tensor]]
 CARRIED = "flashquant-carried.safetensors"  # tensors on their way to another process
@@ -26,21 +27,26 @@ _LARGE = 4 << 20  # bytes; so 256 MiB wait at most
 Weights = NamedTensors | Mapping[str, Tensor] | str | os.PathLike[str]
 
 
-def named_tensors(weights: Weights) -> Iterator[tuple[str, Tensor]]:
+def named_tensors(weights: Weights, *, reuses: bool = False) -> Iterator[tuple[str, Tensor]]:
     """Yield `(name, tensor)` from a dict, an iterable of pairs, or a path.
 
     A path is one `.safetensors` file or a folder of them (a Hugging Face
     checkpoint); its tensors are read one at a time. Of a folder, those files are read that
     vLLM's own loader reads: `consolidated*.safetensors` before any others, and of what there
-    is, only what the index lists, if there is an index.
+    is, only what the index lists, if there is an index. Files are read into memory of one's own:
+    whoever cuts or writes them meanwhile is noticed, in the end at the latest.
+
+    Args:
+        weights: them.
+        reuses: a tensor of a file need be good only until the next one is asked for.
 
     Raises:
-        ReloadError: the path holds no safetensors, or not those that its index lists; or this is
-            none of the three.
+        ReloadError: the path holds no safetensors, or not those that its index lists, or they were
+            written while they were read; or this is none of the three.
 
     """
     if isinstance(weights, str | os.PathLike):
-        return Stored(Path(weights))
+        return Stored(Path(weights), reuses=reuses)
     if not isinstance(weights, Iterable):
         raise ReloadError(
             f"a {type(weights).__name__} is no weights. Pass a dict of name to tensor (of a "
@@ -64,7 +70,7 @@ def stored_names(path: Path) -> tuple[str, ...]:
     names: list[str] = []
     for file in _files(path):
         with _opened(file) as tensors:
-            names += tensors.keys()
+            names += tensors
     return tuple(names)
 
 
@@ -77,33 +83,74 @@ def named_forms(path: str | os.PathLike[str]) -> Iterator[tuple[str, Tensor]]:
     """
     for file in _files(Path(path)):
         with _opened(file) as tensors:
-            for name in tensors.keys():  # noqa: SIM118  (safe_open is no mapping)
-                held = tensors.get_slice(name)
-                shape = held.get_shape()
-                one = held[:0] if shape else tensors.get_tensor(name)  # no rows: only its dtype
-                yield name, torch.empty(shape, dtype=one.dtype, device="meta")
+            for name in tensors:
+                yield name, tensors.form(name)
 
 
 class Stored(Iterator[tuple[str, Tensor]]):
     """The tensors that lie at a path.
+
+    Args:
+        path: as of `named_tensors`.
+        reuses: each is good until the next one is asked for, whose memory is the same.
 
     Attributes:
         file: which the last one came from.
 
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, reuses: bool = False) -> None:
         self.file = path
+        self._scratch = Scratch() if reuses else None
         self._tensors = self._read(path)
 
     def __next__(self) -> tuple[str, Tensor]:
         return next(self._tensors)
 
     def _read(self, path: Path) -> Iterator[tuple[str, Tensor]]:
-        for self.file in _files(path):
+        files = _files(path)
+        if path.name == CARRIED:  # flashquant's own, which nobody cuts: that saves a copy
+            yield from _mapped(path)
+            return
+        before = {file: _written(file) for file in files}
+        for self.file in files:
             with _opened(self.file) as tensors:
-                for name in tensors.keys():  # noqa: SIM118  (safe_open is no mapping)
-                    yield name, tensors.get_tensor(name)
+                _check_same(self.file, before[self.file], tensors.written)
+                for name in tensors:
+                    yield name, tensors.read(name, self._room)
+        for self.file in files:  # a policy that is written while it is read is a mixture
+            _check_same(self.file, before[self.file], _written(self.file))
+
+    def _room(self, nbytes: int) -> Tensor:
+        cpu = torch.device("cpu")
+        if self._scratch is None:
+            return torch.empty(nbytes, dtype=torch.uint8, device=cpu)
+        return self._scratch.room(nbytes, cpu)
+
+
+def _mapped(file: Path) -> Iterator[tuple[str, Tensor]]:
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118  (safe_open is no mapping)
+                yield name, tensors.get_tensor(name)
+    except (SafetensorError, OSError) as broken:
+        raise ReloadError(f"{file} cannot be read ({broken}); push again") from broken
+
+
+def _written(file: Path) -> Written | None:
+    """What a file is now; None where it is gone, which changes nothing of what was read of it."""
+    try:
+        return Written.of(file)
+    except OSError:
+        return None
+
+
+def _check_same(file: Path, before: Written | None, now: Written | None) -> None:
+    if before is not None and now is not None and before != now:
+        raise ReloadError(
+            f"{file} was written while it was read, so what came of it may be of two policies. "
+            "Write the weights to a new path each time, or move them there when they are whole."
+        )
 
 
 def naming_the_file(failure: ReloadError, weights: object) -> ReloadError:
@@ -158,12 +205,12 @@ class Offered:
 
 
 @contextmanager
-def _opened(file: Path) -> Iterator[Any]:
+def _opened(file: Path) -> Iterator[TensorFile]:
     """A safetensors file, with what is wrong with it said in a ReloadError."""
     try:
-        with safe_open(file, framework="pt") as tensors:
+        with TensorFile(file) as tensors:
             yield tensors
-    except (SafetensorError, OSError) as broken:
+    except OSError as broken:
         raise ReloadError(
             f"{file} is no safetensors file that can be read ({broken}); write it again"
         ) from broken

@@ -9,16 +9,16 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from pydantic import ValidationError
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from flashquant.errors import ProfileError
 from flashquant.profiles.header import EntryHeader, Header
 from flashquant.profiles.profile import HELD, KINDS, SIDES, Entry, Profile
+from flashquant.tensor_files import TensorFile
 
 _HEADER: Final = "flashquant_profile"
 _INT8, _INT8_BY_CHANNEL = "int8", "int8_channel"  # the scheme, and what files have always called it
@@ -27,22 +27,24 @@ _INT8, _INT8_BY_CHANNEL = "int8", "int8_channel"  # the scheme, and what files h
 class _Entries(Mapping[str, Entry]):
     """The entries of an open file, each read when it is asked for."""
 
-    def __init__(self, file: Any, headers: Mapping[str, EntryHeader], source: str) -> None:
+    def __init__(self, file: TensorFile, headers: Mapping[str, EntryHeader], source: str) -> None:
         self._file, self._headers, self._source = file, headers, source
-        self._stored = set(file.keys())
 
     def __getitem__(self, name: str) -> Entry:
         header = self._headers[name]
-        columns, rows, worth, held = (
-            self._file.get_tensor(key) if (key := f"{name}.{side}") in self._stored else None
-            for side in (*SIDES, HELD)
-        )
         try:
+            columns, rows, worth, held = (
+                self._file.get(f"{name}.{side}") for side in (*SIDES, HELD)
+            )
             entry = Entry(KINDS[header.kind], columns, rows, worth, header.offset, held)
             if entry.shape != tuple(header.shape):
                 raise ProfileError(f"is {header.shape} by the header, {list(entry.shape)} by size")
         except ProfileError as refusal:
             raise ProfileError(f"{self._source}: {name} {refusal}. Make it anew.") from None
+        except OSError as broken:
+            raise ProfileError(
+                f"{self._source} cannot be read any more ({broken}). Put it back, and start anew."
+            ) from broken
         return entry
 
     def __iter__(self) -> Iterator[str]:
@@ -60,13 +62,13 @@ def read_stored(path: Path, source: str) -> Profile:
 
     """
     try:
-        file: Any = safe_open(path, framework="pt")
-    except SafetensorError as broken:
+        file = TensorFile(path)
+    except OSError as broken:
         raise ProfileError(
             f"{source} is no safetensors file, or claims what it does not hold ({broken}). Copy or "
             "make it anew."
         ) from broken
-    text = (file.metadata() or {}).get(_HEADER)
+    text = file.metadata.get(_HEADER)
     if text is None:
         raise ProfileError(
             f"{source} holds tensors and no profile: its metadata has no {_HEADER!r}. Make one "
@@ -79,7 +81,7 @@ def read_stored(path: Path, source: str) -> Profile:
         place = ".".join(map(str, problem["loc"]))
         raise ProfileError(f"{source}: header, {place}: {problem['msg']}") from None
     known = {f"{name}.{side}" for name in header.entries for side in (*SIDES, HELD)}
-    stored = set(file.keys())
+    stored = set(file)
     if foreign := sorted(stored - known):
         raise ProfileError(
             f"{source} holds {foreign[0]!r}, which its header does not speak of. Make it anew."

@@ -17,16 +17,17 @@ import stat
 import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from flashquant.errors import BrokenDelta
 from flashquant.sender.changes import Change, Form, Remember, apply, check, write
 from flashquant.sender.manifest import Digest, Dtype, Size, TensorSpec, dtype_name
+from flashquant.tensor_files import TensorFile
 
 MARK: Final = "#"  # between a tensor's name and what a part says of it
 _KEY: Final = "flashquant"
@@ -83,7 +84,8 @@ class Delta:
 
     Attributes:
         header: what it is.
-        parts: its tensors, by the names they have in a file.
+        parts: its tensors, by the names they have in a file. Of one that was loaded, whole tensors
+            are read whenever they are asked for, each into new memory.
 
     """
 
@@ -93,13 +95,17 @@ class Delta:
 
         """
         self.header = header
-        self.parts = {name: part.contiguous() for name, part in parts.items()}
+        self.parts, self._forms = parts, parts
+        if isinstance(parts, _Stored):
+            self._forms = parts.forms
+        else:
+            self.parts = self._forms = {name: part.contiguous() for name, part in parts.items()}
         expected = {part for name in header.tensors for part in _part_names(name, header)}
         if odd := sorted(expected ^ self.parts.keys()):
             raise BrokenDelta(f"{odd[0]} is in a bundle's header or among its tensors. {_AGAIN}")
         for name, said in header.tensors.items():
             try:
-                _check(self.change(name), said, whole=self.is_whole)
+                _check(self._change(name, self._forms), said, whole=self.is_whole)
             except ValueError as wrong:
                 raise BrokenDelta(f"{name} in a bundle: {wrong}. {_AGAIN}") from wrong
 
@@ -150,14 +156,22 @@ class Delta:
     @property
     def nbytes(self) -> int:
         """Bytes of its tensors; a header comes on top."""
-        return sum(part.nbytes for part in self.parts.values())
+        return sum(part.nbytes for part in self._forms.values())
 
     def change(self, name: str) -> Change:
         """What it says of a tensor of its header."""
+        return self._change(name, self.parts)
+
+    def _change(self, name: str, parts: Mapping[str, Tensor]) -> Change:
         form = self.header.tensors[name].form
         if form == "whole":
-            return Change(form, None, self.parts[name])
-        return Change(form, self.parts[f"{name}{MARK}{form}"], self.parts[f"{name}{MARK}values"])
+            return Change(form, None, parts[name])
+        return Change(form, parts[f"{name}{MARK}{form}"], parts[f"{name}{MARK}values"])
+
+    def owned(self, name: str) -> Tensor:
+        """A tensor that it holds whole, in memory that nobody else has."""
+        part = self.parts[name]
+        return part if isinstance(self.parts, _Stored) else part.clone()
 
     def rebuilt(self, name: str, base: Tensor) -> Tensor:
         """The new value of a tensor, made in the memory of its old one unless it came whole."""
@@ -222,7 +236,7 @@ class Delta:
             scratch.touch()
             mode = scratch.stat().st_mode  # safetensors lets nobody but its own user read
             try:
-                save_file(self.parts, scratch, metadata={_KEY: self.header.model_dump_json()})
+                save_file(dict(self.parts), scratch, metadata={_KEY: self.header.model_dump_json()})
             except SafetensorError as failure:
                 raise OSError(f"{path} could not be written ({failure})") from failure
             if scratch.stat().st_mode != mode:
@@ -235,9 +249,9 @@ class Delta:
     def is_at(path: str | os.PathLike[str]) -> bool:
         """Whether a path is that of a file that says it is a bundle."""
         try:
-            with safe_open(path, framework="pt") as file:
-                return _KEY in (file.metadata() or {})
-        except (SafetensorError, OSError):
+            with TensorFile(path) as file:
+                return _KEY in file.metadata
+        except OSError:
             return False
 
     @classmethod
@@ -249,12 +263,10 @@ class Delta:
 
         """
         try:
-            with safe_open(path, framework="pt") as file:
-                header = (file.metadata() or {}).get(_KEY, "")
-                parts = {name: _read(file, name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as broken:
+            file = TensorFile(path)
+            return cls.of_parts(file.metadata.get(_KEY, ""), _Stored(file, path), path)
+        except OSError as broken:
             raise BrokenDelta(f"{path} is no whole bundle ({broken}). {_AGAIN}") from broken
-        return cls.of_parts(header, parts, path)
 
     @classmethod
     def of_parts(
@@ -278,11 +290,34 @@ class Delta:
         return cls(said, parts)
 
 
-def _read(file: Any, name: str) -> Tensor:
-    """One tensor of a file. Whole ones are the file's own pages; places, which are written to, and
-    the way back from there, stay what they were when they were checked."""
-    found: Tensor = file.get_tensor(name)
-    return found.clone() if MARK in name else found
+class _Stored(Mapping[str, Tensor]):
+    """The tensors of a file.
+
+    Places, which say what is written, and the way back, are read once: they stay what they were
+    when they were checked. Whole tensors are as large as an engine's, so they are read one by one.
+    """
+
+    def __init__(self, file: TensorFile, path: str | os.PathLike[str]) -> None:
+        self._file, self._path = file, path
+        self._places = {name: file[name] for name in file if MARK in name}
+        self.forms = {name: self._places.get(name, file.form(name)) for name in file}
+
+    def __getitem__(self, name: str) -> Tensor:
+        try:
+            return self._places[name] if name in self._places else self._file[name]
+        except OSError as broken:
+            raise BrokenDelta(
+                f"{self._path} cannot be read any more ({broken}). {_AGAIN}"
+            ) from broken
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.forms)
+
+    def __len__(self) -> int:
+        return len(self.forms)
+
+    def __reduce__(self) -> tuple[type, tuple[dict[str, Tensor]]]:
+        return dict, (dict(self),)  # another process has no such descriptor
 
 
 def _part_names(name: str, header: DeltaHeader) -> Iterator[str]:

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from flashquant.config import env
 from flashquant.schemes import BuildError, Region, built, sum_keys
+from flashquant.scratch import Scratch
 from flashquant.sender import eager
 from flashquant.sender.eager import Found
-from flashquant.sender.scratch import Scratch
 
 logger = logging.getLogger(__name__)
 

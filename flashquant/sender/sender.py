@@ -21,10 +21,10 @@ from flashquant.schemes import (
     fingerprint,
     quantizer,
 )
+from flashquant.scratch import Scratch
 from flashquant.sender.changes import Change, apply, change
 from flashquant.sender.delta import MARK, Delta
 from flashquant.sender.manifest import Manifest, TensorSpec, policy_digest
-from flashquant.sender.scratch import Scratch
 
 _OWN: Final = ("_codes", "_turn")  # what no copy of a sender shares
 _PLAIN: Final = Tensor.__torch_dispatch__
@@ -88,7 +88,7 @@ class Sender:
         """
         for name, home, tensor in self._arriving(weights):
             if name == home:
-                yield from self._made(name, tensor, self.manifest.tensors[name], None)
+                yield from self._made(name, home, tensor, None)
             else:
                 yield name, tensor
 
@@ -137,9 +137,9 @@ class Sender:
         changes: dict[str, tuple[TensorSpec, Change]] = {}
         last, sums = self._kept.tensors, dict(self._kept.sums)
         tied: list[tuple[str, str, str]] = []
-        for name, home, value in self._complete(weights):
-            if name != home:
-                tied.append((name, home, fingerprint(value)))
+        for alias, name, value in self._complete(weights):
+            if alias:
+                tied.append((alias, name, fingerprint(value)))
                 continue
             region = self._region(value, sums.get(name))
             found = change(last.get(name), value, region)
@@ -149,9 +149,9 @@ class Sender:
             if found.form == "whole":  # what else it holds is in memory of its own
                 found = found._replace(values=found.values.clone())
             changes[name] = self.manifest.tensors[name], found
-        for name, home, claimed in tied:
-            if claimed != sums[home].fingerprint:
-                raise MisfitTensor(f"{name} differs from {home}, which the engine holds once")
+        for alias, name, claimed in tied:
+            if claimed != sums[name].fingerprint:
+                raise MisfitTensor(f"{alias} differs from {name}, which the engine holds once")
         return changes, sums
 
     def _region(self, value: Tensor, last: _Sums | None) -> Region | None:
@@ -211,52 +211,68 @@ class Sender:
         )
 
     def _complete(self, weights: Weights) -> Iterator[tuple[str, str, Tensor]]:
-        """Each tensor once, as it is sent: its name, that under which the engine holds it, and its
-        value, contiguous and good until the next one. Or an error."""
-        seen, scratch = set[str | tuple[str, str]](), self._codes if self._keeps else None
+        """A complete set as it is sent, or an error.
+
+        Yields:
+            The other name under which it came, if the engine holds it under its first one; the
+            name of the manifest; and the value, contiguous and good until the next one.
+
+        """
+        came, scratch = set[tuple[str, str]](), self._codes if self._keeps else None
         for sent, home, tensor in self._arriving(weights):
-            for name, value in self._made(sent, tensor, self.manifest.tensors[home], scratch):
-                own = home if name == sent else name
-                key = own if sent == home else (sent, own)
-                if key in seen:
-                    raise MisfitTensor(f"{name} came twice in one update; send each tensor once")
-                seen.add(key)
-                yield (own if sent == home else sent), own, value.contiguous()
-        if missing := [name for name in self.manifest.tensors if name not in seen]:
+            alias = "" if sent == home else sent
+            for name, value in self._made(sent, home, tensor, scratch):
+                if (alias, name) in came:
+                    raise MisfitTensor(
+                        f"{alias or name} came twice in one update; send each tensor once"
+                    )
+                came.add((alias, name))
+                yield alias, name, value.contiguous()
+        if missing := [name for name in self.manifest.tensors if ("", name) not in came]:
             raise IncompleteUpdate(
                 f"the update ended without {len(missing)} of the engine's tensors, first "
                 f"{missing[0]}. A bundle is made of a complete set of weights."
             )
 
     def _made(
-        self, name: str, tensor: Tensor, spec: TensorSpec, scratch: Scratch | None
+        self, sent: str, home: str, tensor: Tensor, scratch: Scratch | None
     ) -> Iterator[tuple[str, Tensor]]:
-        """A tensor as it is wanted; codes that the trainer made itself pass."""
-        check_plain(name, tensor)
-        check_form(name, tensor, spec.shape)
-        check_dtype(name, tensor.dtype, spec.torch_dtype)
+        """A tensor as it is wanted, by the names of the manifest; codes that the trainer made
+        itself pass.
+
+        Args:
+            sent: its name, for errors.
+            home: the name of its place in the manifest.
+            tensor: it.
+            scratch: where its codes may be made.
+
+        """
+        spec = self.manifest.tensors[home]
+        check_plain(sent, tensor)
+        check_form(sent, tensor, spec.shape)
+        check_dtype(sent, tensor.dtype, spec.torch_dtype)
         if spec.scales is None or tensor.dtype == spec.torch_dtype:
-            check_finite(name, tensor, (spec.torch_dtype,))
-            yield name, tensor.detach().to(spec.torch_dtype)
+            check_finite(sent, tensor, (spec.torch_dtype,))
+            yield home, tensor.detach().to(spec.torch_dtype)
             return
         if spec.rounds_to_torch not in (None, tensor.dtype):
-            check_finite(name, tensor, (spec.rounds_to_torch,))
+            check_finite(sent, tensor, (spec.rounds_to_torch,))
             tensor = tensor.to(spec.rounds_to_torch)
         scale_spec = self.manifest.tensors[spec.scales]
-        quantize = self._quantizers.get(name)
+        quantize = self._quantizers.get(home)
         stacked = len(spec.shape) > 2
         if quantize is None:
             scheme = spec.scheme or self.manifest.scheme
-            quantize = quantizer(_form(spec), _form(scale_spec), name, scheme, stacked=stacked)
-            self._quantizers[name] = quantize
+            quantize = quantizer(_form(spec), _form(scale_spec), home, scheme, stacked=stacked)
+            self._quantizers[home] = quantize
         into = None
         if scratch is not None and not stacked:
             room = scratch.room(tensor.numel(), tensor.device)  # a byte a code
             into = room.view(spec.torch_dtype).view(spec.shape)
         codes, scales = quantize(tensor.detach().contiguous(), into)
         # A row that holds NaN or Inf has such a scale.
-        check_finite(name, scales, (scale_spec.torch_dtype,))
-        yield name, codes.reshape(spec.shape)
+        check_finite(sent, scales, (scale_spec.torch_dtype,))
+        yield home, codes.reshape(spec.shape)
         yield spec.scales, scales.reshape(scale_spec.shape).to(scale_spec.torch_dtype)
 
 

@@ -27,6 +27,7 @@ from flashquant.update.members import Member
 from flashquant.update.report import Drift, ReloadReport
 from flashquant.update.session import Session
 from flashquant.update.staging import Stage, write
+from flashquant.update.state import Update
 from flashquant.update.status import Refusal, Status, WhyInBf16
 from flashquant.update.undo import UndoLog
 from flashquant.update.wording import some_of
@@ -47,6 +48,7 @@ __all__ = [
     "Stage",
     "Status",
     "UndoLog",
+    "Update",
     "WhyInBf16",
     "digests",
     "footprints",

@@ -240,10 +240,12 @@ class Deltas:
         update, start = self._update, time.perf_counter()
         undo, statistics = update.undo, update.statistics
         changed: dict[str, tuple[Layer, list[str]]] = {}
-        _check_finite({name: delta.change(name) for name in windows})
+        said = delta.header.tensors
+        _check_finite({name: delta.change(name) for name in windows if said[name].form != "whole"})
         for name, window in windows.items():
             found = delta.change(name)
             if found.form == "whole":
+                check_finite(name, found.values)
                 undo.remember(window.live)
                 window.live.copy_(found.values.view(window.live.shape))
             else:
@@ -296,7 +298,7 @@ class Deltas:
         if said is None:
             return fresh.kept[name]
         if said.form == "whole":
-            fresh.kept[name] = delta.parts[name].clone()  # what was sent belongs to others
+            fresh.kept[name] = delta.owned(name)
             return fresh.kept[name]
         undo = self._update.undo
         delta.write(

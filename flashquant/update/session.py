@@ -177,7 +177,7 @@ class Session:
         prepares: bool = False,
         kv_scales: KVScales | None = None,
         ledger: bool = True,
-    ) -> None:
+    ) -> Update:
         """Open a bracket: nothing is committed until `finish`. What waits is dropped, and said so.
 
         A bracket that is still open, because whoever began it went away, is rolled back.
@@ -188,6 +188,9 @@ class Session:
                 set of weights (two, if `atomic`), so that the engine may generate until `finish`.
             kv_scales: of the KV cache, from `finish` on.
             ledger: note where everything is now; else whoever fills the update notes what it needs.
+
+        Returns:
+            The update that is under way now.
 
         Raises:
             ReloadError: these scales could not be set.
@@ -211,6 +214,7 @@ class Session:
                 update.before = self.proofs.footprints()
             else:
                 update.audited = ()
+        return update
 
     def finish(self, *, strict: bool = False, keeps: bool = False) -> None:
         """Close the bracket.
@@ -279,7 +283,7 @@ class Session:
         start = time.perf_counter()
         self.begin(atomic=atomic, prepares=prepare, kv_scales=kv_scales)
         try:
-            tensors = named_tensors(weights)
+            tensors = named_tensors(weights, reuses=True)
             try:
                 self.push(tensors)
             except ReloadError as failure:

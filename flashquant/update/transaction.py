@@ -159,6 +159,26 @@ class Transactions:
             if update.over:
                 self.current = None
 
+    def check_current(self, begun: Update | None) -> None:
+        """Before more comes of an update, or its end: that no other one has taken its place.
+
+        What is pushed where no bracket is open goes live by itself: the rest of one policy among
+        the layers of another.
+
+        Args:
+            begun: that update.
+
+        Raises:
+            ReloadError: it is not the one that was begun last.
+
+        """
+        if begun is None or self.current is not begun:
+            raise ReloadError(
+                "this update is under way no more: it was rolled back when another one began, or "
+                "when the engine was put to sleep. Let one trainer wait for the other, and send "
+                "this update anew, from its beginning."
+            )
+
     def sweep(self) -> None:
         """Free what prepared updates have left behind."""
         while self._spent:

@@ -6,6 +6,7 @@ import json
 import signal
 import socket
 import threading
+import uuid
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -34,12 +35,13 @@ class Rollouts:
         """Or start anew: from a checkpoint."""
         self.held: dict[str, Any] = {}
         self.digest: str | None = None
-        self.version = 0
+        self.version, self.foreign = 0, 0
+        self.torn, self.word = "", uuid.uuid4().hex
 
     def answer(self, method: str, args: list[str]) -> Any:
         self.asked.append(method)
         if method == sync.STANDING:
-            return [self.version, 0, False, "", None, False]
+            return [self.version, 0, False, self.torn, None, False, self.word, self.foreign]
         if method == sync.MANIFEST:
             return {"answer": {"digest": self.digest, "version": self.version}}
         try:
@@ -151,6 +153,54 @@ def test_a_server_that_was_started_anew_begins_with_a_whole_bundle(
 
     assert ["whole" in name for name in applied_now] == [True, False, False]
     assert rollouts.digest == store.newest
+
+
+def test_one_that_somebody_else_brought_to_the_same_version_after_a_new_start_is_not_up_to_date(
+    store: BundleStore, rollouts: Rollouts, url: str
+) -> None:
+    sender = Sender(manifest(), delta=True)
+    weights = steps(sender, store, policy(), range(3))
+    server = sync.Server(url)
+    list(sync.catch_up(server, store, store.folder))
+    version = rollouts.version
+
+    rollouts.start()
+    rollouts.version = version
+
+    assert list(sync.catch_up(server, store, store.folder))
+    assert same(rollouts.held, dict(sender.stream(weights)))
+
+
+@pytest.mark.parametrize("since", [{"torn": "it slept"}, {"foreign": 1}], ids=str)
+def test_one_that_has_lost_its_weights_since_is_not_up_to_date(
+    since: dict[str, Any], store: BundleStore, rollouts: Rollouts, url: str
+) -> None:
+    """By a sleep, or another writer: its version stays."""
+    steps(Sender(manifest(), delta=True), store, policy(), range(2))
+    server = sync.Server(url)
+    list(sync.catch_up(server, store, store.folder))
+
+    vars(rollouts).update(since, digest=None)
+    applied_now = [name for name, _ in sync.catch_up(server, store, store.folder)]
+
+    assert ["whole" in name for name in applied_now] == [True, False]
+
+
+def test_replicas_that_serve_different_policies_both_begin_anew(
+    store: BundleStore, rollouts: Rollouts, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second one alone has refused a bundle, or was started anew."""
+    steps(Sender(manifest(), delta=True), store, policy(), range(2))
+    server = sync.Server(url)
+    list(sync.catch_up(server, store, store.folder))
+    second = Rollouts(store.folder)
+    answers = lambda *asked: [rollouts.answer(*asked), second.answer(*asked)]  # noqa: E731
+    monkeypatch.setattr(server, "_ask", lambda method, *args: answers(method, list(args)))
+
+    assert list(sync.catch_up(server, store, store.folder))
+
+    assert rollouts.digest == second.digest == store.newest
+    assert list(sync.catch_up(server, store, store.folder)) == []
 
 
 def test_what_a_worker_refuses_is_raised_as_what_it_is(
@@ -402,3 +452,11 @@ def test_methods_are_called_by_the_names_that_workers_have() -> None:
 
     assert (sync.MANIFEST, sync.STANDING) == (worker.MANIFEST, worker.STANDING)
     assert sync.TRY_APPLY_DELTA == worker.TRY_APPLY_DELTA
+
+
+def test_what_a_worker_says_of_its_weights_is_read_as_it_is_said() -> None:
+    loading = pytest.importorskip("flashquant.patches.seams.loading")
+    said = loading.Standing(version=3, torn="why", start="word", foreign=2)
+
+    assert sync._weights_of([list(said)]) == (sync._Standing(3, "why", "word", 2),)
+    assert sync._weights_of([list(loading.Standing())]) == ()  # no model yet

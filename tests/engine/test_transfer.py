@@ -14,6 +14,7 @@ from torch import Tensor
 
 import flashquant
 from flashquant.errors import IncompleteUpdate, MisfitTensor, ReloadError, StaleBase
+from flashquant.patches.seams import worker
 from flashquant.sender import Sender
 from tests.engine.serving import KNOWS_VERSION, Serving, needs, serve, weight_version
 from tests.engine.trainer import STEPS, stepped
@@ -87,7 +88,7 @@ def test_an_update_that_ends_early_is_refused(by_file: Any, policies: Policies) 
 
     with pytest.raises(IncompleteUpdate, match="qkv_proj"):
         update(live, write(folder, {q: weights[q]}, "half.safetensors"))
-    live.snapshot().assert_same(live.start)
+    live.snapshot().assert_same(serve(policies.bf16("a"), live.scheme).start)
     update(live, write(folder, weights, "whole.safetensors"))
 
     live.snapshot().assert_same(serve(policies.bf16("b"), live.scheme).start)
@@ -102,7 +103,7 @@ def test_a_bad_chunk_takes_the_whole_update_back(by_file: Any, policies: Policie
 
     with pytest.raises(MisfitTensor):
         update(live, good, bad)
-    live.snapshot().assert_same(live.start)
+    live.snapshot().assert_same(serve(policies.bf16("a"), live.scheme).start)
     update(live, good)
 
     live.snapshot().assert_same(serve(policies.bf16("b"), live.scheme).start)
@@ -136,6 +137,55 @@ def test_a_bundle_by_file_is_an_update_by_itself(by_file: Any, policies: Policie
         update(live, "next.safetensors")
         by_delta = flashquant.status(live.llm).digest
         assert flashquant.reload_weights(other.llm, weights).digest == by_delta
+
+
+@pytest.mark.parametrize("goes_on", ["update_weights", "finish_weight_update"])
+def test_what_another_update_came_into_is_refused_to_its_end(
+    by_file: Any, policies: Policies, goes_on: str
+) -> None:
+    """The rest of it would go live by itself, among the layers of the other policy."""
+    live, folder = by_file
+    pairs = list(policies.tensors("b").items())
+    first, rest = (
+        {"path": write(folder, dict(part), f"{n}.safetensors")}
+        for n, part in enumerate((pairs[:9], pairs[9:]))
+    )
+    live.llm.start_weight_update()
+    live.llm.update_weights({"update_info": first})
+    flashquant.reload_weights(live.llm, policies.tensors("a"))
+
+    more = ({"update_info": rest},) if goes_on == "update_weights" else ()
+    with pytest.raises(ReloadError, match="under way no more: it was rolled back when another"):
+        getattr(live.llm, goes_on)(*more)
+
+    live.snapshot().assert_same(serve(policies.bf16("a"), live.scheme).start)
+    update(live, write(folder, policies.tensors("b"), "b.safetensors"))
+    live.snapshot().assert_same(serve(policies.bf16("b"), live.scheme).start)
+
+
+@pytest.mark.parametrize("prepares", [False, True])
+def test_slices_of_an_update_that_another_one_came_into_are_refused(
+    by_file: Any, policies: Policies, prepares: bool
+) -> None:
+    live, folder = by_file
+    path = str(folder / write(folder, policies.tensors("b"), "b.safetensors"))
+    ask, mine, other = live.llm.collective_rpc, {"word": "mine"}, {"word": "other"}
+    ask(worker.BEGIN, args=(path,), kwargs={**mine, "prepares": prepares})
+    flashquant.reload_weights(live.llm, policies.tensors("a"))
+    said = [
+        *ask(worker.FEED, args=(9.0,), kwargs=mine),
+        *ask(worker.CLOSE, kwargs=mine),
+    ]
+    assert all("another one" in one["says"] for one in said)
+    a = serve(policies.bf16("a"), live.scheme).start
+    live.snapshot().assert_same(a)
+
+    ask(worker.BEGIN, args=(path,), kwargs={**other, "prepares": prepares})
+    assert all("says" in one for one in ask(worker.FEED, args=(9.0,), kwargs=mine))
+    ask(worker.ABANDON, kwargs=mine)
+    assert ask(worker.FEED, args=(9.0,), kwargs=other) == [{"answer": False}]
+    ask(worker.CLOSE, kwargs=other)
+    live.snapshot().assert_same(serve(policies.bf16("b"), live.scheme).start)
 
 
 @pytest.mark.parametrize("path", ["../secret.safetensors", "/etc", "link"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -169,6 +170,54 @@ def test_a_file_that_ends_too_early_is_named(checkpoint):
 
     with pytest.raises(ReloadError, match=r"model-00002\.safetensors is no safetensors file"):
         list(named_tensors(checkpoint))
+
+
+def meanwhile(checkpoint, act):
+    """Read it, and have something done after the first tensor."""
+    tensors = named_tensors(checkpoint)
+    found = [next(tensors)]
+    act()
+    return found + list(tensors)
+
+
+def test_a_file_that_is_cut_while_it_is_read_is_named(tmp_path):
+    """Mapped memory would end the process by SIGBUS."""
+    file = tmp_path / "model.safetensors"
+    save_file({"a": torch.ones(4), "b": torch.ones(1 << 20)}, file)
+
+    with pytest.raises(ReloadError, match=r"model\.safetensors is no .*it was cut"):
+        meanwhile(tmp_path, lambda: os.truncate(file, 5000))
+
+
+@pytest.mark.parametrize("which", ["model-00001.safetensors", "model-00002.safetensors"])
+@pytest.mark.parametrize("moves", [False, True])
+def test_a_checkpoint_that_is_written_while_it_is_read_is_no_policy(checkpoint, which, moves):
+    """Half of it may be of the next step: `save_pretrained` into the same folder."""
+    file, data = checkpoint / which, (checkpoint / which).read_bytes()
+    os.utime(file, (0, 0))  # a clock has ticks
+
+    def write():
+        other = file.with_suffix(".new") if moves else file
+        other.write_bytes(data)
+        other.replace(file)
+
+    with pytest.raises(ReloadError, match=rf"{which} was written while it was read"):
+        meanwhile(checkpoint, write)
+
+
+def test_a_checkpoint_that_is_removed_when_it_has_been_opened_is_read(tmp_path):
+    save_file(WEIGHTS, tmp_path / "model.safetensors")
+
+    assert equal(meanwhile(tmp_path, (tmp_path / "model.safetensors").unlink), WEIGHTS)
+
+
+def test_where_each_tensor_need_be_good_until_the_next_only_one_is_held(tmp_path):
+    save_file({name: torch.ones(64) for name in "abc"}, tmp_path / "model.safetensors")
+
+    addresses = {t.data_ptr() for _, t in named_tensors(tmp_path, reuses=True)}
+
+    assert len(addresses) == 1
+    assert len({t.data_ptr() for _, t in list(named_tensors(tmp_path))}) == 3
 
 
 def test_few_at_a_time_keeps_order_and_says_everything_once():

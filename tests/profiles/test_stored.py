@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 from pathlib import Path
 
@@ -50,6 +51,16 @@ def test_the_same_profile_is_the_same_file(path, tmp_path):
     save_profile(load_profile(path), tmp_path / "again.safetensors")
 
     assert (tmp_path / "again.safetensors").read_bytes() == path.read_bytes()
+
+
+def test_a_profile_that_is_cut_after_an_engine_has_opened_it_is_an_error(path):
+    """Its numbers are read at the first push; mapped memory would end the engine by SIGBUS."""
+    profile = load_profile(path)
+
+    os.truncate(path, 100)
+
+    with pytest.raises(ProfileError, match=r"profile\.safetensors cannot be read any more"):
+        list(profile.entries.values())
 
 
 def test_vectors_that_share_memory_are_saved(tmp_path):

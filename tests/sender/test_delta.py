@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import random
 import resource
 
@@ -74,6 +75,34 @@ def test_what_was_checked_stays_whoever_writes_into_the_file(delta, tmp_path):
     places = {name: part for name, part in delta.parts.items() if "#" in name}
     assert places
     assert same({name: found.parts[name] for name in places}, places)
+
+
+def test_a_file_that_is_cut_while_it_is_applied_is_refused(delta, tmp_path):
+    """Mapped memory would end the process by SIGBUS."""
+    file = tmp_path / "1.safetensors"
+    whole = Sender(manifest()).bundle(policy())
+    whole.save(file)
+    found = Delta.load(file)
+    assert found.nbytes == whole.nbytes
+
+    os.truncate(file, file.stat().st_size // 4)
+
+    with pytest.raises(BrokenDelta, match=r"1\.safetensors cannot be read any more .* it was cut"):
+        list(map(found.change, found.header.tensors))
+
+
+def test_a_file_that_is_removed_or_replaced_is_read_as_it_was(delta, tmp_path):
+    """As `BundleStore.prune`, and every writer that moves whole files in place, do it."""
+    file = tmp_path / "1.safetensors"
+    whole = Sender(manifest()).bundle(policy())
+    whole.save(file)
+    found = Delta.load(file)
+
+    delta.save(file)
+    file.unlink()
+
+    assert same(found.parts, whole.parts)
+    assert same(pickle.loads(pickle.dumps(found)).parts, whole.parts)
 
 
 def test_tensors_that_lie_elsewhere_are_taken_as_they_are(delta):

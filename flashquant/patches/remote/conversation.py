@@ -12,6 +12,7 @@ import asyncio
 import functools
 import threading
 import time
+import uuid
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
@@ -88,16 +89,16 @@ def _in_slices(
     path: str, options: Mapping[str, Any], *, strict: bool, prepare: bool, together: bool
 ) -> Conversation:
     """Begin, some weights at a time, and the end."""
-    close = _committed(Call(worker.CLOSE, (), {"strict": strict}), together=together)
+    own = {"word": uuid.uuid4().hex}  # another caller may begin one meanwhile
+    close = _committed(Call(worker.CLOSE, (), {"strict": strict, **own}), together=together)
+    feed = Call(worker.FEED, (_SLICE if prepare else _WITHOUT_A_BREAK,), own)
     try:
-        answers_of((yield Call(worker.BEGIN, (path,), {**options, "prepares": prepare})))
-        while any(
-            answers_of((yield Call(worker.FEED, (_SLICE if prepare else _WITHOUT_A_BREAK,))))
-        ):
+        answers_of((yield Call(worker.BEGIN, (path,), {**options, "prepares": prepare, **own})))
+        while any(answers_of((yield feed))):
             pass
         return (yield from (_held(close) if together and prepare else close))
     except ReloadError:
-        yield Call(worker.ABANDON)
+        yield Call(worker.ABANDON, (), own)
         raise
 
 

@@ -9,6 +9,7 @@ the same, on a live model      -> the trainer says that it has sent everything
 from __future__ import annotations
 
 import logging
+import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -55,6 +56,7 @@ class _Attached:
             own.is_multimodal_model
         )
         self._noted = self._served = 0
+        self.start = uuid.uuid4().hex
 
     @property
     def kv_scales(self) -> KVScales:
@@ -219,7 +221,10 @@ def deltas_of(model: nn.Module) -> Deltas:
 
 
 class Standing(NamedTuple):
-    """What the engine core wants to know of one worker's weights after every call."""
+    """What the engine core wants to know of one worker's weights after every call.
+
+    `flashquant sync` reads it by the order of its fields: new ones come last.
+    """
 
     version: int = 0
     drafts: int = 0  # the versions of its speculative drafts, together
@@ -227,6 +232,8 @@ class Standing(NamedTuple):
     torn: str = ""  # why nothing may be generated, or nothing
     quiet: float | None = None  # seconds since anything came of an update under way
     forgot: bool = False  # the worker has dropped its half of the encoder cache
+    start: str = ""  # a word that no other start of an engine has
+    foreign: int = 0  # how many live parameters another writer has modified
 
 
 def models_of(worker: Any) -> tuple[nn.Module, ...]:
@@ -253,6 +260,8 @@ def standing_of(worker: Any) -> Standing:
         torn=attached.session.transactions.serving.complaint,
         quiet=next((t.quiet for t in transactions if t.quiet is not None), None),
         forgot=take_forgotten(worker),
+        start=attached.start,
+        foreign=len(attached.session.proofs.foreign),
     )
 
 

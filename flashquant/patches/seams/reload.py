@@ -12,11 +12,13 @@ except the two calls that would take the live layers apart; between those they c
 from __future__ import annotations
 
 import logging
+import weakref
 from typing import Any
 
 from torch import nn
 
 from flashquant.errors import ReloadError
+from flashquant.patches.channels import STARTED
 from flashquant.patches.guard import vllm_is
 from flashquant.patches.point import PatchPoint
 from flashquant.patches.seams.loading import check_servable, find_session, note_forgotten
@@ -75,15 +77,21 @@ def _start_weight_update(original: Any, worker: Any, *args: Any, **kwargs: Any) 
         logger.warning("a weight update was started and never finished; a new one begins instead")
         session.abandon()
         _end_weight_update(worker)
+    STARTED.take(worker)
     original(worker, *args, **kwargs)
+    session = _session_of_update(worker)
+    if session is not None and session.transactions.current is not None:
+        STARTED.put(worker, weakref.ref(session.transactions.current))
 
 
 def _update_weights(original: Any, worker: Any, update_info: Any) -> None:
     """A chunk that fails, even before it reached the model, ends the update: vLLM says so too."""
     session = _session_of_update(worker)
+    _check_started(worker, session)
     try:
         original(worker, update_info)
     except BaseException:
+        STARTED.take(worker)
         if session is not None:
             session.abandon()
         raise
@@ -92,11 +100,26 @@ def _update_weights(original: Any, worker: Any, update_info: Any) -> None:
 def _finish_weight_update(original: Any, worker: Any) -> None:
     """An update whose end was refused is over; vLLM would wait for its end for ever."""
     session = _session_of_update(worker)
+    _check_started(worker, session)
+    STARTED.take(worker)
     try:
         original(worker)
     except BaseException:
         if session is not None:
             _end_weight_update(worker)
+        raise
+
+
+def _check_started(worker: Any, session: Session | None) -> None:
+    """Raise ReloadError where another update has come since this one was started."""
+    started = STARTED.get(worker)
+    if session is None or started is None:
+        return
+    try:
+        session.transactions.check_current(started())
+    except ReloadError:
+        STARTED.take(worker)
+        _end_weight_update(worker)
         raise
 
 

@@ -9,8 +9,10 @@ unread, so across processes a failure travels as an answer too.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from typing import Any
@@ -30,7 +32,7 @@ from flashquant.patches.seams.loading import (
     take_forgotten,
 )
 from flashquant.plan import Weights, named_tensors, naming_the_file
-from flashquant.update import KVScales, Member, ReloadReport
+from flashquant.update import KVScales, Member, ReloadReport, Session
 
 logger = logging.getLogger(__name__)
 
@@ -71,18 +73,38 @@ def _begin(
     atomic: bool = True,
     kv_scales: KVScales | None = None,
     prepares: bool = True,
+    word: str = "",
 ) -> bool:
-    """Begin an update that is taken in slices: while the engine generates, if it is prepared."""
+    """Begin an update that is taken in slices: while the engine generates, if it is prepared.
+
+    Args:
+        word: of the caller, who has to say it with each slice: another one may come between.
+
+    """
     session = session_of(worker.get_model())
-    session.begin(atomic=atomic, prepares=prepares, kv_scales=kv_scales)
-    channels.FEED.put(worker, named_tensors(weights))
+    update = session.begin(atomic=atomic, prepares=prepares, kv_scales=kv_scales)
+    feed = named_tensors(weights, reuses=True)
+    channels.FEED.put(worker, channels.Feed(word, weakref.ref(update), feed))
     return True
 
 
-def _feed(worker: Any, seconds: float) -> bool:
+def _begun(worker: Any, session: Session, word: str) -> Iterator[tuple[str, Tensor]]:
+    """What is still to come of the update that was begun with this word.
+
+    Raises:
+        ReloadError: another one has taken its place.
+
+    """
+    feed = channels.FEED.get(worker)
+    mine = feed is not None and feed.word == word
+    session.transactions.check_current(feed.update() if feed is not None and mine else None)
+    return feed.tensors if feed is not None else iter(())
+
+
+def _feed(worker: Any, seconds: float, word: str = "") -> bool:
     """Take weights for about so long; False when there is nothing left."""
     session = session_of(worker.get_model())
-    feed = channels.FEED.of(worker)
+    feed = _begun(worker, session, word)
     until, left = time.perf_counter() + seconds, True
 
     def some() -> Iterator[tuple[str, Tensor]]:
@@ -100,14 +122,19 @@ def _feed(worker: Any, seconds: float) -> bool:
     return left
 
 
-def _close(worker: Any, strict: bool = True) -> Any:
+def _close(worker: Any, strict: bool = True, word: str = "") -> Any:
     """Commit; what was prepared goes live, and that is the pause."""
-    return session_of(worker.get_model()).close(strict=strict)
+    session = session_of(worker.get_model())
+    _begun(worker, session, word)
+    return session.close(strict=strict)
 
 
-def _abandon(worker: Any) -> None:
+def _abandon(worker: Any, word: str = "") -> None:
     """An update that will not be finished."""
-    session_of(worker.get_model()).abandon()
+    session = session_of(worker.get_model())
+    with contextlib.suppress(ReloadError):  # another one is none of its business
+        _begun(worker, session, word)
+        session.abandon()
 
 
 def _hold(worker: Any, held: bool) -> None:

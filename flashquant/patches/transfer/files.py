@@ -59,8 +59,9 @@ class FileEngine(Bracketed):
         """Load one file, or a folder of them; or what changed, which is an update by itself.
 
         Raises:
-            ReloadError: the path leads out of the agreed folder, or holds no safetensors; a bundle
-                of changes does not fit (`StaleBase`, `BrokenDelta`).
+            ReloadError: the path leads out of the agreed folder, or holds no safetensors, or they
+                were written meanwhile; a bundle of changes does not fit (`StaleBase`,
+                `BrokenDelta`).
 
         """
         if self._folder is None:
@@ -71,4 +72,4 @@ class FileEngine(Bracketed):
         if Delta.is_at(path):
             deltas_of(self.model).take(path)
             return
-        (load_weights or self.model.load_weights)(named_tensors(path))
+        (load_weights or self.model.load_weights)(named_tensors(path, reuses=True))

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -17,6 +16,7 @@ from flashquant.config.schemes import W8A8
 from flashquant.errors import ProfileError
 from flashquant.profiles import Profile
 from flashquant.schemes import int8_frozen, scaled_norm
+from flashquant.tensor_files import TensorFile
 
 _INDEX: Final = "model.safetensors.index.json"
 # What else a model needs; nothing that could be run.
@@ -33,17 +33,17 @@ class Checkpoint(Mapping[str, Tensor]):
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self._files: dict[str, Any] = {}
+        self._files: dict[str, TensorFile] = {}
         self.by_file: dict[str, tuple[str, ...]] = {}
         paths = sorted(self.folder.glob("*.safetensors"))
         # A profile may lie beside the weights it was made for.
         for path in paths:
             try:
-                opened: Any = safe_open(path, framework="pt")
-            except SafetensorError as broken:
+                opened = TensorFile(path)
+            except OSError as broken:
                 raise ProfileError(f"{path} is no safetensors file ({broken})") from broken
-            if (opened.metadata() or {}).get("flashquant_profile") is None:
-                self.by_file[path.name] = tuple(opened.keys())
+            if opened.metadata.get("flashquant_profile") is None:
+                self.by_file[path.name] = tuple(opened)
                 self._files |= dict.fromkeys(self.by_file[path.name], opened)
         if not self._files or not (self.folder / "config.json").is_file():
             raise ProfileError(
@@ -58,8 +58,7 @@ class Checkpoint(Mapping[str, Tensor]):
         return read
 
     def __getitem__(self, name: str) -> Tensor:
-        tensor: Tensor = self._files[name].get_tensor(name)
-        return tensor
+        return self._files[name][name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)
