@@ -10,20 +10,24 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 from vllm import LLM, SamplingParams
 
 import flashquant
 from tests.engine.programs.engine import OPTIONS, PROMPT, print_result
 
+# Few, and few at a time: compiled fp8 is oneDNN's on a CPU with AMX (tests/support/fp8.py), and
+# vLLM warms up with as many tokens as there may be.
+TOKENS = 4
+FEW = {"max_num_batched_tokens": 128, "max_num_seqs": 4}
+
 
 def engine(checkpoint: str) -> Any:
-    options = {**OPTIONS, "enforce_eager": False, "enable_prefix_caching": False}
+    options = {**OPTIONS, "enforce_eager": False, **FEW, "enable_prefix_caching": False}
     return LLM(checkpoint, **options)
 
 
 def says(llm: Any) -> list[Any]:
-    sampling = SamplingParams(max_tokens=16, temperature=0, ignore_eos=True, logprobs=0)
+    sampling = SamplingParams(max_tokens=TOKENS, temperature=0, ignore_eos=True, logprobs=0)
     (answer,) = llm.generate([PROMPT], sampling, use_tqdm=False)
     output = answer.outputs[0]
     return [
@@ -33,7 +37,6 @@ def says(llm: Any) -> list[Any]:
 
 
 def main(starts_on: str, pushed: str) -> dict[str, Any]:
-    torch._C._set_mkldnn_enabled(False)  # compiled code asks for oneDNN's: tests/support/fp8.py
     live = engine(starts_on)
     before = says(live)
     flashquant.reload_weights(live, Path(pushed))

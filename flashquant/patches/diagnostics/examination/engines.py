@@ -38,7 +38,9 @@ _OPTIONS: dict[Mode, dict[str, Any]] = {
     "compiled": {},
 }
 MODES = tuple(_OPTIONS)
-_PROMPTS = [list(range(start, start + 40)) for start in (5, 8, 16, 205)]
+# Few on a CPU: one with AMX multiplies fp8 in torch, at 55 ns a product (torch 2.13's oneDNN).
+_PROMPT, _TOKENS = (40, 16) if torch.cuda.is_available() else (4, 4)
+_PROMPTS = [list(range(start, start + _PROMPT)) for start in (5, 8, 16, 205)]
 
 
 @dataclass(frozen=True)
@@ -208,7 +210,7 @@ def _runner(worker: Any) -> str:
 def outputs(llm: Any) -> Outputs:
     """Greedy tokens of some prompts, and the log-probs of prompt and answer."""
     sampling = SamplingParams(
-        max_tokens=16, temperature=0, ignore_eos=True, prompt_logprobs=0, logprobs=0
+        max_tokens=_TOKENS, temperature=0, ignore_eos=True, prompt_logprobs=0, logprobs=0
     )
     prompts = [{"prompt_token_ids": tokens} for tokens in _PROMPTS]
     said = []
