@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import flashquant
-from tests.engine.kernels import WORKER_KERNELS
+from tests.engine.kernels import WORKER_KERNELS, choosing
 from tests.engine.processes import CORES, run
 from tests.engine.programs.engine import PROMPT
 from tests.engine.serving import BY_ROW, Serving, serve
@@ -62,7 +62,8 @@ def told(scheme: str, checkpoints: list[Path]) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def fresh(scheme: str, checkpoints: list[Path]) -> list[Serving]:
     """Engines that hold all layers themselves."""
-    return [serve(path, scheme, "portable") for path in checkpoints]
+    with choosing("portable"):
+        return [serve(path, scheme, "portable") for path in checkpoints]
 
 
 def test_stages_hold_and_say_what_one_engine_with_all_layers_does(

@@ -108,13 +108,13 @@ def test_one_weight_that_is_another_is_found(folder: Path, monkeypatch: pytest.M
 @pytest.mark.engine
 def test_a_scheme_in_a_program_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
     """The whole command, as a person runs it."""
-    assert main(["doctor", "--engine", "--scheme", "fp8_channel", "--json"]) == 0
+    assert main(["doctor", "--engine", "--scheme", "int8", "--json"]) == 0
 
     findings = json.loads(capsys.readouterr().out)
-    found = [f["name"] for f in findings if f["topic"] == "engine in fp8_channel"]
+    found = [f["name"] for f in findings if f["topic"] == "engine in int8"]
     assert found == STEPS
     assert findings[-1]["topic"] == "verdict"
-    assert findings[-1]["detail"].endswith("fp8_channel ok")
+    assert findings[-1]["detail"].endswith("int8 ok")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

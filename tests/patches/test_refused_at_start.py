@@ -187,7 +187,7 @@ def test_a_loader_that_creates_the_model_itself_is_refused(asked: bool) -> None:
     """As that of modelexpress, a package: no session would look after the model."""
     worker = SimpleNamespace(
         vllm_config=SimpleNamespace(
-            additional_config={ADDITIONAL_CONFIG_KEY: {}} if asked else {},
+            additional_config={ADDITIONAL_CONFIG_KEY: {"scheme": "int8"}} if asked else {},
             load_config=SimpleNamespace(load_format="modelexpress"),
         ),
         get_model=lambda: nn.Linear(2, 2),

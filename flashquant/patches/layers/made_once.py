@@ -212,7 +212,7 @@ def attributes_kept(model: nn.Module) -> Iterator[None]:
         for module, attributes in kept:
             for attribute, value in attributes.items():
                 if isinstance(value, Tensor | list | tuple):
-                    vars(module)[attribute] = value
+                    object.__setattr__(module, attribute, value)
 
 
 def _made_by(name: str, module: nn.Module, block: _Block, attribute: str) -> MadeOnce:

@@ -310,8 +310,12 @@ def _refuse_to_initialize(original: Any, vllm_config: Any, **kwargs: Any) -> nn.
 
 
 def _load_model(original: Any, worker: Any, **kwargs: Any) -> None:
-    """A loader of somebody else's, or of a package, may create the model by itself."""
-    original(worker, **kwargs)
+    """A loader of somebody else's, or of a package, may create the model by itself.
+
+    Layers of which not all was in the checkpoint are processed when it has been loaded.
+    """
+    with naming_the_layer(scheme_of(worker.vllm_config)):
+        original(worker, **kwargs)
     if asks_for_session(worker.vllm_config) and find_session(worker.get_model()) is None:
         name = getattr(worker.vllm_config.load_config, "load_format", None)
         raise UnsupportedEngine(
