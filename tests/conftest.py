@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
-from tests.support import isa, room, vision
+from tests.support import fp8, isa, room, vision
 
 isa.pretend()  # before torch is imported
 os.environ.pop("FLASHRL_CONFIG", None)
@@ -31,6 +31,7 @@ os.environ.update(
     VLLM_LOGGING_LEVEL="ERROR",
 )
 vision.make_ready()  # imports torch, which counts its threads then; before transformers
+fp8.multiply_as_everywhere()
 # Some tests interrupt themselves, which a run in the background would ignore.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile("long", max_examples=1000)  # --hypothesis-profile long

@@ -26,7 +26,6 @@ from flashquant.patches.seams.loading import session_of
 from flashquant.update import Session
 from tests.engine.kernels import choosing as choosing
 from tests.engine.kernels import want_int4
-from tests.support import fp8
 from tests.support.gpu import SHARE
 from tests.support.groups import make_experts_group
 from tests.support.inspection import inspect_models_here
@@ -107,7 +106,6 @@ class Serving:
         from vllm.v1.worker import workspace
 
         flashquant.patch()
-        fp8.multiply_as_everywhere()
         make_experts_group()
         inspect_models_here()
         asked = {"FLASHRL_CONFIG": self.scheme, "FLASHQUANT_EMULATE": "1"}
