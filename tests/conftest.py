@@ -48,7 +48,7 @@ def pytest_sessionstart(session: Any) -> None:
         return
     whole = config.args_source is not pytest.Config.ArgsSource.ARGS
     if said := room.lacking(whole=whole):
-        pytest.exit("no room for the tests:\n" + "\n".join(said), returncode=4)
+        pytest.exit(f"no room for the tests: {said}", returncode=4)
 
 
 def pytest_sessionfinish(session: Any) -> None:
