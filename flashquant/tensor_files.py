@@ -92,7 +92,7 @@ class TensorFile(Mapping[str, Tensor]):
         self._path = path
         # A pipe that nobody writes would be waited for; of a file, this says nothing.
         self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        self._end = weakref.finalize(self, os.close, self._file)
+        self._end = weakref.finalize(self, os.close, self._file)  # also where what follows fails
         try:
             self.written = Written.of(self._file)
             length = int.from_bytes(self._bytes(_LENGTH, 0), "little")
@@ -102,11 +102,7 @@ class TensorFile(Mapping[str, Tensor]):
                 self._bytes(length, _LENGTH), _LENGTH + length, self.written.size
             )
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as wrong:
-            self.close()
             raise BrokenFile(f"{path}: its header is none of safetensors: {wrong}") from wrong
-        except BaseException:
-            self.close()
-            raise
 
     def __getitem__(self, name: str) -> Tensor:
         return self.read(name)

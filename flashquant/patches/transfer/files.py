@@ -13,7 +13,7 @@ from pathlib import Path
 from vllm.distributed.weight_transfer.base import WeightTransferInitInfo, WeightTransferUpdateInfo
 
 from flashquant.errors import ReloadError
-from flashquant.patches.seams.loading import deltas_of
+from flashquant.patches.seams.loading import deltas_of, find_session
 from flashquant.patches.transfer.bracketed import Bracketed, Load
 from flashquant.plan import named_tensors
 from flashquant.sender import Delta
@@ -72,4 +72,6 @@ class FileEngine(Bracketed):
         if Delta.is_at(path):
             deltas_of(self.model).take(path)
             return
-        (load_weights or self.model.load_weights)(named_tensors(path, reuses=True))
+        # A loader of vLLM's own, of an engine that flashquant does not serve, may list them all.
+        reuses = find_session(self.model) is not None
+        (load_weights or self.model.load_weights)(named_tensors(path, reuses=reuses))
