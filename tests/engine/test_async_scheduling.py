@@ -14,7 +14,7 @@ from torch import Tensor
 from vllm import SamplingParams
 
 import flashquant
-from tests.engine.serving import WEIGHT_VERSIONS, Serving, needs, scheduling_ahead
+from tests.engine.serving import BY_ROW, WEIGHT_VERSIONS, Serving, scheduling_ahead
 from tests.engine.test_engine_state import (
     GREEDY,
     PROMPT,
@@ -24,9 +24,10 @@ from tests.engine.test_engine_state import (
     by_vllms_reload,
     said,
 )
+from tools.models import tiny_models
 from tools.models.policies import Policies
 
-pytestmark = [pytest.mark.engine, needs(">=0.28", "scheduling ahead that drops what is stale")]
+pytestmark = pytest.mark.engine
 
 Push = Callable[[Serving, dict[str, Tensor]], None]
 
@@ -41,7 +42,7 @@ def engines(request: pytest.FixtureRequest, policies: Policies) -> tuple[Serving
     """One that schedules ahead, on policy A, and one that does not, on B."""
     caching = {"enable_prefix_caching": request.param}
     live, fresh = (
-        Serving(policies.bf16(policy), "fp8_channel", {**caching, "max_num_batched_tokens": 64})
+        Serving(policies.bf16(policy), BY_ROW, {**caching, "max_num_batched_tokens": 64})
         for policy in ("a", "b")
     )
     with scheduling_ahead():
@@ -74,6 +75,17 @@ def cut(live: Serving, lengths: Mapping[str, int], steps: int, push: Callable[[]
     return {name: output.outputs[0] for name, output in last.items()}, out
 
 
+@pytest.fixture(scope="module")
+def speculating(policies: Policies, tmp_path_factory: pytest.TempPathFactory) -> Serving:
+    """One that schedules ahead, and guesses three tokens at a time, mostly in vain."""
+    draft = tiny_models.make("qwen2", 7, tmp_path_factory.mktemp("draft"), layers=1)
+    guesses = {"method": "draft_model", "model": str(draft), "num_speculative_tokens": 3}
+    live = Serving(policies.bf16("a"), BY_ROW, {"speculative_config": guesses})
+    with scheduling_ahead():
+        assert live.llm.llm_engine.vllm_config.scheduler_config.async_scheduling
+    return live
+
+
 @pytest.mark.parametrize("steps", [1, 2, 7])
 @pytest.mark.parametrize("push", [by_flashquant, by_vllms_reload, by_a_workers_own_method])
 def test_a_step_on_its_way_is_not_taken_for_one_of_the_new_weights(
@@ -90,6 +102,54 @@ def test_a_step_on_its_way_is_not_taken_for_one_of_the_new_weights(
     assert had < steps
     tokens = [token for token, _ in whole]
     assert whole[had:] == said(answer(fresh.llm, PROMPT + tokens[:had], 16 - had))
+
+
+@pytest.mark.parametrize("steps", [1, 3, 6])
+def test_no_token_is_lost_of_one_that_speculates(
+    speculating: Serving, engines: tuple[Serving, Serving], policies: Policies, steps: int
+) -> None:
+    """One step is dropped, whatever it had guessed, and none of the new weights."""
+    live, (_, fresh) = speculating, engines
+    flashquant.reload_weights(live.llm, policies.tensors("a"))
+
+    answers, out = cut(
+        live,
+        {"one": 32},
+        steps,
+        lambda: flashquant.reload_weights(live.llm, policies.tensors("b")),
+    )
+
+    tokens, had = list(answers["one"].token_ids), out["one"]
+    assert tokens[had:] == list(answer(fresh.llm, PROMPT + tokens[:had], 32 - had).token_ids)
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_logprobs_of_a_prompt_are_not_lost_with_its_step(
+    engines: tuple[Serving, Serving], policies: Policies, steps: int
+) -> None:
+    live, fresh = engines
+    flashquant.reload_weights(live.llm, policies.tensors("a"))
+    wants = SamplingParams(max_tokens=2, prompt_logprobs=1, **GREEDY)
+    engine, outputs = live.llm.llm_engine, list[Any]()
+    engine.add_request("one", {"prompt_token_ids": PROMPT}, wants)
+    for _ in range(steps):
+        outputs += engine.step()
+    came = bool(outputs)  # with the first token, of the old weights
+
+    flashquant.reload_weights(live.llm, policies.tensors("b"))
+    while engine.has_unfinished_requests():
+        outputs += engine.step()
+
+    found = [scores and {t: s.logprob for t, s in scores.items()} for scores in prompt(outputs)]
+    assert len(found) == len(PROMPT)
+    if not came:
+        new = fresh.llm.generate([{"prompt_token_ids": PROMPT}], wants, use_tqdm=False)
+        assert found == [s and {t: p.logprob for t, p in s.items()} for s in prompt(new)]
+
+
+def prompt(outputs: list[Any]) -> list[Any]:
+    """What is said of the tokens of the prompt; of the first, nothing."""
+    return list(outputs[-1].prompt_logprobs)
 
 
 def test_no_answer_is_lost_that_was_about_to_end(

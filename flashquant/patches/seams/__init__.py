@@ -4,7 +4,7 @@ engine_args   FLASHRL_CONFIG becomes engine arguments (logprobs)
 loading       a session opens, from the creation of a model until it serves (blame, peers)
 towers        those of multimodal models stay in bf16
 reload        vLLM's own reload becomes a bracket; sleep: weights that are put away
-worker        new methods on every worker; engine_core: the scheduler hears of it (derived)
+worker        new methods on every worker; engine_core: the scheduler hears of it (derived, ahead)
 moe, lora, cutlass   what vLLM needs before it can serve these in our schemes
 int4, nvfp4          layers of schemes that vLLM has for packed checkpoints only
 emulation            kernels that vLLM has for GPUs only, in software
@@ -13,6 +13,7 @@ emulation            kernels that vLLM has for GPUs only, in software
 from __future__ import annotations
 
 from flashquant.patches.seams import (
+    ahead,
     cutlass,
     emulation,
     engine_args,
@@ -40,6 +41,7 @@ POINTS = (
     *sleep.POINTS,
     *worker.POINTS,
     *engine_core.POINTS,
+    *ahead.POINTS,
     *cutlass.POINTS,
     *moe.POINTS,
     *int4.POINTS,

@@ -23,13 +23,14 @@ from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 
-from flashquant.patches.seams import worker
+from flashquant.patches.seams import ahead, worker
 
 logger = logging.getLogger(__name__)
 
 
 def drop(core: Any) -> None:
     """The weights are new: nothing that was made of the old ones is used again."""
+    drop_steps = ahead.counting_steps(core)
     try:
         dropped = core.reset_prefix_cache(reset_running_requests=True, reset_connector=True)
     except RuntimeError as failure:  # requests that wait for keys and values of a connector
@@ -40,6 +41,7 @@ def drop(core: Any) -> None:
             "old keys and values may be used again: vLLM did not reset its prefix cache, or that "
             "of its KV connector; its log says why"
         )
+    drop_steps()
     if has_encoder(core):
         # Both halves, always: a scheduler that believes in an embedding which its workers have
         # dropped ends the engine.
