@@ -15,7 +15,11 @@ import torch
 
 
 class OneStream:
-    """The stream that was current when the session was made: that of the engine's steps.
+    """That of the engine's steps: the current one when the session is made, until steps come on
+    another.
+
+    vLLM puts a process on a stream of its own when it is first asked for the current one
+    (`vllm.utils.torch_utils.current_stream`), which may be in its first step.
 
     Args:
         device: of the weights. On the host, nothing is done.
@@ -25,6 +29,13 @@ class OneStream:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._own = torch.cuda.current_stream(device) if device.type == "cuda" else None
+
+    def step(self) -> None:
+        """A step of the engine is next, on the current stream."""
+        if self._own is None or self._own == (steps := torch.cuda.current_stream(self._device)):
+            return
+        steps.wait_stream(self._own)
+        self._own = steps
 
     @contextmanager
     def joined(self) -> Iterator[None]:

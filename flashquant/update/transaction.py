@@ -243,7 +243,8 @@ class Transactions:
             self._roll_back(self.current, ReloadError("it was cut off"))
 
     def check_servable(self) -> None:
-        """Raise TornWeights rather than let a mixture of two policies generate."""
+        """Before a step: raise TornWeights rather than let a mixture of two policies generate."""
+        self._stream.step()
         self.serving.check_servable()
         self.take_back_what_was_cut_off()
         if self.current is not None and not self.current.over and self.current.undo.touched:

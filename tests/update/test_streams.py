@@ -15,7 +15,7 @@ from vllm.distributed.weight_transfer import packed_tensor
 from flashquant.errors import ReloadError
 from flashquant.update import Session
 from tests.support.fake_engine import NEW, OLD, FakeEngine, fresh, only, serves, serving
-from tests.support.streams import Races, StandInStreams
+from tests.support.streams import Races, StandInStream, StandInStreams
 
 Chunk = Sequence[tuple[str, Tensor]]
 CHUNKS: list[Chunk] = [
@@ -123,3 +123,27 @@ def test_a_caller_on_the_engines_own_stream_waits_for_nothing(
     monkeypatch.setattr("tests.support.streams.StandInStream.wait_stream", None)
     session.reload(NEW)
     assert serves(engine, fresh(NEW))
+
+
+def test_a_step_is_waited_for_on_a_stream_that_vllm_has_made_since_the_start(
+    engine: FakeEngine, streams: StandInStreams
+) -> None:
+    """It may still run when the next tensors come, from a trainer's stream."""
+    session, steps, trainers = serving(engine), streams.new("steps"), streams.new("trainer's")
+    with Races(streams) as races:
+        session.push(list(OLD.items()))
+        step(session, engine, streams, steps)
+        with streams.on(trainers):
+            session.push(list(NEW.items()))
+        step(session, engine, streams, steps)
+    assert races.found == []
+
+
+def step(
+    session: Session, engine: FakeEngine, streams: StandInStreams, stream: StandInStream
+) -> None:
+    """All that is live is read."""
+    with streams.on(stream):
+        session.check_servable()
+        for live in engine.live.values():
+            torch.neg(live)
