@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 import pytest
@@ -11,6 +10,7 @@ from vllm.model_executor.models import qwen2
 
 import flashquant
 from flashquant.errors import ReloadError
+from flashquant.patches.layers import made_once
 from tests.engine.serving import serve
 from tools.models.policies import Policies
 
@@ -37,8 +37,8 @@ def policies(tmp_path_factory: pytest.TempPathFactory) -> Policies:
 def start(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(qwen2.Qwen2DecoderLayer, "kept", None, raising=False)
     monkeypatch.setattr(qwen2.Qwen2DecoderLayer, "forward", keeping)
-    blocks = importlib.import_module("flashquant.patches.layers.made_once")._blocks
-    monkeypatch.setattr(f"{blocks.__module__}._blocks", blocks.__wrapped__)  # anew, of this class
+    # Anew, of this class.
+    monkeypatch.setattr(made_once, "blocks", made_once.blocks.__wrapped__)
     return serve
 
 

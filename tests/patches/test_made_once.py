@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from flashquant.errors import ReloadError, UnsupportedEngine
 from flashquant.patches.layers import (
     all_made_once,
     attributes_kept,
+    made_once,
     plain_tensors,
     while_loaded,
 )
@@ -335,8 +335,8 @@ def test_every_way_of_pushing_makes_it_anew_in_a_model_of_vllms(
 
     monkeypatch.setattr(qwen2.Qwen2DecoderLayer, "kept", None, raising=False)
     monkeypatch.setattr(qwen2.Qwen2DecoderLayer, "fuse", fuse, raising=False)
-    blocks = importlib.import_module("flashquant.patches.layers.made_once")._blocks
-    monkeypatch.setattr(blocks.__module__ + "._blocks", blocks.__wrapped__)  # anew, of this class
+    # Anew, of this class.
+    monkeypatch.setattr(made_once, "blocks", made_once.blocks.__wrapped__)
     live = load(Case(HOPPER, "int8", "", ""), tmp_path, "a", "int8")
     with pretending(HOPPER):
         layer = live.model.layers[0]

@@ -7,7 +7,8 @@ buffers                      those that a checkpoint may bring
 aliases                      tensors of one layer that are windows of another's parameter
 kernel_state                 every tensor and handle that the kernels of a layer read
 attention                    the layers that vLLM processes after all others
-made_once                    what modules make of their weights by themselves, and keep
+made_once, run_once          what modules make of their weights by themselves, and keep
+left_by_loader               what loaders do
 
 What vLLM's processing makes of a kind of module, found by watching it once:
 
@@ -44,13 +45,12 @@ from flashquant.patches.layers.choice import LayerChoice, Quantizer
 from flashquant.patches.layers.cpu import allow_amx, packed_once
 from flashquant.patches.layers.in_place import InPlaceLayer
 from flashquant.patches.layers.kernel_state import Carry, is_handle, is_processor, leaves
-from flashquant.patches.layers.made_once import (
-    MadeOnce,
-    all_made_once,
+from flashquant.patches.layers.left_by_loader import (
     attributes_kept,
     plain_tensors,
     while_loaded,
 )
+from flashquant.patches.layers.made_once import MadeOnce, all_made_once
 from flashquant.patches.layers.memory_layout import MemoryLayout, memory_layouts
 from flashquant.patches.layers.model_blueprint import ModelBlueprint
 from flashquant.patches.layers.per_tensor import PerTensorLayer

@@ -8,7 +8,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
+from tests.support import fp8
+
+fp8.multiply_as_everywhere()  # here, for this module is imported in workers, too
 _PROMPTS = [list(range(5 + shift, 45 + shift)) for shift in (0, 11, 200)]
+
+
+class Imported:
+    """A worker extension without methods: vLLM imports its module in each worker."""
 
 
 def start(checkpoint: str, **options: Any) -> Any:
@@ -22,7 +29,7 @@ def start(checkpoint: str, **options: Any) -> Any:
         kv_cache_memory_bytes=16 << 20,
         max_model_len=128,
         dtype="bfloat16",
-        **options,
+        **{"worker_extension_cls": f"{__name__}.{Imported.__name__}", **options},
     )
 
 
