@@ -226,15 +226,37 @@ def test_what_a_loader_makes_and_keeps_is_found() -> None:
     assert while_loaded(model, before) == ["tower.fused", "tower.splits[0]"]
 
 
-def test_a_loader_that_is_watched_leaves_what_it_made() -> None:
-    module = Draft()
-    module.load_weights()
-    real = module.fused
+class Gated(Base):
+    """As vLLM's Muse Spark (0.33): its loader makes buffers of a gate that it has loaded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("steps", torch.zeros(5))
+
+    def load_weights(self) -> None:
+        self.steps = torch.ones(5)  # as the checkpoint has it
+        self.register_buffer("beta", torch.sigmoid(self.inner.weight.detach()))
+
+
+def test_a_buffer_that_a_loader_makes_is_found() -> None:
+    model = in_model(Gated())
+    before = plain_tensors(model)
+
+    model["tower"].load_weights()
+
+    assert while_loaded(model, before) == ["tower.beta"]
+
+
+@pytest.mark.parametrize(("kind", "made"), [(Draft, "fused"), (Gated, "beta")])
+def test_a_loader_that_is_watched_leaves_what_it_made(kind: type[Base], made: str) -> None:
+    module = kind()
+    module.load_weights()  # type: ignore[operator]
+    real = getattr(module, made)
 
     with attributes_kept(in_model(module)), torch.device("meta"):
-        module.fused = torch.empty(1)
+        setattr(module, made, torch.empty(1))
 
-    assert module.fused is real
+    assert getattr(module, made) is real
 
 
 def test_vllms_rotary_embedding_of_fourier_coefficients_follows_its_weights() -> None:

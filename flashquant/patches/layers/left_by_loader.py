@@ -1,4 +1,5 @@
-"""What loaders make of the weights that they have just loaded, and leave in plain attributes.
+"""What loaders make of the weights that they have just loaded, and leave in plain attributes or
+buffers.
 
 It is in no parameter, so no push would reach it. It shows as tensors that are there after the
 load of the checkpoint, and were not when the model was created.
@@ -16,7 +17,7 @@ from flashquant.plan import storage_of
 
 
 def plain_tensors(model: nn.Module) -> dict[tuple[str, str], Tensor]:
-    """The floats that modules hold beside parameters and buffers, by module and attribute.
+    """The floats that modules hold beside parameters, by module and attribute.
 
     Not those of layers that vLLM processes, nor of attentions.
     """
@@ -24,7 +25,7 @@ def plain_tensors(model: nn.Module) -> dict[tuple[str, str], Tensor]:
     for name, module in model.named_modules():
         if hasattr(module, "quant_method") or is_deferred_attention_layer(module):
             continue
-        for attribute, value in vars(module).items():
+        for attribute, value in (*vars(module).items(), *module._buffers.items()):
             each = value if isinstance(value, list | tuple) else (value,)
             for index, tensor in enumerate(each):
                 if isinstance(tensor, Tensor) and tensor.is_floating_point():
@@ -33,29 +34,37 @@ def plain_tensors(model: nn.Module) -> dict[tuple[str, str], Tensor]:
 
 
 def while_loaded(model: nn.Module, before: dict[tuple[str, str], Tensor]) -> list[str]:
-    """What a loader has made of the weights and left in plain attributes, by name.
+    """What a loader has made of the weights and left beside them, by name.
 
     Args:
         model: its checkpoint has just been loaded.
         before: its `plain_tensors` when it had just been created.
 
     """
-    known = {storage_of(t) for t in (*model.parameters(), *model.buffers(), *before.values())}
+    after = plain_tensors(model)
+    brought = (t for place, t in after.items() if place in before and _is_buffer(model, *place))
+    known = {storage_of(t) for t in (*model.parameters(), *before.values(), *brought)}
     return [
         f"{name}.{attribute}" if name else attribute
-        for (name, attribute), tensor in plain_tensors(model).items()
+        for (name, attribute), tensor in after.items()
         if storage_of(tensor) not in known
     ]
+
+
+def _is_buffer(model: nn.Module, name: str, attribute: str) -> bool:
+    """Whether it may be a checkpoint's, which has been loaded in the place of another."""
+    return attribute in model.get_submodule(name)._buffers
 
 
 @contextmanager
 def attributes_kept(model: nn.Module) -> Iterator[None]:
     """While a loader is watched on meta tensors: whatever it sets on modules is taken back."""
-    kept = [(module, dict(vars(module))) for module in model.modules()]
+    kept = [(module, dict(vars(module)), dict(module._buffers)) for module in model.modules()]
     try:
         yield
     finally:
-        for module, attributes in kept:
+        for module, attributes, buffers in kept:
+            module._buffers.update(buffers)
             for attribute, value in attributes.items():
                 if isinstance(value, Tensor | list | tuple):
                     object.__setattr__(module, attribute, value)
