@@ -118,5 +118,9 @@ FORGOT = Attribute[bool]("_flashquant_forgot")
 # Of a worker: its KV cache is asleep, or was discarded (seams/sleep.py).
 CACHE_AWAY = Attribute[bool]("_flashquant_cache_away")
 
+# Of a `SchedulerOutput`: the requests for which its step has sampled under weights that are no more
+# (seams/ahead.py).
+STALE = Attribute[set[str]]("_flashquant_stale")
+
 # Of an engine core: what it last learned of its workers' weights (seams/engine_core.py).
 NOTED = Attribute[Any]("_flashquant")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from typing import Any
+from unittest import mock
 
 import pytest
 from torch import Tensor
@@ -100,6 +101,37 @@ def test_a_step_on_its_way_is_not_taken_for_one_of_the_new_weights(
     whole, had = said(answers["one"]), out["one"]
     assert len(whole) == 16
     assert had < steps
+    tokens = [token for token, _ in whole]
+    assert whole[had:] == said(answer(fresh.llm, PROMPT + tokens[:had], 16 - had))
+
+
+@pytest.fixture(scope="module")
+def in_a_pipeline(policies: Policies) -> Serving:
+    """One that has two steps on their way, as with two stages, and does not schedule ahead."""
+    from vllm.config import VllmConfig
+
+    live = Serving(policies.bf16("a"), BY_ROW, {})
+    with mock.patch.object(VllmConfig, "max_concurrent_batches", property(lambda _: 2)):
+        config = live.llm.llm_engine.vllm_config
+    assert not config.scheduler_config.async_scheduling
+    return live
+
+
+@pytest.mark.parametrize("steps", [1, 3, 5])
+def test_no_token_of_the_old_weights_comes_late_in_a_pipeline(
+    in_a_pipeline: Serving, engines: tuple[Serving, Serving], policies: Policies, steps: int
+) -> None:
+    live, (_, fresh) = in_a_pipeline, engines
+    flashquant.reload_weights(live.llm, policies.tensors("a"))
+
+    answers, out = cut(
+        live,
+        {"one": 16},
+        steps,
+        lambda: flashquant.reload_weights(live.llm, policies.tensors("b")),
+    )
+
+    whole, had = said(answers["one"]), out["one"]
     tokens = [token for token, _ in whole]
     assert whole[had:] == said(answer(fresh.llm, PROMPT + tokens[:had], 16 - had))
 

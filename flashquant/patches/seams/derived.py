@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 def drop(core: Any) -> None:
     """The weights are new: nothing that was made of the old ones is used again."""
-    drop_steps = ahead.counting_steps(core)
+    drop_steps = ahead.dropping_steps(core)
     try:
         dropped = core.reset_prefix_cache(reset_running_requests=True, reset_connector=True)
     except RuntimeError as failure:  # requests that wait for keys and values of a connector
