@@ -15,7 +15,7 @@ from torch import Tensor
 from vllm import SamplingParams
 
 import flashquant
-from tests.engine.serving import BY_ROW, WEIGHT_VERSIONS, Serving, scheduling_ahead
+from tests.engine.serving import BY_ROW, WEIGHT_VERSIONS, Serving, needs, scheduling_ahead
 from tests.engine.test_engine_state import (
     GREEDY,
     PROMPT,
@@ -28,7 +28,7 @@ from tests.engine.test_engine_state import (
 from tools.models import tiny_models
 from tools.models.policies import Policies
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, needs(">=0.25", "scheduling ahead that a CPU can run")]
 
 Push = Callable[[Serving, dict[str, Tensor]], None]
 

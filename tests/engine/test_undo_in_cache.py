@@ -136,7 +136,7 @@ def engines(request: pytest.FixtureRequest, policies: Policies) -> dict[str, Ser
     return {"live": live, **fresh}
 
 
-@needs(">=0.28", "scheduling ahead that drops what is stale")
+@needs(">=0.27", "scheduling ahead that drops what is stale")
 @pytest.mark.parametrize("steps", [1, 7])
 @pytest.mark.parametrize("push", [by_flashquant, by_vllms_reload, in_a_bracket])
 @pytest.mark.parametrize("refused", [False, True], ids=["committed", "refused"])

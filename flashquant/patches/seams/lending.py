@@ -50,7 +50,7 @@ _OF_TOKENS: Final = (
     ChunkedLocalAttentionSpec,
 )
 _IN_ORDER: Final = (UniProcExecutor, MultiprocExecutor)  # how they call their workers
-_DROPS_STALE: Final = vllm_is(">=0.28")  # what a step on its way has sampled, when preempted
+_DROPS_STALE: Final = vllm_is(">=0.27")  # what a step on its way has sampled, when preempted
 
 
 def lend(core: Any) -> bool:
