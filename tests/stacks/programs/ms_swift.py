@@ -29,26 +29,17 @@ from vllm.distributed.utils import StatelessProcessGroup
 
 from tests.stacks.programs import cuda, gloo
 from tests.stacks.programs.rollouts import beside, print_result, raised_by, said, start
+from tests.support import nccl
 from tools.models import tiny_models
 
 _TENSORS_A_BUCKET = 5
-
-
-class Communicator:
-    """What is asked of `PyNcclCommunicator`."""
-
-    def __init__(self, group: StatelessProcessGroup, device: torch.device) -> None:
-        self.group, self.device = group, device
-
-    def broadcast(self, tensor: Tensor, src: int, stream: None = None) -> None:
-        tensor.copy_(self.group.broadcast(tensor, src))
 
 
 class OnCpu(rollout.WeightSyncWorkerExtension):
     """The extension as it is; what it asks of CUDA, the CPU answers."""
 
     def init_communicator(self, *arguments: Any) -> None:
-        with mock.patch.object(rollout, "PyNcclCommunicator", Communicator):
+        with mock.patch.object(rollout, "PyNcclCommunicator", nccl.Communicator):
             super().init_communicator(*arguments)
 
     def update_named_param(self, *arguments: Any) -> None:
@@ -68,7 +59,7 @@ class Trainer:
         host, port = "127.0.0.1", gloo.free_port()
         with beside(llm, "init_communicator", host, port, 2):
             group = StatelessProcessGroup.create(host=host, port=port, rank=1, world_size=2)
-        self._communicator = Communicator(group, torch.device("cpu"))
+        self._communicator = nccl.Communicator(group, None)
 
     def by_name(self, weights: dict[str, Tensor]) -> None:
         for name, tensor in weights.items():
