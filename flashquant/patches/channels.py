@@ -6,6 +6,7 @@ Ambient values, for the time of a block, from who calls vLLM to a function of vL
     flashquant_scales     live scales of handlers      layers/cpu.py
     flashquant_packed     handlers of shared weights   layers/cpu.py
     flashquant_towers     towers of a new model        seams/towers.py
+    flashquant_reception  a refusal that waits         seams/receiving.py
 
 Attributes, on vLLM's own objects, from one call of vLLM's to a later one: all are defined here.
 """

@@ -26,6 +26,7 @@ from flashquant.tis.routing import replay_routing
 from flashquant.tis.sampling import Truncation, masked_logprobs
 from flashquant.tis.stacks import (
     from_flashrl,
+    from_ms_swift,
     from_nemo_rl,
     from_openrlhf,
     from_skyrl,
@@ -50,6 +51,7 @@ __all__ = [
     "effective_sample_size",
     "from_areal",
     "from_flashrl",
+    "from_ms_swift",
     "from_nemo_rl",
     "from_openrlhf",
     "from_skyrl",

@@ -1,7 +1,8 @@
 """Each stack's own settings, under its own names, as a `Correction`.
 
 A user pastes what is in their config: `from_verl(**config.algorithm.rollout_correction)`. The names
-and meanings are those of verl 0.9.1, SkyRL 0.3.0, TRL 1.16.0, OpenRLHF 0.11.2 and NeMo-RL of 2026.
+and meanings are those of verl 0.9.1, SkyRL 0.3.0, TRL 1.16.0, OpenRLHF 0.11.2, ms-swift 4.6.0 and
+NeMo-RL of 2026.
 Weights and kept tokens are theirs; where they are not, the function's docstring says why. What a
 stack would take for "off" or ignore in silence, although it was set, is refused here.
 """
@@ -204,6 +205,29 @@ def from_openrlhf(
             "only. Choose mode 'mask', or level 'token'."
         )
     return Correction(cap=high, floor=low)
+
+
+def from_ms_swift(
+    *,
+    rollout_importance_sampling_mode: str | None = None,
+    rollout_importance_sampling_threshold: float = 2.0,
+) -> Correction:
+    """ms-swift: `--rollout_importance_sampling_*`.
+
+    * A "sequence" is judged by its geometric mean, and not by its product as in TRL.
+    * With "sequence_mask", tokens of sequences that stay have their own ratio as weight.
+    * What is masked is counted in the mean of the loss.
+    """
+    mode, high = rollout_importance_sampling_mode, rollout_importance_sampling_threshold
+    if mode is None:
+        return _NONE
+    modes = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
+    one_of("rollout_importance_sampling_mode", mode, modes)
+    if mode == "token_mask":
+        return masked(None, high)
+    if mode == "sequence_mask":
+        return _seq_mask_tis(None, high)
+    return Correction(level="token" if mode == "token_truncate" else "geometric", cap=high)
 
 
 def from_nemo_rl(

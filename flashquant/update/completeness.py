@@ -6,6 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from itertools import chain
 
 from torch import Tensor
 
@@ -46,6 +47,8 @@ class Completeness:
         self._passes = Passes()
         self._arrived: set[str] = set()  # parameters, since the trainer last said that it was done
         self._times_dropped: Counter[str] = Counter()  # layers, since each last went live
+        self._unsaid: set[str] = set()  # of those dropped: no end of a sync has said so yet
+        self._rest: frozenset[str] | None = None  # tensors that were missing when a sync was over
 
     def waiting(self, layers: Iterable[Layer] | None = None) -> dict[str, tuple[str, ...]]:
         """Of these layers, or of all, those that have arrived in part, and what each waits for."""
@@ -56,14 +59,19 @@ class Completeness:
         """The tensors of a push outside a bracket; where they begin a new sync, nothing that was
         left of the last one is there any more."""
         self._passes.start()
+        rest = self._rest
         for name, tensor in weights:
-            if self._passes.begins_with(name):
+            begins = self._passes.begins_with(name)
+            if rest is not None and name not in rest:  # not what is missing: all is sent anew
+                begins, rest = True, None
+            if begins:
                 self._drop_earlier(update)
             yield name, tensor
 
     def drop(self) -> None:
         """A bracket begins, or the weights are put away: forget what has arrived in part."""
         self._note_dropped(self.waiting())
+        self._rest = None
         for layer in self._engine.layers:
             layer.drop()
         if self._calibration is not None:
@@ -80,10 +88,15 @@ class Completeness:
         for layer in update.committed:
             self.dropped.pop(layer, None)
             self._times_dropped.pop(layer, None)
+        self._unsaid &= self.dropped.keys()
         if update.bracket:
+            self._unsaid.clear()  # it has said by itself what it brought
             self.refused -= update.names
             return
         self._note_dropped(update.dropped)
+        if self._rest is not None:
+            is_rest = update.offered <= self._rest
+            self._rest = (self._rest - update.offered or None) if is_rest else None
         self.refused -= update.offered
         self._arrived |= update.arrived
         self._passes.note_taken(update.offered)
@@ -110,10 +123,9 @@ class Completeness:
                 if keeps
                 else ""
             )
-            count = "1 layer" if len(waiting) == 1 else f"{len(waiting)} layers"
             raise IncompleteUpdate(
-                f"the update ended with {count} half arrived, first "
-                f"{self._lacking(waiting)}. {remedy}Send every shard of a fused layer; the old "
+                f"the update ended with {_count(waiting)} half arrived, first "
+                f"{self._first_of(waiting)}. {remedy}Send every shard of a fused layer; the old "
                 "weights are still served."
             )
         missing = [target for target in wanted if target not in update.arrived]
@@ -134,14 +146,16 @@ class Completeness:
             wanted: every parameter of the engine's checkpoint.
 
         Raises:
-            IncompleteUpdate: some layers have arrived in part, or were refused and never
-                came again; they serve their old weights beside the new ones of others.
+            IncompleteUpdate: some layers have arrived in part, or were refused or dropped and
+                never came again; they serve their old weights beside the new ones of others.
 
         """
+        self._passes.close_for_good()
         if waiting := self.waiting():
+            self._rest = frozenset(self._lacking(waiting))
             raise IncompleteUpdate(
                 f"{len(waiting)} layers have arrived only in part and still serve their old "
-                f"weights, beside the new ones of others: {self._lacking(waiting)}. Send what is "
+                f"weights, beside the new ones of others: {self._first_of(waiting)}. Send what is "
                 "missing, or everything anew."
             )
         # Said once: a name that no engine knows cannot come again, and must not bar the rest.
@@ -152,20 +166,33 @@ class Completeness:
                 f"{some_of(sorted(refused))}: the engine serves what it had of them, beside the "
                 "new weights of others. Send them, or everything anew."
             )
+        if self._unsaid:
+            dropped = {layer: self.dropped[layer] for layer in self._unsaid}
+            self._unsaid.clear()
+            raise IncompleteUpdate(
+                f"what had arrived of {_count(dropped)} was dropped when another sync seemed to "
+                f"begin, and has not come again, first {_missing_parts(dropped)}. Old weights of "
+                "it are served beside the new ones of others. Send everything anew."
+            )
         _warn_of([target for target in wanted if target not in self._arrived], self._arrived)
         self._arrived.clear()
-        self._passes.close_for_good()
 
-    def _lacking(self, waiting: Waiting) -> str:
+    def _first_of(self, waiting: Waiting) -> str:
         """The first layer that waits, and for which tensors, by their names in the checkpoint."""
         layer, parameters = next(iter(waiting.items()))
+        lacks = self._lacking({layer: parameters})
+        return f"{layer} lacks {some_of(lacks)}" if lacks else _missing_parts(waiting)
+
+    def _lacking(self, waiting: Waiting) -> list[str]:
+        """What layers wait for, by the names of the checkpoint; those that are known."""
+        parameters = set(chain.from_iterable(waiting.values()))
         stages = {
             target: held.stage(target)
             for held in self._engine.layers
             for target in held.targets
             if target in parameters
         }
-        lacks = [
+        return [
             name
             for name, targets in self._planner.landed.items()
             if not stages.keys().isdisjoint(targets)
@@ -174,7 +201,6 @@ class Completeness:
                 for step in self._planner.plan[name].steps
             )
         ]
-        return f"{layer} lacks {some_of(lacks)}" if lacks else _missing_parts(waiting)
 
     def _drop_earlier(self, update: Update) -> None:
         """Another sync begins: forget what earlier pushes have brought in part."""
@@ -191,6 +217,7 @@ class Completeness:
     def _note_dropped(self, dropped: Waiting) -> None:
         """Say of each layer that a part of it came to nothing, and that it did again; no more."""
         self.dropped |= dropped
+        self._unsaid |= dropped.keys()
         self._times_dropped.update(dropped.keys())
         times = self._times_dropped
         if first := {layer: dropped[layer] for layer in dropped if times[layer] == 1}:
@@ -222,6 +249,10 @@ def _warn_of(missing: Sequence[str], arrived: Collection[str]) -> None:
             len(arrived) + len(missing),
             some_of(missing),
         )
+
+
+def _count(layers: Collection[str]) -> str:
+    return "1 layer" if len(layers) == 1 else f"{len(layers)} layers"
 
 
 def _missing_parts(waiting: Waiting) -> str:

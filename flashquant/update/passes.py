@@ -22,7 +22,8 @@ Stacks          what they do                                      what shows a n
 TRL, OpenRLHF   one tensor a call, the whole model, one order     1, with the first tensor
 AReaL           the same, and goes on after a refusal             1, 2
 verl, NeMo-RL,  buckets, then process_weights_after_loading       the call; 1 after a trainer
-checkpoint-e.                                                     that did not come so far
+checkpoint-e.,                                                    that did not come so far
+ms-swift
 SkyRL, vLLM     brackets                                          the bracket
 a trainer that died in a fused layer, and another that begins anew: 1; 3 if it left before
                 it had sent anything that the new one begins with

@@ -133,6 +133,8 @@ def check(command: Command) -> None:
             check(Command(command.where, tuple(rest)))
         case ("python" | "python3", "-m", module, *rest) if module in EXAMPLES:
             check_stack(EXAMPLES[module], rest)
+        case ("swift", *rest):
+            check_stack("ms_swift.sh", [word for word in rest if word != "..."])
         case ("python" | "python3", "-m", "pytest" | "tools.gpu.suite", *rest):
             assert [w for w in rest if w.startswith("tests/") and not (ROOT / w).exists()] == []
             assert {w for w in rest if w.startswith("-")} <= {"-m", "-k"}

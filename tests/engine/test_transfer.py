@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 import socket
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from vllm.distributed.utils import StatelessProcessGroup
+from vllm.distributed.weight_transfer.packed_tensor import packed_nccl_broadcast_producer
 
 import flashquant
 from flashquant.errors import IncompleteUpdate, MisfitTensor, ReloadError, StaleBase
@@ -18,6 +22,7 @@ from flashquant.patches.seams import worker
 from flashquant.sender import Sender
 from tests.engine.serving import KNOWS_VERSION, Serving, needs, serve, weight_version
 from tests.engine.trainer import STEPS, stepped
+from tests.support import nccl
 from tools.models.policies import Policies
 
 pytestmark = pytest.mark.engine
@@ -29,6 +34,8 @@ def policies(tmp_path_factory: pytest.TempPathFactory) -> Policies:
 
 
 FROM_A_FILE = "from a file"
+# Before, each update says how it is packed.
+PACKED_BY_THE_TRAINER = needs(">=0.28", "trainer that says once how it packs")
 
 
 def receiving(policies: Policies, policy: str, scheme: str, backend: str) -> Serving:
@@ -244,6 +251,53 @@ def test_by_gloo_the_trainer_broadcasts_and_a_refusal_leaves_both_in_step(
     source.weights = policies.tensors("a")
     trainer.send_weights()
     live.snapshot().assert_same(live.start)
+
+
+@pytest.mark.parametrize("packed", [False, pytest.param(True, marks=PACKED_BY_THE_TRAINER)])
+def test_by_nccl_a_refusal_leaves_no_trainer_waiting(policies: Policies, packed: bool) -> None:
+    """Each broadcast waits for all: the rest of what is refused has to be received as well."""
+    with nccl.answered_by_the_cpu(), ThreadPoolExecutor(1) as trainer:
+        live = receiving(policies, "a", "int8", "nccl")
+        flashquant.reload_weights(live.llm, policies.tensors("a"))  # it serves both cases
+        meeting, size = {"host": "127.0.0.1", "port": free_port()}, 520_000
+        joining = trainer.submit(StatelessProcessGroup.create, rank=0, world_size=2, **meeting)
+        chunks = {"packed": True, "packed_buffer_size_bytes": size} if packed else {}
+        init = {"master_address": meeting["host"], "master_port": meeting["port"]}
+        live.llm.init_weight_transfer_engine(
+            {"init_info": {**init, "rank_offset": 1, "world_size": 2, **chunks}}
+        )
+        group = nccl.Communicator(joining.result(60), None)
+
+        def send(weights: dict[str, Tensor]) -> None:
+            if packed:
+                pairs, first = iter(weights.items()), operator.itemgetter(1)
+                packed_nccl_broadcast_producer(pairs, group, 0, first, buffer_size_bytes=size)
+                return
+            for tensor in weights.values():
+                group.broadcast(tensor, src=0)
+
+        def update(weights: dict[str, Tensor]) -> None:
+            said = {
+                "names": list(weights),
+                "dtype_names": [str(one.dtype).removeprefix("torch.") for one in weights.values()],
+                "shapes": [list(one.shape) for one in weights.values()],
+            }
+            live.llm.start_weight_update()
+            sending = trainer.submit(send, weights)
+            try:
+                live.llm.update_weights({"update_info": said})
+            finally:
+                sending.result(60)
+            live.llm.finish_weight_update()
+
+        weights = policies.tensors("b")
+        first = next(iter(weights))
+        with pytest.raises(MisfitTensor, match="NaN"):
+            update({**weights, first: weights[first] * torch.nan})
+        live.snapshot().assert_same(serve(policies.bf16("a"), "int8").start)
+
+        update(weights)
+        live.snapshot().assert_same(serve(policies.bf16("b"), "int8").start)
 
 
 class Source:

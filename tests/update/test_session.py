@@ -184,6 +184,74 @@ def test_what_a_layer_lacks_has_the_names_of_the_checkpoint(session):
         session.check_nothing_waits()
 
 
+def test_the_end_of_a_sync_says_what_was_dropped_in_it(session, engine):
+    """An attempt that was refused and given up; in the next one, the name that was refused looks
+    like the beginning of yet another, which would hide what it lacks."""
+    with pytest.raises(ReloadError):
+        session.push(only("norm.weight", of={"norm.weight": torch.full((4,), torch.nan)}))
+    sync(session, NEW, ("q.weight", "norm.weight"))
+
+    with pytest.raises(IncompleteUpdate, match=r"arrived of 1 layer was dropped.*first qkv: qkv"):
+        session.check_nothing_waits()
+
+    session.check_nothing_waits()  # said once: it may be that nobody wants to send it
+    sync(session, NEW)
+    session.check_nothing_waits()
+    assert serves(engine, fresh(NEW))
+
+
+def test_after_a_refused_end_a_whole_sync_is_right_whatever_its_buckets(session, engine):
+    with pytest.raises(ReloadError):
+        session.push(only("norm.weight", of={"norm.weight": torch.full((4,), torch.nan)}))
+    sync(session, weights(5), ("q.weight", "norm.weight"))
+    with pytest.raises(IncompleteUpdate):
+        session.check_nothing_waits()
+
+    session.push(only("k.weight"))
+    session.push(only("q.weight", "norm.weight"))  # the name that came last before the end
+
+    session.check_nothing_waits()
+    assert serves(engine, fresh(NEW))
+
+
+def test_what_was_half_there_at_an_end_does_not_mix_into_a_sync_of_everything(session, engine):
+    session.push(only("q.weight", of=weights(5)))
+    with pytest.raises(IncompleteUpdate, match="Send what is missing, or everything anew"):
+        session.check_nothing_waits()
+
+    session.push(only("norm.weight"))
+    session.push(only("k.weight"))
+
+    assert torch.equal(engine.live["qkv.weight"], fresh(OLD)["qkv.weight"])
+    session.push(only("q.weight"))
+    session.check_nothing_waits()
+    assert serves(engine, fresh(NEW))
+
+
+@pytest.mark.parametrize("refused_first", [False, True])
+def test_what_was_missing_at_an_end_completes_it(session, engine, caplog, refused_first):
+    sync(session, NEW, ("q.weight", "norm.weight"))
+    with pytest.raises(IncompleteUpdate):
+        session.check_nothing_waits()
+    if refused_first:
+        with pytest.raises(ReloadError):
+            session.push(only("norm.weight", of={"norm.weight": torch.full((4,), torch.nan)}))
+
+    session.push(only("k.weight"))
+
+    assert serves(engine, fresh(NEW))
+    if not refused_first:
+        session.check_nothing_waits()
+        assert "the update brought" not in caplog.text
+
+
+def test_what_was_dropped_and_came_whole_afterwards_is_no_matter(session):
+    sync(session, weights(5), ("norm.weight", "q.weight"))
+    sync(session, NEW, ("norm.weight", "q.weight", "k.weight"))
+
+    session.check_nothing_waits()
+
+
 def test_a_bracket_says_what_it_drops(session, caplog):
     session.push(only("q.weight"))
 

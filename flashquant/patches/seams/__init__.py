@@ -3,6 +3,7 @@
 engine_args   FLASHRL_CONFIG becomes engine arguments (logprobs)
 loading       a session opens, from the creation of a model until it serves (blame, peers)
 towers        those of multimodal models stay in bf16
+receiving     a transfer by NCCL is received to its end
 reload        vLLM's own reload becomes a bracket; sleep: weights that are put away
 worker        new methods on every worker; engine_core: the scheduler hears of it (derived, ahead)
 moe, lora, cutlass   what vLLM needs before it can serve these in our schemes
@@ -23,6 +24,7 @@ from flashquant.patches.seams import (
     lora,
     moe,
     nvfp4,
+    receiving,
     reload,
     sleep,
     towers,
@@ -38,6 +40,7 @@ POINTS = (
     *towers.POINTS,
     *lora.POINTS,
     *reload.POINTS,
+    *receiving.POINTS,
     *sleep.POINTS,
     *worker.POINTS,
     *engine_core.POINTS,

@@ -32,6 +32,7 @@ from flashquant.patches.seams.in_bf16 import leaves_any, why_in_bf16
 from flashquant.patches.seams.kept import check_kept, name_as_vllm
 from flashquant.patches.seams.overrides import check_created, served_overrides
 from flashquant.patches.seams.peers import ballot_for
+from flashquant.patches.seams.receiving import received
 from flashquant.patches.seams.towers import in_bf16
 from flashquant.update import Deltas, KVScales, Session, some_of
 
@@ -66,7 +67,7 @@ class _Attached:
     def __call__(self, weights: Iterable[tuple[str, Tensor]]) -> object:
         if self.session.live:
             self._check_remade()
-            return self.session.push(weights)
+            return received(self.session.push, weights)
         with naming_the_layer(self.engine.scheme, self.engine.model):  # online, they process here
             return self.session.first_load(weights)
 

@@ -135,6 +135,23 @@ def openrlhf() -> Iterator[Pair]:
             yield torch.autograd.grad(ours, logprobs)[0], torch.autograd.grad(theirs, logprobs)[0]
 
 
+def ms_swift() -> Iterator[Pair]:
+    """Two methods of its trainer, without the trainer."""
+    trainer_class = importlib.import_module("swift.rlhf_trainers.grpo_trainer").GRPOTrainer
+    modes = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
+    for mode, threshold in product(modes, (1.2, 2.0)):
+        given = {
+            "rollout_importance_sampling_mode": mode,
+            "rollout_importance_sampling_threshold": threshold,
+        }
+        itself = object.__new__(trainer_class)
+        vars(itself).update(given)
+        for trainer, rollout, mask in [batch for _ in range(3) for batch in batches()]:
+            theirs = itself._apply_rollout_importance_sampling(trainer - rollout, mask)
+            ours = tis.from_ms_swift(**given)(trainer, rollout, mask)
+            yield ours.weights, theirs * mask
+
+
 class _Anything:
     def __class_getitem__(cls, _: object) -> type[_Anything]:
         return cls
@@ -167,7 +184,8 @@ def _class(package: str, path: str, name: str) -> Callable[..., Any]:
 def main() -> None:
     torch.manual_seed(0)
     compared, worst = 0, 0.0
-    for ours, theirs in {"verl": verl, "skyrl": skyrl, "openrlhf": openrlhf}[sys.argv[1]]():
+    stacks = {"verl": verl, "skyrl": skyrl, "openrlhf": openrlhf, "ms-swift": ms_swift}
+    for ours, theirs in stacks[sys.argv[1]]():
         compared += 1
         apart = (ours - theirs).abs() / theirs.abs().clamp(min=1e-6)
         worst = max(worst, apart.max().item())

@@ -28,7 +28,7 @@ def answered_by_the_cpu() -> Iterator[None]:
         (torch.cuda, "current_device", lambda: 0),
         (torch.cuda, "current_stream", lambda: None),
         (torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid=GPU)),
-        (torch.cuda, "synchronize", lambda: None),
+        (torch.cuda, "synchronize", lambda *_: None),
     ]
     with ExitStack() as all_of_them:
         for module, name, answer in answers:

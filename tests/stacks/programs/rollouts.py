@@ -11,7 +11,7 @@ from typing import Any
 from tests.support import fp8
 
 fp8.multiply_as_everywhere()  # here, for this module is imported in workers, too
-_PROMPTS = [list(range(5 + shift, 45 + shift)) for shift in (0, 11, 200)]
+PROMPTS = [list(range(5 + shift, 45 + shift)) for shift in (0, 11, 200)]
 
 
 class Imported:
@@ -47,7 +47,7 @@ def said(llm: Any) -> dict[str, Any]:
     )
     llm.reset_prefix_cache()
     tokens, logprobs = [], []
-    for prompt in _PROMPTS:
+    for prompt in PROMPTS:
         (answer,) = llm.generate([{"prompt_token_ids": prompt}], sampling, use_tqdm=False)
         positions = [*answer.prompt_logprobs[1:], *answer.outputs[0].logprobs]
         tokens.append(list(answer.outputs[0].token_ids))

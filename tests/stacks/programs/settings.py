@@ -62,6 +62,17 @@ def areal(example: str) -> Answer:
     return {"found": list(yaml.safe_load(example)), "refused": _raised(merge)}
 
 
+def ms_swift(example: str) -> Answer:
+    """By the dataclasses of its two commands."""
+    from dataclasses import fields
+
+    from swift.arguments import RLHFArguments, RolloutArguments
+
+    known = {f"--{one.name}" for kind in (RLHFArguments, RolloutArguments) for one in fields(kind)}
+    found = _FLAG.findall(example)
+    return {"found": found, "refused": [flag for flag in found if flag not in known]}
+
+
 def _source(package: str, path: str) -> str:
     spec = importlib.util.find_spec(package)
     assert spec is not None
@@ -86,4 +97,4 @@ def _raised(call: Callable[..., object], *arguments: Any) -> list[str]:
 
 if __name__ == "__main__":
     stack, path = sys.argv[1:]
-    print_result(globals()[stack](Path(path).read_text()))
+    print_result(globals()[stack.replace("-", "_")](Path(path).read_text()))
