@@ -78,7 +78,7 @@ def reload_weights(
             names are taken off. Each name comes once, in any order. A tied head may come beside
             its embeddings, if it equals them. An iterable is read once, a tensor at a time, and no
             reference to one is kept; for engines whose workers are other processes, all tensors
-            are first written into a file in /dev/shm (2 bytes a weight in bf16), a path is not.
+            are first written into files in /dev/shm (2 bytes a weight in bf16), a path is not.
         atomic: keep what it takes to put the old weights back. Costs a copy of what is
             overwritten in host memory while the call lasts (about 1 byte a quantized weight, 2 a
             bf16 one; `report.undo_bytes`), kept for the next call until the engine sleeps.
@@ -122,10 +122,12 @@ def reload_weights(
             quantize in place; the model is served in bf16.
         ReloadError: all of the above but UnsupportedEngine are one (and StaleBase and BrokenDelta,
             of `apply_delta`). By itself: the target cannot be
-            reloaded, or was created without FLASHRL_CONFIG; no safetensors at the path; the
-            engine's loader refuses the tensor.
+            reloaded, or was created without FLASHRL_CONFIG; no safetensors at the path, or no pairs
+            of name and tensor; the engine's loader refuses the tensor; another thread of this
+            process is in the middle of an update of the engine.
 
         Whatever the iterable itself raises comes through as it is, and so does a lack of memory.
+        Where it is awaited and cancelled, it is taken back, or it is too late: then it returns.
         With `atomic`, after every one of these but WorkerLost and MovedTensor, every live tensor is
         what it was, bit for bit, and the next update may follow at once.
 

@@ -47,13 +47,20 @@ class CacheScales:
             if is_deferred_attention_layer(module) and _caches_in_fp8(module)
         }
 
-    def open(self, scales: KVScales) -> None:
+    def open(self, scales: KVScales, *, loaded: bool = True) -> None:
         """The model is processed: it starts with these, and else with those that vLLM has set.
+
+        Args:
+            scales: by attention layer.
+            loaded: from a checkpoint. Dummy weights are random numbers, and so are their scales.
 
         Raises:
             ConfigError: they are not for this model.
 
         """
+        for module in () if loaded else self._model.modules():
+            if is_deferred_attention_layer(module):
+                _set_ones(module)
         for name, layer in self._layers.items():
             keys, values = (getattr(layer, side).detach().cpu().clone() for side in _SIDES)
             self._held[name] = keys, values
@@ -161,6 +168,15 @@ def _tensors(layer: Any, side: str) -> list[Tensor]:
     """On the device and, in most versions of vLLM, on the host."""
     places = (getattr(layer, side), getattr(layer, f"{side}_cpu", None))
     return [tensor.detach() for tensor in places if isinstance(tensor, Tensor)]
+
+
+def _set_ones(layer: Any) -> None:
+    """What vLLM serves a checkpoint by that holds no scales."""
+    for side in (*_SIDES, "_q_scale", "_prob_scale"):
+        if isinstance(getattr(layer, side, None), Tensor):
+            for tensor in _tensors(layer, side):
+                tensor.fill_(1.0)
+            setattr(layer, f"{side}_float", 1.0)
 
 
 def _not_made_yet(layer: Any) -> Iterator[tuple[object, str]]:

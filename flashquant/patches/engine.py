@@ -85,6 +85,7 @@ class LiveEngine:
         )
         _refuse_own_processing(model)
         _refuse_weights_elsewhere()
+        _refuse_made_score(vllm_config)
         self.layers: tuple[LiveLayer, ...] = ()
         self.stored: dict[str, Tensor] = {}
         self.in_bf16: Mapping[str, WhyInBf16] = {}
@@ -272,6 +273,23 @@ def _refuse_weights_elsewhere() -> None:
             "vLLM keeps weights on the host, where a push would not reach them, and copies those "
             "of each layer into a shared buffer as it is computed (offload_group_size). Serve the "
             "model without that, or unset FLASHRL_CONFIG to serve it unpatched."
+        )
+
+
+def _refuse_made_score(vllm_config: VllmConfig) -> None:
+    """The rows of a head that vLLM makes a classifier's score of, once, while it loads them."""
+    model_config = vllm_config.model_config
+    own = model_config.hf_config
+    configs = (own, own.get_text_config())
+    if model_config.runner_type == "pooling" and any(
+        getattr(config, key, None) is not None
+        for config in configs
+        for key in ("classifier_from_token", "method")
+    ):
+        raise UnsupportedEngine(
+            "vLLM makes the score of this classifier of rows of lm_head while it loads "
+            "(classifier_from_token), which would stay as it is when new weights are pushed. Serve "
+            "a checkpoint that holds score.weight, or unset FLASHRL_CONFIG to serve it unpatched."
         )
 
 

@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,7 +21,7 @@ from flashquant.scratch import Scratch
 from flashquant.tensor_files import TensorFile, Written
 
 NamedTensors = Iterable[tuple[str, Tensor]]
-CARRIED = "flashquant-carried.safetensors"  # tensors on their way to another process
+CARRIED = "flashquant-carried"  # a folder of tensors on their way to another process
 _INDEX = ".safetensors.index.json"
 _FEW = 64
 _LARGE = 4 << 20  # bytes; so 256 MiB wait at most
@@ -42,7 +43,7 @@ def named_tensors(weights: Weights, *, reuses: bool = False) -> Iterator[tuple[s
 
     Raises:
         ReloadError: the path holds no safetensors, or not those that its index lists, or they were
-            written while they were read; or this is none of the three.
+            written while they were read; or this is none of the three, or no pairs.
 
     """
     if isinstance(weights, str | os.PathLike):
@@ -52,7 +53,19 @@ def named_tensors(weights: Weights, *, reuses: bool = False) -> Iterator[tuple[s
             f"a {type(weights).__name__} is no weights. Pass a dict of name to tensor (of a "
             "module, its `state_dict()`), pairs of them, or the path of safetensors."
         )
-    return iter(weights.items() if isinstance(weights, Mapping) else weights)
+    return _pairs(weights.items() if isinstance(weights, Mapping) else weights)
+
+
+def _pairs(weights: Iterable[object]) -> Iterator[tuple[str, Tensor]]:
+    for pair in weights:
+        match pair:
+            case (str(name), tensor):
+                yield name, cast(Tensor, tensor)  # whoever takes it looks at what it is
+            case _:
+                raise ReloadError(
+                    f"in the place of a name and its tensor came a {type(pair).__name__}: "
+                    f"{str(pair)[:60]!r}. Pass a dict of name to tensor, or pairs of them."
+                )
 
 
 def stored_names(path: Path) -> tuple[str, ...]:
@@ -110,7 +123,8 @@ class Stored(Iterator[tuple[str, Tensor]]):
     def _read(self, path: Path) -> Iterator[tuple[str, Tensor]]:
         files = _files(path)
         if path.name == CARRIED:  # flashquant's own, which nobody cuts: that saves a copy
-            yield from _mapped(path)
+            for file in files:
+                yield from _mapped(file)
             return
         before = {file: _written(file) for file in files}
         for self.file in files:
@@ -156,7 +170,7 @@ def _check_same(file: Path, before: Written | None, now: Written | None) -> None
 def naming_the_file(failure: ReloadError, weights: object) -> ReloadError:
     """The same failure with the file in its words, where its tensor came from one of the caller's.
 
-    Not where it was `CARRIED`: that file is gone with the call.
+    Not where it was `CARRIED`: that is gone with the call.
     """
     if not isinstance(weights, Stored) or weights.file.name == CARRIED:
         return failure

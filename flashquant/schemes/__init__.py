@@ -56,6 +56,7 @@ from flashquant.schemes.validation import (
     check_form,
     check_peak,
     check_plain,
+    in_ordinary_memory,
 )
 
 __all__ = [
@@ -86,6 +87,7 @@ __all__ = [
     "fp8_tensor_rows",
     "has_groups",
     "holds_codes",
+    "in_ordinary_memory",
     "int4_refreshed",
     "int8_channel",
     "int8_frozen",

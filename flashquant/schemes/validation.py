@@ -34,6 +34,15 @@ def check_plain(name: str, value: object) -> None:
         )
 
 
+def in_ordinary_memory(tensor: Tensor) -> Tensor:
+    """The same values where they can be read by address: of a tensor that another library wraps,
+    and has somewhere in there; of a view that only says that its memory is negated."""
+    if type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__:
+        return tensor.resolve_neg()
+    with torch.no_grad():
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+
+
 def check_form(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
     """The whole, unsharded tensor, with values in it."""
     if tuple(tensor.shape) != shape:

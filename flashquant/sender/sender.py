@@ -19,6 +19,7 @@ from flashquant.schemes import (
     check_form,
     check_plain,
     fingerprint,
+    in_ordinary_memory,
     quantizer,
 )
 from flashquant.scratch import Scratch
@@ -27,7 +28,6 @@ from flashquant.sender.delta import MARK, Delta
 from flashquant.sender.manifest import Manifest, TensorSpec, policy_digest
 
 _OWN: Final = ("_codes", "_turn")  # what no copy of a sender shares
-_PLAIN: Final = Tensor.__torch_dispatch__
 
 Weights = Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
 
@@ -317,10 +317,7 @@ def _gathered(sent: Any) -> Any:
     and of one that another library wraps, which has an address only in there."""
     full = getattr(sent, "full_tensor", None)
     tensor = sent if full is None else full()
-    if getattr(type(tensor), "__torch_dispatch__", _PLAIN) is _PLAIN:
-        return tensor
-    with torch.no_grad():
-        return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+    return in_ordinary_memory(tensor) if isinstance(tensor, Tensor) else tensor
 
 
 def _form(spec: TensorSpec) -> Tensor:

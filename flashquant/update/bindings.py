@@ -96,7 +96,7 @@ class Binding:
 
         """
         check_plain(self.name, sent)
-        tensor: Tensor = sent.detach()  # type: ignore[attr-defined]  # it is one
+        tensor: Tensor = sent.detach().resolve_neg()  # type: ignore[attr-defined]  # it is one
         if tensor.shape != self.plan.shape or tensor.is_meta:
             check_form(self.name, tensor, self.plan.shape)
         if tensor.dtype not in self.fits:

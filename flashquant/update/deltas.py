@@ -83,8 +83,10 @@ class Deltas:
 
         """
         session = self._session
-        session.transactions.take_back_what_was_cut_off()
-        idle = not session.transactions.under_way
+        elsewhere = session.transactions.turn.elsewhere
+        if not elsewhere:
+            session.transactions.take_back_what_was_cut_off()
+        idle = not (elsewhere or session.transactions.under_way)
         settled = idle and not (
             session.transactions.serving.asleep or session.transactions.serving.torn
         )
@@ -102,6 +104,10 @@ class Deltas:
             ReloadError: as `Session.reload`. Whichever it is, the live weights are what they were.
 
         """
+        with self._session.transactions.turn.taken():
+            return self._apply(source)
+
+    def _apply(self, source: Source) -> ReloadReport:
         start = time.perf_counter()
         self._session.begin(ledger=False)
         try:
@@ -133,7 +139,8 @@ class Deltas:
                 "finish it"
             )
         fresh = _Policy(version=self._session.version + 1)
-        self._session.push(self._tensors(source, fresh))
+        with torch.inference_mode(mode=False):  # what is kept is written by later bundles
+            self._session.push(self._tensors(source, fresh))
         before = functools.partial(setattr, self, "_policy", self._policy)
         self._update.undo.remember_how(before, live=False)
         self._policy = fresh

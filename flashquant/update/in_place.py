@@ -107,6 +107,7 @@ class InPlaceWrite:
             and sent.device == self.device  # type: ignore[attr-defined]
             and sent.layout is torch.strided  # type: ignore[attr-defined]
             and sent.is_contiguous()  # type: ignore[attr-defined]
+            and not sent.is_neg()  # type: ignore[attr-defined]
         )
 
     @property

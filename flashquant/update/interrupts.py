@@ -1,4 +1,4 @@
-"""A few lines that must not be cut in two by Ctrl-C.
+"""A few lines that must not be cut in two by Ctrl-C, or by an alarm that a caller has set.
 
 Putting the old weights back, or letting the new ones stand, is a handful of
 steps; a signal between two of them would leave neither.
@@ -14,12 +14,21 @@ from types import FrameType
 
 Handler = Callable[[int, FrameType | None], object]
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# What raises in other programs: Ctrl-C, torch's elastic agent, timeouts, schedulers of clusters.
+_SIGNALS = (
+    signal.SIGINT,
+    signal.SIGTERM,
+    signal.SIGHUP,
+    signal.SIGQUIT,
+    signal.SIGALRM,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+)
 
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Hold back SIGINT and SIGTERM while the block runs, then let their handlers have them.
+    """Hold back signals while the block runs, then let their handlers have them.
 
     Only Python handlers are held back: they are what raises in the middle of a
     statement. Without effect outside the main thread, where Python runs none.

@@ -177,8 +177,11 @@ def _empty_pinned_cache() -> None:
 
 
 def _mapped(size: int) -> Tensor:
-    """Fresh memory, in huge pages where the system has them; a page is taken when it is touched."""
-    memory = mmap.mmap(-1, size)
+    """Fresh memory, in huge pages where the system has them; a page is taken when it is touched.
+
+    Its own in each process: what one keeps there, a process that was forked off does not overwrite.
+    """
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=torch.uint8)

@@ -98,6 +98,17 @@ class Session:
         """The parameters in which each tensor of the checkpoint has landed, by its name."""
         return self._planner.landed
 
+    def lands(self, forms: NamedTensors) -> Mapping[str, tuple[str, ...]]:
+        """The same of a checkpoint that the engine has not started on.
+
+        Args:
+            forms: its tensors, on meta.
+
+        """
+        named = dict(forms)
+        self._planner.learn_together(named.items())
+        return {name: self.plan[name].targets for name in named if name in self.plan}
+
     @property
     def live(self) -> bool:
         """Whether the model has been loaded and processed, so that pushes are reloads."""
@@ -155,6 +166,10 @@ class Session:
                 (before `begin`, inside a bracket).
 
         """
+        with self.transactions.turn.taken():
+            return self._push(weights)
+
+    def _push(self, weights: NamedTensors) -> set[str]:
         self.transactions.take_back_what_was_cut_off()
         offered, alone = Offered(self._names.of(weights)), self.transactions.current is None
         with (
@@ -205,7 +220,11 @@ class Session:
 
         undo = UndoLog(keep=atomic, borrows=not prepares, reserve=self.transactions.reserve)
         update = Update(undo, bracket=True, prepares=prepares, kv_scales=dict(kv_scales or {}))
-        with self._reporter.refusing(), self.transactions.begin(update, first):
+        with (
+            self.transactions.turn.taken(),
+            self._reporter.refusing(),
+            self.transactions.begin(update, first),
+        ):
             if not atomic:
                 update.at_stake = frozenset(self._planner.wanted)
             self._completeness.drop()
@@ -231,7 +250,12 @@ class Session:
             MovedTensor: a live tensor is not where it was. The engine is torn.
 
         """
-        with self._reporter.refusing(), self.transactions.finish() as update, torch.no_grad():
+        with (
+            self.transactions.turn.taken(),
+            self._reporter.refusing(),
+            self.transactions.finish() as update,
+            torch.no_grad(),
+        ):
             if keeps:
                 self._pipeline.keep_rest(update, self.transactions.serving.stale)
             self._pipeline.finish(update)
@@ -262,13 +286,19 @@ class Session:
 
         """
         if not self.transactions.in_bracket:
-            with self._reporter.refusing():
+            with self.transactions.turn.taken(), self._reporter.refusing():
                 self._ties.check_complete()
                 self._completeness.check_nothing_waits(self._planner.wanted)
 
     def abandon(self) -> None:
-        """Close a bracket that will not be finished: roll it back, if it is still open."""
-        self.transactions.abandon()
+        """Close a bracket that will not be finished: roll it back, if it is still open.
+
+        Raises:
+            ReloadError: another thread is in the middle of it.
+
+        """
+        with self.transactions.turn.taken():
+            self.transactions.abandon()
 
     def reload(
         self,
@@ -279,19 +309,25 @@ class Session:
         prepare: bool = False,
         kv_scales: KVScales | None = None,
     ) -> ReloadReport:
-        """One whole update: `begin`, push everything, `finish`, and a report of it."""
+        """One whole update: `begin`, push everything, `finish`, and a report of it.
+
+        Raises:
+            ReloadError: as these; or another thread is in the middle of a call.
+
+        """
         start = time.perf_counter()
-        self.begin(atomic=atomic, prepares=prepare, kv_scales=kv_scales)
-        try:
-            tensors = named_tensors(weights, reuses=True)
+        with self.transactions.turn.taken():
+            self.begin(atomic=atomic, prepares=prepare, kv_scales=kv_scales)
             try:
-                self.push(tensors)
-            except ReloadError as failure:
-                raise naming_the_file(failure, tensors) from failure.__cause__
-            report = self.close(strict=strict)
-        finally:
-            self.abandon()
-        return self.proofs.digested(report, start)
+                tensors = named_tensors(weights, reuses=True)
+                try:
+                    self.push(tensors)
+                except ReloadError as failure:
+                    raise naming_the_file(failure, tensors) from failure.__cause__
+                report = self.close(strict=strict)
+            finally:
+                self.abandon()
+            return self.proofs.digested(report, start)
 
     def close(self, *, strict: bool = True) -> ReloadReport:
         """`finish` what was begun, and tell what it did; without a digest."""
@@ -356,4 +392,5 @@ class Session:
             self._completeness.settle(update)
             if not update.bracket:
                 self._reporter.note_ignored(statistics.ignored)
-        self.proofs.settle(update, self._planner.wanted, committed=committed)
+        wanted = self._planner.wanted if committed else ()
+        self.proofs.settle(update, wanted, committed=committed)

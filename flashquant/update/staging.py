@@ -78,11 +78,12 @@ class Stage:
         return view in self._arrived
 
     def memory(self, device: torch.device) -> Tensor:
-        """The staged tensor, allocated at the first shard."""
+        """The staged tensor, allocated at the first shard; later ones may come in another mode."""
         if self._memory is None:
-            self._memory = torch.empty_strided(
-                self._shape, self._stride, dtype=self._dtype, device=device
-            )
+            with torch.inference_mode(mode=False):
+                self._memory = torch.empty_strided(
+                    self._shape, self._stride, dtype=self._dtype, device=device
+                )
             if self._padding:
                 self._memory.zero_()
         return self._memory

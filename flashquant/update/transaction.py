@@ -22,6 +22,7 @@ from flashquant.update.reserve import Reserve
 from flashquant.update.serving_state import ServingState
 from flashquant.update.state import Update
 from flashquant.update.streams import OneStream
+from flashquant.update.turns import ELSEWHERE, Turn
 from flashquant.update.undo import UndoLog
 
 logger = logging.getLogger(__name__)
@@ -36,6 +37,7 @@ class Transactions:
         health: whether what is live may be served and written.
         version: how many updates are committed.
         reserve: the memory of their undo logs.
+        turn: of the thread whose call works on one.
 
     """
 
@@ -57,6 +59,7 @@ class Transactions:
         self.serving = ServingState()
         self.version = 0
         self.reserve = Reserve()
+        self.turn = Turn()
         self._ballot = ballot
         self._held: float | None = None  # since when
         self._spent: list[UndoLog] = []
@@ -200,9 +203,10 @@ class Transactions:
 
         What its trainer may still send of it is refused.
         """
-        if self.current is not None and not self.current.over and self.current.undo.cache_bytes:
-            self._roll_back(self.current, ReloadError("the engine needs its KV cache"))
-        self.reserve.lent = ()
+        with self.turn.taken():
+            if self.current is not None and not self.current.over and self.current.undo.cache_bytes:
+                self._roll_back(self.current, ReloadError("the engine needs its KV cache"))
+            self.reserve.lent = ()
 
     @property
     def quiet(self) -> float | None:
@@ -218,7 +222,7 @@ class Transactions:
         What its trainer may still send of it is refused, until it begins anew.
         """
         quiet = self.quiet
-        if quiet is None or not 0 < self._timeout <= quiet:
+        if quiet is None or not 0 < self._timeout <= quiet or self.turn.elsewhere:
             return
         self._held = None
         if self.current is None or not self.in_bracket:
@@ -237,15 +241,23 @@ class Transactions:
         self._roll_back(self.current, ReloadError("its trainer was gone"))
 
     def take_back_what_was_cut_off(self) -> None:
-        """Roll back an update whose own call could not, as when it was interrupted twice."""
+        """Roll back an update whose own call could not, as when it was interrupted twice.
+
+        Raises:
+            ReloadError: another thread is in that call.
+
+        """
         if self.current is not None and self.current.busy:
-            logger.warning("an update was cut off in the middle of a call; it is rolled back")
-            self._roll_back(self.current, ReloadError("it was cut off"))
+            with self.turn.taken():
+                logger.warning("an update was cut off in the middle of a call; it is rolled back")
+                self._roll_back(self.current, ReloadError("it was cut off"))
 
     def check_servable(self) -> None:
         """Before a step: raise TornWeights rather than let a mixture of two policies generate."""
         self._stream.step()
         self.serving.check_servable()
+        if self.turn.elsewhere:
+            raise TornWeights(ELSEWHERE)
         self.take_back_what_was_cut_off()
         if self.current is not None and not self.current.over and self.current.undo.touched:
             raise TornWeights(
@@ -304,7 +316,7 @@ class Transactions:
             self._spent.append(update.undo)  # the engine waits; what it holds is freed by `sweep`
         else:
             update.undo.forget()
-        if update.committed:
+        if update.committed or update.kv_scales:
             self.version += 1
         self.serving.heal(update.live)
         self._settle(update, True)

@@ -105,6 +105,19 @@ def test_what_arrives_by_a_door_equals_a_fresh_start(
     live.snapshot().assert_same(live.start)
 
 
+@pytest.mark.parametrize("first", [True, False], ids=["first", "last"])
+def test_shards_may_come_in_inference_mode_and_outside_of_it(
+    live: Serving, policies: Policies, first: bool
+) -> None:
+    """A worker's own method has `torch.inference_mode` around it, and another has not."""
+    pairs = list(policies.tensors("b").items())
+    for half, inference in (pairs[::2], first), (pairs[1::2], not first):
+        with torch.inference_mode(mode=inference):
+            for pair in half:
+                live.model.load_weights([pair])
+    live.snapshot().assert_same(serve(policies.bf16("b"), live.scheme).start)
+
+
 @pytest.mark.parametrize("scheme", STORED)
 @pytest.mark.parametrize("push", DOORS, ids=lambda door: door.__name__)
 def test_codes_and_scales_pass_through_every_door(

@@ -160,6 +160,21 @@ def test_a_request_in_flight_goes_on_by_the_new_scales(live: Serving, policies: 
     live.snapshot().assert_same(live.start)
 
 
+def test_scales_that_come_alone_are_an_update_like_any_other(policies: Policies) -> None:
+    """What was cached by the old ones is dropped: it would be read by the new ones."""
+    prompt = list(range(5, 69))
+    live = serve(
+        policies.bf16("a"), written(policies, "int8"), enable_prefix_caching=True, block_size=32
+    )
+    old = live.continued(prompt, 8)
+    flashquant.reload_weights(live.llm, {}, strict=False, kv_scales=SCALES)
+    new = live.continued(prompt, 8)
+    assert flashquant.status(live.llm).version == 1
+
+    live.llm.reset_prefix_cache()
+    assert old != new == live.continued(prompt, 8)
+
+
 BAD: dict[str, tuple[dict[str, Any], type[ReloadError], str]] = {
     "NaN": ({HERE.format(0): (1.0, math.nan)}, MisfitTensor, "two numbers, of keys and of values"),
     "zero": ({HERE.format(0): (0.0, 1.0)}, MisfitTensor, "finite and above 0"),

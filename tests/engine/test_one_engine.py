@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import flashquant
@@ -202,6 +203,31 @@ def test_a_lenient_update_takes_whole_layers_but_never_half_of_what_cannot_be_ke
     others = {name for name in changed if "layers.0.self_attn.qkv_proj" in name}
     assert changed - others == {"model.norm.weight"}
     assert bool(others) == by_rows
+
+
+@pytest.mark.parametrize(
+    "lay",
+    [
+        lambda t: torch._neg_view(-t),
+        lambda t: AsyncCollectiveTensor(t.clone()),
+        lambda t: torch.stack([t, t], -1)[..., 0],
+        lambda t: t.mT.contiguous().mT if t.dim() == 2 else t,
+    ],
+    ids=["negated", "wrapped", "every second element", "transposed"],
+)
+@pytest.mark.parametrize("prepare", [False, True], ids=["at once", "prepared"])
+def test_values_are_what_arrives_however_they_lie(
+    live: Serving, policies: Policies, lay: Callable[[Tensor], Tensor], prepare: bool
+) -> None:
+    weights = policies.tensors("b")
+    flashquant.reload_weights(live.llm, weights)
+    wanted = live.snapshot()
+    flashquant.reload_weights(live.llm, policies.tensors("a"))
+
+    flashquant.reload_weights(
+        live.llm, {name: lay(t) for name, t in weights.items()}, prepare=prepare
+    )
+    live.snapshot().assert_same(wanted)
 
 
 def test_a_lone_shard_waits_and_is_listed(live: Serving, policies: Policies) -> None:

@@ -72,6 +72,18 @@ def test_weights_that_vllm_copies_from_the_host_for_each_step_are_refused(
         load(case, folder, "a", "int8")
 
 
+def test_a_score_that_vllm_makes_of_a_head_is_refused(folder: Path) -> None:
+    """Rerankers: it is made once, while lm_head is loaded, and no push brings it."""
+    config = models.configured(Policies(folder, "qwen2").bf16("a"), "int8")
+    engine._refuse_made_score(config)
+    config.model_config.hf_config.classifier_from_token = ["no", "yes"]
+    engine._refuse_made_score(config)  # it generates
+    config.model_config.runner_type = "pooling"
+
+    with pytest.raises(UnsupportedEngine, match=r"of lm_head .*classifier_from_token"):
+        engine._refuse_made_score(config)
+
+
 @pytest.mark.parametrize("scheme", METHODS)
 def test_a_method_that_keeps_something_out_of_sight_is_refused(
     scheme: str, folder: Path, monkeypatch: pytest.MonkeyPatch

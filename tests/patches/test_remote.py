@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import _thread
+import asyncio
 import threading
 from dataclasses import asdict
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -156,3 +158,85 @@ def test_an_error_of_the_engine_itself_passes_through(monkeypatch: pytest.Monkey
 
     with pytest.raises(RuntimeError, match="cancelled"):
         reload(RuntimeError("cancelled"))
+
+
+class Async:
+    """An `AsyncLLM` whose workers answer when they are let to; what was asked is noted."""
+
+    def __init__(self) -> None:
+        self.asked: list[Any] = []
+        self.core_engines = ["replica"]
+        self.engine_core = self
+        self.open: asyncio.Event | None = None
+        self.reached: asyncio.Event | None = None
+
+    async def _call_utility_async(self, _: str, method: str, *args: Any, engine: Any) -> list[Any]:
+        if method == worker.MEMBER:
+            return [tuple(Member.here(0))]
+        self.asked.append(method)
+        if self.reached is not None and method == self.stops_at:
+            self.reached.set()
+            await self.open.wait()
+        stood = {"answer": asdict(a_report(ranks=("a",)))}
+        done = {worker.DIGEST: {"answer": (True, "d")}, worker.BEGIN: {"answer": True}}
+        end = {worker.TRY_RELOAD: stood, worker.CLOSE: stood, worker.FEED: {"answer": False}}
+        return [{**done, **end}.get(method)]
+
+
+@pytest.mark.parametrize(
+    ("options", "stops_at", "asked", "stands"),
+    [
+        ({}, worker.TRY_RELOAD, [worker.TRY_RELOAD], True),
+        ({"prepare": True}, worker.BEGIN, [worker.BEGIN, worker.ABANDON], False),
+        ({"prepare": True}, worker.FEED, [worker.BEGIN, worker.FEED, worker.ABANDON], False),
+        (
+            {"prepare": True},
+            worker.CLOSE,
+            [worker.BEGIN, worker.FEED, worker.CLOSE, worker.DIGEST],
+            True,
+        ),
+        (
+            {"together": True},
+            worker.FEED,
+            [worker.HOLD, worker.BEGIN, worker.FEED, worker.ABANDON, worker.HOLD],
+            False,
+        ),
+    ],
+)
+def test_an_update_that_is_cancelled_is_taken_back_or_stands_and_says_so(
+    options, stops_at, asked, stands
+):
+    """By `asyncio.wait_for`, say: steps of the engine are not held, nor memory, for ten minutes."""
+
+    async def run() -> ReloadError | Any:
+        engine = Async()
+        engine.stops_at, engine.open, engine.reached = stops_at, asyncio.Event(), asyncio.Event()
+        talk = remote.conversation("/path", atomic=True, strict=True, **options)
+        task = asyncio.ensure_future(remote.carry_out_async(engine, talk))
+        await engine.reached.wait()
+        task.cancel()
+        await asyncio.sleep(0)
+        engine.open.set()
+        (outcome,) = await asyncio.gather(task, return_exceptions=True)
+        return engine.asked, outcome
+
+    found, outcome = asyncio.run(run())
+    assert found == asked
+    assert isinstance(outcome, asyncio.CancelledError) is not stands
+
+
+def test_an_interrupt_takes_back_what_was_begun_in_workers():
+    class Interrupted(Llm):
+        asked: ClassVar[list[str]] = []
+
+        def collective_rpc(self, method: str, *args: Any, **kwargs: Any) -> list[Any]:
+            if method != worker.MEMBER:
+                self.asked.append(method)
+            if method == worker.FEED:
+                _thread.interrupt_main()
+            return super().collective_rpc(method)
+
+    talk = remote.conversation("/path", atomic=True, strict=True, prepare=True)
+    with pytest.raises(KeyboardInterrupt):
+        remote.carry_out(Interrupted({"answer": True}), talk)
+    assert Interrupted.asked[-1] == worker.ABANDON

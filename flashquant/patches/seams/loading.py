@@ -34,7 +34,8 @@ from flashquant.patches.seams.overrides import check_created, served_overrides
 from flashquant.patches.seams.peers import ballot_for
 from flashquant.patches.seams.receiving import received
 from flashquant.patches.seams.towers import in_bf16
-from flashquant.update import Deltas, KVScales, Session, some_of
+from flashquant.plan import named_forms
+from flashquant.update import Deltas, Session, some_of
 
 logger = logging.getLogger(__name__)
 
@@ -57,19 +58,35 @@ class _Attached:
             own.is_multimodal_model
         )
         self._noted = self._served = 0
+        self._loaded = False  # whether it started on a checkpoint, and not on dummy weights
         self.start = uuid.uuid4().hex
-
-    @property
-    def kv_scales(self) -> KVScales:
-        """What the cache starts with by the configuration."""
-        return kv_scales_of(self._vllm_config)
 
     def __call__(self, weights: Iterable[tuple[str, Tensor]]) -> object:
         if self.session.live:
             self._check_remade()
             return received(self.session.push, weights)
+        self._loaded = True
         with naming_the_layer(self.engine.scheme, self.engine.model):  # online, they process here
             return self.session.first_load(weights)
+
+    def open(self) -> None:
+        """The model is processed: it serves, and pushes are reloads.
+
+        Raises:
+            ConfigError: scales of its KV cache are not for this model.
+
+        """
+        scales = {} if self.is_draft else kv_scales_of(self._vllm_config)
+        dummy = self._vllm_config.load_config.load_format == "dummy"
+        self.engine.cache_scales.open(scales, loaded=not dummy)
+        self.session.open()
+        self.note_in_bf16(self._landed)
+
+    def _landed(self) -> Mapping[str, tuple[str, ...]]:
+        """Where each tensor of the checkpoint lands, whether the engine started on it or not."""
+        if self._loaded:
+            return self.session.landed
+        return self.session.lands(named_forms(self._vllm_config.model_config.model))
 
     def check_loaded(self) -> None:
         """What a model makes of its weights as they are loaded, no push would make anew.
@@ -343,9 +360,7 @@ def _process_weights_after_loading(
         with packed_once(attached.engine.shared):
             original(model, model_config, target_device)
         attached.engine.note_processed()
-    attached.engine.cache_scales.open({} if attached.is_draft else attached.kv_scales)
-    attached.session.open()
-    attached.note_in_bf16(lambda: attached.session.landed)
+    attached.open()
     logger.info("flashquant looks after %s: %s", type(model).__name__, attached.session.status())
     if attached.is_draft:
         logger.warning(

@@ -8,14 +8,23 @@ version, what a bad update raised, and what the death of the worker did.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tests.engine.programs.engine import OPTIONS, PROMPT, print_result
 from tests.engine.programs.failing import fail_in_the_middle, raised_by
 from tools.models import tiny_models
+
+
+def in_one_buffer(weights: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """A trainer that gathers each tensor into the same memory."""
+    buffer = torch.empty(max(t.nbytes for t in weights.values()), dtype=torch.uint8)
+    for name, tensor in weights.items():
+        yield name, buffer[: tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
 
 def main(starts_on: str, pushed: str) -> dict[str, Any]:
@@ -38,6 +47,9 @@ def main(starts_on: str, pushed: str) -> dict[str, Any]:
         "version": weight_version(llm, str(flashquant.status(llm).version)),
         "refused": raised_by(lambda: flashquant.reload_weights(llm, {"typo": torch.zeros(1)})),
     }
+    flashquant.reload_weights(llm, Path(starts_on))
+    flashquant.reload_weights(llm, in_one_buffer(tiny_models.tensors(Path(pushed))))
+    result["by one buffer"] = flashquant.status(llm).digest
     weights = tiny_models.tensors(Path(starts_on))
     weights["zzz"] = weights.pop("model.norm.weight") * torch.nan  # sorted: the last one
     result["tore"] = raised_by(lambda: flashquant.reload_weights(llm, weights, atomic=False))
