@@ -153,7 +153,7 @@ def _step_unheld(original: Any, core: Any) -> Any:
 
 def _is_updated_in_another_thread(core: Any) -> bool:
     """Whether the caller's process is in the middle of an update elsewhere."""
-    here = isinstance(core.model_executor, UniProcExecutor) and not isinstance(core, EngineCoreProc)
+    here = not isinstance(core, EngineCoreProc) and isinstance(core.model_executor, UniProcExecutor)
     session = find_session(core.model_executor.driver_worker.get_model()) if here else None
     return session is not None and session.transactions.turn.elsewhere
 
