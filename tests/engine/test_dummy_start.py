@@ -9,14 +9,14 @@ import pytest
 import torch
 
 import flashquant
-from tests.engine.serving import BY_ROW, serve
+from tests.engine.serving import FP8_CHANNEL, serve
 from tools.models.policies import Policies
 
 pytestmark = pytest.mark.engine
 
 ENTRIES: dict[str, dict[str, Any]] = {
     "kept layers": {"fn": "int8", "keep": ["*.down_proj"]},
-    "another scheme": {"fn": "int8", "overrides": [{"match": "*.down_proj", "fn": BY_ROW}]},
+    "another scheme": {"fn": "int8", "overrides": [{"match": "*.down_proj", "fn": "fp8_channel"}]},
     "int4": {"fn": "int4", "keep": ["*.o_proj"]},
 }
 
@@ -32,7 +32,13 @@ def written(policies: Policies, entry: dict[str, Any]) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("entry", ENTRIES.values(), ids=ENTRIES)
+@pytest.mark.parametrize(
+    "entry",
+    [
+        pytest.param(entry, id=name, marks=FP8_CHANNEL if "overrides" in entry else ())
+        for name, entry in ENTRIES.items()
+    ],
+)
 def test_what_is_pushed_is_what_a_start_on_it_serves(
     policies: Policies, entry: dict[str, Any]
 ) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import flashquant
 from flashquant.errors import IncompleteUpdate, ReloadError
-from tests.engine.serving import Serving, choosing, serve
+from tests.engine.serving import INT8_EXPERTS, Serving, choosing, serve
 from tools.models import tiny_models
 from tools.models.policies import FP8, SCHEMES, W8A8, Policies, config_name
 
@@ -126,6 +126,7 @@ def test_codes_and_scales_go_live_together(
         assert report.digest == mixed != before
 
 
+@INT8_EXPERTS
 @pytest.mark.parametrize("first", ["codes", "scales"])
 def test_codes_and_scales_of_experts_go_live_together(
     tmp_path_factory: pytest.TempPathFactory, first: str
