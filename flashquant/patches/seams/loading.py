@@ -63,8 +63,7 @@ class _Attached:
 
     def __call__(self, weights: Iterable[tuple[str, Tensor]]) -> object:
         if self.session.live:
-            self._check_remade()
-            return received(self.session.push, weights)
+            return received(self._push, weights)
         self._loaded = True
         with naming_the_layer(self.engine.scheme, self.engine.model):  # online, they process here
             return self.session.first_load(weights)
@@ -100,13 +99,14 @@ class _Attached:
                 "FLASHRL_CONFIG to serve this model unpatched."
             )
 
-    def _check_remade(self) -> None:
+    def _push(self, weights: Iterable[tuple[str, Tensor]]) -> object:
         if made := self.engine.made_while_loaded:
             raise ReloadError(
                 f"the draft {type(self.engine.model).__name__} made {some_of(made)} of its weights "
                 "while they were loaded, which a push would leave as it is. Push to the model that "
                 "is served only; what it generates stays right."
             )
+        return self.session.push(weights)
 
     def note_in_bf16(self, landed: Callable[[], Mapping[str, tuple[str, ...]]]) -> None:
         """Find out what stays in bf16 of a model of codes, and what has another scheme.
