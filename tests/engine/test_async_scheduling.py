@@ -76,6 +76,14 @@ def cut(live: Serving, lengths: Mapping[str, int], steps: int, push: Callable[[]
     return {name: output.outputs[0] for name, output in last.items()}, out
 
 
+def cut_from_a_to_b(live: Serving, policies: Policies, length: int, steps: int) -> tuple[Any, int]:
+    """An answer that A begins and B ends, and how many of its tokens were out by then."""
+    a, b = (policies.tensors(policy) for policy in "ab")
+    flashquant.reload_weights(live.llm, a)
+    answers, out = cut(live, {"one": length}, steps, lambda: flashquant.reload_weights(live.llm, b))
+    return answers["one"], out["one"]
+
+
 @pytest.fixture(scope="module")
 def speculating(policies: Policies, tmp_path_factory: pytest.TempPathFactory) -> Serving:
     """One that schedules ahead, and guesses three tokens at a time, mostly in vain."""
@@ -122,16 +130,10 @@ def test_no_token_of_the_old_weights_comes_late_in_a_pipeline(
     in_a_pipeline: Serving, engines: tuple[Serving, Serving], policies: Policies, steps: int
 ) -> None:
     live, (_, fresh) = in_a_pipeline, engines
-    flashquant.reload_weights(live.llm, policies.tensors("a"))
 
-    answers, out = cut(
-        live,
-        {"one": 16},
-        steps,
-        lambda: flashquant.reload_weights(live.llm, policies.tensors("b")),
-    )
+    whole_answer, had = cut_from_a_to_b(live, policies, 16, steps)
 
-    whole, had = said(answers["one"]), out["one"]
+    whole = said(whole_answer)
     tokens = [token for token, _ in whole]
     assert whole[had:] == said(answer(fresh.llm, PROMPT + tokens[:had], 16 - had))
 
@@ -142,16 +144,10 @@ def test_no_token_is_lost_of_one_that_speculates(
 ) -> None:
     """One step is dropped, whatever it had guessed, and none of the new weights."""
     live, (_, fresh) = speculating, engines
-    flashquant.reload_weights(live.llm, policies.tensors("a"))
 
-    answers, out = cut(
-        live,
-        {"one": 32},
-        steps,
-        lambda: flashquant.reload_weights(live.llm, policies.tensors("b")),
-    )
+    whole, had = cut_from_a_to_b(live, policies, 32, steps)
 
-    tokens, had = list(answers["one"].token_ids), out["one"]
+    tokens = list(whole.token_ids)
     assert tokens[had:] == list(answer(fresh.llm, PROMPT + tokens[:had], 32 - had).token_ids)
 
 

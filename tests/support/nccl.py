@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
@@ -12,6 +11,8 @@ import torch
 from torch import Tensor
 from vllm.distributed.device_communicators import pynccl
 from vllm.distributed.utils import StatelessProcessGroup
+
+from tests.support import cuda
 
 _PATIENCE = 20.0  # seconds; NCCL has more
 
@@ -30,34 +31,8 @@ class Communicator:
         """It has nothing to give back."""
 
 
-class _Stream:
-    """The only one that a CPU has."""
-
-    def __init__(self, *_: Any, **__: Any) -> None:
-        pass
-
-    def synchronize(self) -> None:
-        """Everything is done already."""
-
-
 @contextmanager
 def answered_by_the_cpu() -> Iterator[None]:
-    """Communicators, streams, the device and memory for `cuda` are the CPU's."""
-    on_cpu = torch.empty
-
-    def empty(*shape: Any, device: Any = None, **options: Any) -> Tensor:
-        return on_cpu(*shape, device="cpu" if device == "cuda" else device, **options)
-
-    answers: list[tuple[Any, str, Any]] = [
-        (pynccl, "PyNcclCommunicator", Communicator),
-        (torch, "empty", empty),
-        (torch.accelerator, "current_device_index", lambda: 0),
-        (torch.cuda, "Stream", _Stream),
-        (torch.cuda, "current_stream", _Stream),
-        (torch.cuda, "set_device", lambda _: None),
-        (torch.cuda, "stream", contextlib.nullcontext),
-    ]
-    with ExitStack() as all_of_them:
-        for module, name, answer in answers:
-            all_of_them.enter_context(mock.patch.object(module, name, answer))
+    """Communicators are these, and what is asked of CUDA, the CPU answers."""
+    with cuda.answered_by_the_cpu(), mock.patch.object(pynccl, "PyNcclCommunicator", Communicator):
         yield

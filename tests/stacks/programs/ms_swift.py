@@ -27,9 +27,9 @@ from swift.rlhf_trainers.utils import FlattenedTensorBucket
 from torch import Tensor
 from vllm.distributed.utils import StatelessProcessGroup
 
-from tests.stacks.programs import cuda, gloo
+from tests.stacks.programs import gloo
 from tests.stacks.programs.rollouts import beside, print_result, raised_by, said, start
-from tests.support import nccl
+from tests.support import cuda, nccl
 from tools.models import tiny_models
 
 _TENSORS_A_BUCKET = 5

@@ -18,8 +18,9 @@ import torch
 from openrlhf.trainer.ray.vllm_worker_wrap import WorkerWrap
 from torch import Tensor
 
-from tests.stacks.programs import cuda, gloo, shared
+from tests.stacks.programs import gloo, shared
 from tests.stacks.programs.rollouts import beside, print_result, raised_by, said, start
+from tests.support import cuda
 from tools.models import tiny_models
 
 

@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.stacks.programs import cuda, shared
+from tests.stacks.programs import shared
 from tests.stacks.programs.rollouts import print_result, raised_by, said, start
+from tests.support import cuda
 from tools.models import tiny_models
 
 
