@@ -74,14 +74,15 @@ def test_weights_that_vllm_copies_from_the_host_for_each_step_are_refused(
 
 def test_a_score_that_vllm_makes_of_a_head_is_refused(folder: Path) -> None:
     """Rerankers: it is made once, while lm_head is loaded, and no push brings it."""
-    config = models.configured(Policies(folder, "qwen2").bf16("a"), "int8")
-    engine._refuse_made_score(config)
-    config.model_config.hf_config.classifier_from_token = ["no", "yes"]
-    engine._refuse_made_score(config)  # it generates
-    config.model_config.runner_type = "pooling"
+    path = Policies(folder, "qwen2").bf16("a")
+    generates, pools = (models.configured(path, "int8") for _ in range(2))
+    for config in (generates, pools):
+        config.model_config.hf_config.classifier_from_token = ["no", "yes"]
+    pools.model_config.runner_type = "pooling"
 
+    models.load(HOPPER, generates)
     with pytest.raises(UnsupportedEngine, match=r"of lm_head .*classifier_from_token"):
-        engine._refuse_made_score(config)
+        models.load(HOPPER, pools)
 
 
 @pytest.mark.parametrize("scheme", METHODS)
