@@ -1,7 +1,7 @@
 """Where flashquant goes into vLLM: a short file a seam, each with its points.
 
 engine_args   FLASHRL_CONFIG becomes engine arguments (logprobs)
-loading       a session opens, from the creation of a model until it serves (blame, peers)
+loading       a session opens, from the creation of a model until it serves (attached, blame, peers)
 towers        those of multimodal models stay in bf16
 receiving     a transfer by NCCL is received to its end
 reload        vLLM's own reload becomes a bracket; sleep: weights that are put away
