@@ -20,7 +20,27 @@ from flashquant.patches.point import PatchPoint
 _COUNTS_TOKENS: Final = vllm_is("<0.27")
 
 
-def dropping_steps(core: Any) -> Callable[[], None]:
+def preempt(core: Any, *, reset_connector: bool = False) -> bool:
+    """Every request in flight is computed anew, and nothing of what has been is used again.
+
+    Returns:
+        Whether the caches have been reset.
+
+    Raises:
+        RuntimeError: requests hold blocks that cannot be taken from them; those that could be
+            preempted have been.
+
+    """
+    drop_steps = _dropping_steps(core)
+    try:
+        return bool(
+            core.reset_prefix_cache(reset_running_requests=True, reset_connector=reset_connector)
+        )
+    finally:
+        drop_steps()
+
+
+def _dropping_steps(core: Any) -> Callable[[], None]:
     """Look at what is on its way before the running requests are preempted.
 
     Returns:

@@ -30,9 +30,8 @@ logger = logging.getLogger(__name__)
 
 def drop(core: Any) -> None:
     """The weights are new: nothing that was made of the old ones is used again."""
-    drop_steps = ahead.dropping_steps(core)
     try:
-        dropped = core.reset_prefix_cache(reset_running_requests=True, reset_connector=True)
+        dropped = ahead.preempt(core, reset_connector=True)
     except RuntimeError as failure:  # requests that wait for keys and values of a connector
         logger.error("old keys and values are still in use: %s", failure)
         dropped = True
@@ -41,7 +40,6 @@ def drop(core: Any) -> None:
             "old keys and values may be used again: vLLM did not reset its prefix cache, or that "
             "of its KV connector; its log says why"
         )
-    drop_steps()
     if has_encoder(core):
         # Both halves, always: a scheduler that believes in an embedding which its workers have
         # dropped ends the engine.

@@ -36,7 +36,7 @@ from vllm.v1.kv_cache_interface import (
 
 from flashquant.patches.channels import CACHE_AWAY
 from flashquant.patches.decided import checks_of
-from flashquant.patches.guard import vllm_is
+from flashquant.patches.seams import ahead
 from flashquant.patches.seams.loading import check_servable, find_session
 
 LEND: Final = "flashquant_lend"
@@ -50,7 +50,6 @@ _OF_TOKENS: Final = (
     ChunkedLocalAttentionSpec,
 )
 _IN_ORDER: Final = (UniProcExecutor, MultiprocExecutor)  # how they call their workers
-_DROPS_STALE: Final = vllm_is(">=0.27")  # what a step on its way has sampled, when preempted
 
 
 def lend(core: Any) -> bool:
@@ -63,7 +62,7 @@ def lend(core: Any) -> bool:
     if not _may_lend(core):
         return False
     try:
-        if not core.reset_prefix_cache(reset_running_requests=True):
+        if not ahead.preempt(core):
             return False
     except RuntimeError:  # requests hold blocks that cannot be taken from them
         return False
@@ -89,7 +88,6 @@ def _may_lend(core: Any) -> bool:
         and core.scheduler.get_kv_connector() is None
         and config.parallel_config.data_parallel_size == 1  # no dummy batches while steps are held
         and isinstance(core.model_executor, _IN_ORDER)
-        and (not core.batch_queue or _DROPS_STALE)
         and all(type(spec) in _OF_TOKENS for spec in _specs(core.scheduler.kv_cache_config))
     )
 
