@@ -21,30 +21,43 @@ class Attention(nn.Module):
         for name, value in (("_k_scale", 0.25), ("_v_scale", 0.5), ("_q_scale", 2.0)):
             setattr(self, name, nn.Parameter(torch.tensor([value]), requires_grad=False))
         self.weight = nn.Parameter(torch.ones(2, 2))
+        self.q_range = torch.tensor(200.0)  # on the device, and no buffer
 
 
 def worker_of(model: nn.Module) -> Any:
     return SimpleNamespace(get_model=lambda: model, get_draft_model=lambda: None)
 
 
-def lose(model: nn.Module) -> None:
+def lose(model: Any) -> None:
     for parameter in model.parameters():
         parameter.data.fill_(torch.nan)
+    model.q_range.fill_(torch.nan)
 
 
 def scales(model: Any) -> list[float]:
-    return [model._k_scale.item(), model._v_scale.item(), model._q_scale.item()]
+    """And what else no push brings."""
+    names = ("_k_scale", "_v_scale", "_q_scale", "q_range")
+    return [getattr(model, name).item() for name in names]
 
 
+def sleeps(worker: Any) -> None:
+    sleep._sleep(lambda worker, level: lose(worker.get_model()), worker, 2)
+
+
+def is_discarded(worker: Any) -> None:
+    sleep._discard(lambda worker, tags: lose(worker.get_model()), worker, ("weights",))
+
+
+@pytest.mark.parametrize("away", [sleeps, is_discarded])
 @pytest.mark.parametrize("times", [1, 2])
-def test_the_scales_of_attention_come_back_with_the_memory_they_had(times: int):
+def test_what_no_push_brings_comes_back_with_the_memory_it_had(away: Any, times: int):
     """Also where an engine is put to sleep that sleeps already."""
     model = Attention()
     worker = worker_of(model)
     before, homes = scales(model), [p.data_ptr() for p in model.parameters()]
 
     for _ in range(times):
-        sleep._sleep(lambda worker, level: lose(model), worker, 2)
+        away(worker)
     sleep._wake_up(lambda worker, tags: None, worker, ["weights"])
 
     assert scales(model) == before

@@ -5,8 +5,9 @@ sleep(2), discard    their memory is given up; what comes back holds anything
 the KV cache         no undo log can lie in it while it is put away; one that does is played back
 reset_weights        vLLM's weight checker sets them to zero, to see an update come
 
-vLLM keeps buffers over level 2. Up to 0.27 the scales of a W8A8 model's attention are parameters,
-which no push brings back: they are kept here.
+vLLM keeps buffers over level 2, and a push brings weights. What is neither is kept here: what
+kernels work in or take as constants (locks of Marlin, strides, ranges of an attention), and, up
+to 0.27, the scales of a W8A8 model's attention, which are parameters.
 """
 
 from __future__ import annotations
@@ -18,15 +19,17 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 
 from flashquant.patches.channels import CACHE_AWAY
+from flashquant.patches.layers import kernel_state
 from flashquant.patches.point import PatchPoint
 from flashquant.patches.seams.loading import find_session, models_of
 from flashquant.update import Session
 
 _WEIGHTS, _CACHE = "weights", "kv_cache"
 _SCALES = ("_q_scale", "_k_scale", "_v_scale")  # of an attention layer, for its cache
+_LARGEST = 1 << 20  # bytes: what is larger was made of weights, and a push makes it again
 
 # What models asleep at level 2 get back when they wake up.
-_kept: WeakKeyDictionary[nn.Module, dict[str, Tensor]] = WeakKeyDictionary()
+_kept: WeakKeyDictionary[nn.Module, list[tuple[Tensor, Tensor]]] = WeakKeyDictionary()
 
 
 def _sleep(original: Any, worker: Any, level: int = 1) -> None:
@@ -34,7 +37,7 @@ def _sleep(original: Any, worker: Any, level: int = 1) -> None:
         session.sleep(keeps_weights=level < 2)
     CACHE_AWAY.put(worker, True)
     if level >= 2:
-        _keep_scales(worker)
+        _keep(worker)
     original(worker, level)
 
 
@@ -46,6 +49,7 @@ def _discard(original: Any, worker: Any, tags: tuple[str, ...]) -> None:
     if _WEIGHTS in tags:
         for session in _sessions(worker):
             session.sleep(keeps_weights=False)
+        _keep(worker)
     original(worker, tags)
 
 
@@ -54,7 +58,7 @@ def _wake_up(original: Any, worker: Any, tags: list[str] | None = None) -> None:
     if tags is None or _CACHE in tags:
         CACHE_AWAY.take(worker)
     if tags is None or _WEIGHTS in tags:
-        _give_scales_back(worker)
+        _give_back(worker)
         for session in _sessions(worker):
             session.wake_up()
     for session in _sessions(worker):
@@ -68,24 +72,28 @@ def _reset_weights(original: Any, worker: Any) -> None:
     original(worker)
 
 
-def _keep_scales(worker: Any) -> None:
+def _keep(worker: Any) -> None:
     for model in models_of(worker):
         if model not in _kept:  # else it sleeps already, and there may be no memory to read
-            _kept[model] = {name: scale.cpu().clone() for name, scale in _scales(model)}
+            _kept[model] = [(tensor, tensor.cpu().clone()) for tensor in _of_no_push(model)]
 
 
-def _give_scales_back(worker: Any) -> None:
+def _give_back(worker: Any) -> None:
     for model in models_of(worker):
-        kept = _kept.pop(model, {})
-        for name, scale in _scales(model):
-            if name in kept:
-                scale.copy_(kept[name])
+        for tensor, kept in _kept.pop(model, ()):
+            tensor.copy_(kept)
 
 
-def _scales(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    for name, parameter in model.named_parameters():
-        if name.rpartition(".")[2] in _SCALES:
-            yield name, parameter.data
+def _of_no_push(model: nn.Module) -> Iterator[Tensor]:
+    """What neither vLLM keeps nor a push brings."""
+    for module in model.modules():
+        for path, leaf in kernel_state.leaves(module).items():
+            if path in module._parameters:
+                is_lost = path in _SCALES
+            else:
+                is_lost = path not in module._buffers
+            if is_lost and isinstance(leaf, Tensor) and leaf.nbytes <= _LARGEST:
+                yield leaf.data
 
 
 def _sessions(worker: Any) -> list[Session]:
