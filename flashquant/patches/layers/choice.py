@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,7 @@ from flashquant.patches.layers.base import LiveLayer
 from flashquant.patches.layers.blueprint import Context, LayerBlueprint
 from flashquant.patches.layers.homes import homes_of
 from flashquant.patches.layers.in_place import InPlaceLayer
+from flashquant.patches.layers.live_parameters import LiveParameters
 from flashquant.patches.layers.pass_through import passed_through
 from flashquant.patches.layers.per_tensor import PerTensorLayer
 from flashquant.patches.layers.probe import Probe
@@ -57,7 +59,7 @@ class LayerChoice:
         *,
         shares_scales: bool,
         aliases: Sequence[Alias],
-        compared: Collection[str],
+        compared: AbstractSet[str],
     ) -> None:
         self._context, self._device, self._loaded = context, device, loaded
         self._quantizer, self._shares_scales = quantizer, shares_scales
@@ -87,11 +89,23 @@ class LayerChoice:
         (blueprint,) = group
         if any(alias.target in blueprint.targets.values() for alias in self._aliases):
             return None
+        if blueprint.method is None and not blueprint.sources:
+            return self._as_loaded(blueprint)
         by_row = self._quantizer is None or not self._quantizer.per_tensor
         homes = homes_of(blueprint, self._probe.layouts(blueprint), by_row=by_row)
         if homes is not None and self._shares_scales and _makes_codes_of_experts(blueprint, homes):
             return None  # the maxima of whole rows are known to vLLM's own processing only
         return homes
+
+    def _as_loaded(self, blueprint: LayerBlueprint) -> dict[str, Tensor] | None:
+        """All live memory of a module without a method, as a norm; None if any of it was changed,
+        for a model may do so by itself, or has to be compared with what comes by another name."""
+        if not self._compared.isdisjoint(blueprint.targets.values()):
+            return None
+        live = LiveParameters((blueprint,), blueprint.forms, self._loaded)
+        homes = {target: live.in_place(target) for target in blueprint.forms}
+        found = {t: home for t, home in homes.items() if home is not None and home.is_contiguous()}
+        return found if found and len(found) == len(homes) else None
 
     def _is_quantized_whole(self, blueprint: LayerBlueprint, homes: Mapping[str, Tensor]) -> bool:
         per_tensor = self._quantizer is not None and self._quantizer.per_tensor
