@@ -157,13 +157,23 @@ def run(
 ) -> None:
     """Measure, tell, keep."""
     timings, starts, size = measure(path, schemes, mode, rounds, device, facts)
+    _tell(timings, list(rows(timings, {}, size)), facts)  # now: a new process takes its time
     if served := [scheme for scheme in schemes if f"flashquant, {scheme}" in starts]:
         cold = facts.guarded("a new process", lambda: restarted.seconds(path, served[-1], mode))
         if cold is not None:
             facts.tell("a new process", f"{served[-1]}, {cold:.1f} s until it has generated")
             starts[f"flashquant, {served[-1]}, in a new process"] = cold
     lines = list(rows(timings, starts, size))
-    for line in lines[: len(timings)]:  # starts have been told
+    if device.type == "cuda":
+        facts.tell("GPU memory", f"{torch.cuda.max_memory_allocated() / 1e9:.1f} GB at most")
+    found = {"timings": timings, "starts": starts, "bytes": size, "mode": mode}
+    head = f"{path.name}, {size / 1e6:,.1f} MB of bf16 on {device}, {mode}, {rounds} rounds"
+    facts.keep(found, f"{head}\n\n{markdown(TITLES, lines)}", out)
+
+
+def _tell(timings: Sequence[Timing], lines: Sequence[Sequence[str]], facts: Facts) -> None:
+    """Starts have been told."""
+    for line in lines:
         facts.tell(
             line[0], ", ".join(f"{t} {v}" for t, v in zip(TITLES[1:], line[1:], strict=True) if v)
         )
@@ -171,8 +181,3 @@ def run(
         if timing.phases:
             parts = ", ".join(f"{name} {milliseconds(s)}" for name, s in timing.phases.items())
             facts.tell(f"phases of {timing.name}", parts)
-    if device.type == "cuda":
-        facts.tell("GPU memory", f"{torch.cuda.max_memory_allocated() / 1e9:.1f} GB at most")
-    found = {"timings": timings, "starts": starts, "bytes": size, "mode": mode}
-    head = f"{path.name}, {size / 1e6:,.1f} MB of bf16 on {device}, {mode}, {rounds} rounds"
-    facts.keep(found, f"{head}\n\n{markdown(TITLES, lines)}", out)

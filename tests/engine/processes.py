@@ -12,8 +12,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
+
 from tests.engine.programs.engine import RESULT_FILE
 from tests.support import forked
+from tests.support.gpu import HAS_GPU
 from tools.models.policies import Policies
 
 ROOT = Path(__file__).parents[2]
@@ -34,6 +38,9 @@ def run(program: str, *arguments: object, ranks: int = 1, **environment: str) ->
             torchrun would have written there.
 
     """
+    workers = max(ranks, 2 if environment.get("VLLM_CPU_OMP_THREADS_BIND") == CORES else 1)
+    if HAS_GPU and torch.cuda.device_count() < workers:
+        pytest.skip(f"this machine does not have {workers} GPUs")
     module = f"tests.engine.programs.{program}"
     with tempfile.TemporaryDirectory() as scratch:
         file, output = Path(scratch, "result.json"), Path(scratch, "output")

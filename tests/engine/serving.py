@@ -75,7 +75,8 @@ class Snapshot:
 
     def assert_same(self, other: Snapshot) -> None:
         """Bit for bit: every tensor the kernels read, every token, every log-prob."""
-        assert self.different_from(other) == []
+        if different := self.different_from(other):
+            raise AssertionError(f"not the same: {', '.join(different)}")
 
     def different_from(self, other: Snapshot) -> list[str]:
         """The names of what is not the same, or `outputs`, or `digest`."""

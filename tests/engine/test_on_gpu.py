@@ -21,7 +21,7 @@ import flashquant
 from flashquant.errors import ReloadError
 from flashquant.update import footprints
 from tests.engine.serving import serve
-from tests.support.gpu import HAS_GPU
+from tests.support.gpu import HAS_GPU, ipc_engine
 from tools.models.policies import Policies
 
 pytestmark = [
@@ -77,6 +77,23 @@ def test_captured_graphs_read_what_was_pushed_and_what_was_taken_back(
     assert footprints(live.tensors().items()) == before
 
 
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory: pytest.TempPathFactory) -> Policies:
+    return Policies(tmp_path_factory.mktemp("experts"), "qwen3-moe")
+
+
+@pytest.mark.parametrize("scheme", ["int8", "bf16", "fp8_channel", "fp8_block"])
+def test_captured_graphs_of_experts_read_what_was_pushed(experts: Policies, scheme: str) -> None:
+    """In a memory between their kernels that all layers of an engine share."""
+    fresh, live = (serve(experts.bf16(policy), scheme, **GRAPHS) for policy in "ba")
+    a, b = (on_gpu(experts.tensors(policy)) for policy in "ab")
+
+    flashquant.reload_weights(live.llm, b)
+    live.snapshot().assert_same(fresh.start)
+    flashquant.reload_weights(live.llm, a)
+    live.snapshot().assert_same(live.start)
+
+
 @pytest.mark.parametrize("scheme", ["int8", "fp8_channel"])
 def test_a_prepared_update_serves_the_old_weights_until_it_is_swapped(
     policies: Policies, scheme: str
@@ -112,6 +129,7 @@ def test_memory_of_another_process_is_read_by_vllms_ipc(
 ) -> None:
     from vllm.config import WeightTransferConfig
 
+    ipc_engine()
     config = WeightTransferConfig(backend="ipc")
     live = serve(policies.bf16("a"), scheme, weight_transfer_config=config)
     live.llm.init_weight_transfer_engine({"init_info": {}})

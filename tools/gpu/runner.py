@@ -88,6 +88,8 @@ class Runner:
         name = step.name if way == self._way else f"{step.name}-{WAYS.index(way)}"
         output, log = self._logs / f"{name}.out", self._logs / f"{name}.log"
         env = {**self._env, **way.env, **step.env}
+        if step.shares:  # each would start a thread a core: their engines then take minutes
+            env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // self._jobs)))
         with output.open("w") as said, log.open("w") as logged:
             process = subprocess.Popen(
                 interpreted(step, way), stdout=said, stderr=logged, env=env, start_new_session=True

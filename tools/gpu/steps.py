@@ -14,6 +14,7 @@ _NEW = ("int4", "nvfp4", "mxfp8", "int4_g32", "int4_channel")
 # each a step.
 _TESTS = (
     "on_gpu",
+    "async_scheduling",
     "kv_cache",
     "delta",
     "undo_in_cache",
@@ -205,13 +206,16 @@ def _more(device: str) -> Iterator[Step]:
 
 
 def chosen(found: list[Step], only: list[str], skip: list[str]) -> list[Step]:
-    """By the beginnings of names; the machine is always looked at."""
+    """By the beginnings of names, in the order in which these are given; the machine always."""
     wanted = ("machine", *only) if only else ("",)
-    return [
+    kept = [
         step
         for step in found
         if step.name.startswith(wanted) and not (skip and step.name.startswith(tuple(skip)))
     ]
+    return sorted(
+        kept, key=lambda step: [step.name.startswith(start) for start in wanted].index(True)
+    )
 
 
 def interpreted(step: Step, way: Way) -> list[str]:

@@ -12,8 +12,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferEngine
-
+from tests.support.gpu import ipc_engine
 from tools.models import tiny_models
 
 
@@ -28,7 +27,8 @@ def main() -> None:
         sys.stdout.flush()
         sys.stdin.read()
 
-    IPCWeightTransferEngine.trainer_send_weights(iter(weights.items()), {"send_mode": hand_over})
+    engine = ipc_engine().IPCWeightTransferEngine
+    engine.trainer_send_weights(iter(weights.items()), {"send_mode": hand_over})
 
 
 if __name__ == "__main__":
