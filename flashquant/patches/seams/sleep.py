@@ -88,11 +88,10 @@ def _of_no_push(model: nn.Module) -> Iterator[Tensor]:
     """What neither vLLM keeps nor a push brings."""
     for module in model.modules():
         for path, leaf in kernel_state.leaves(module).items():
-            if path in module._parameters:
-                is_lost = path in _SCALES
-            else:
-                is_lost = path not in module._buffers
-            if is_lost and isinstance(leaf, Tensor) and leaf.nbytes <= _LARGEST:
+            is_kept = path in module._buffers
+            is_weight = path in module._parameters and path not in _SCALES
+            is_small = isinstance(leaf, Tensor) and leaf.nbytes <= _LARGEST
+            if is_small and not (is_kept or is_weight):
                 yield leaf.data
 
 
