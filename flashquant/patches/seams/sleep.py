@@ -90,8 +90,7 @@ def _of_no_push(model: nn.Module) -> Iterator[Tensor]:
         for path, leaf in kernel_state.leaves(module).items():
             is_kept = path in module._buffers
             is_weight = path in module._parameters and path not in _SCALES
-            is_small = isinstance(leaf, Tensor) and leaf.nbytes <= _LARGEST
-            if is_small and not (is_kept or is_weight):
+            if isinstance(leaf, Tensor) and not (is_kept or is_weight or leaf.nbytes > _LARGEST):
                 yield leaf.data
 
 
