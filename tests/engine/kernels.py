@@ -15,6 +15,8 @@ from unittest import mock
 import pytest
 import torch
 
+from tests.support.gpu import HAS_GPU
+
 WORKER_KERNELS = "WORKER_KERNELS"  # for `choosing`, in the workers of a program
 NO_AMX_KERNELS = "vLLM has no AMX kernels in its build for CPUs without AVX512-BF16"
 
@@ -27,7 +29,9 @@ def has_amx_kernels() -> bool:
 
 
 def multiplies_int4() -> bool:
-    """Whether vLLM's build for this CPU has its kernel of four bits."""
+    """Whether vLLM's build for this machine has a kernel of four bits: for a CPU, not each has."""
+    if HAS_GPU:
+        return True
     from vllm import _custom_ops  # noqa: F401  (loads the build that fits this CPU)
 
     return hasattr(torch.ops._C, "cpu_gemm_wna16")

@@ -30,6 +30,7 @@ from flashquant.errors import (
 from flashquant.patches.layers import InPlaceLayer, is_handle, kernel_state
 from flashquant.patches.seams import loading
 from flashquant.update import footprints
+from flashquant.update.pipeline import Pipeline
 from tests.engine.serving import Serving, needs, serve
 from tools.models.policies import SCHEMES, Policies, config_name
 
@@ -281,6 +282,23 @@ def test_the_report_counts_what_was_done(int8: Serving, policies: Policies) -> N
     assert report.bytes_in == sum(tensor.nbytes for tensor in weights.values())
     assert report.pending == ()
     assert report.digest == flashquant.status(int8.llm).digest
+
+
+def test_what_came_before_and_needs_no_processing_is_stored_in_one_call(
+    live: Serving, policies: Policies, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Norms as well: nothing of them is left to decide."""
+    general, seen = Pipeline._take_any, list[str]()
+
+    def watched(pipeline: Pipeline, name: str, *rest: Any) -> Iterator[str]:
+        seen.append(name)
+        return general(pipeline, name, *rest)
+
+    monkeypatch.setattr(Pipeline, "_take_any", watched)
+    flashquant.reload_weights(live.llm, policies.tensors("b"))
+
+    assert "lm_head.weight" in seen  # it is padded
+    assert not [name for name in seen if "norm" in name]
 
 
 def test_a_path_and_vllms_own_reload_weights_arrive_at_the_same_bits(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from torch import nn
 from flashquant.errors import UnsupportedEngine
 from flashquant.patches.layers import LayerBlueprint, LayerChoice, memory_layouts
 from flashquant.patches.layers import probe as module_of_probe
+from flashquant.update import digests
 from tests.support.modules import CPU, created, pack, probe, process
 
 WEIGHT = torch.rand(4, 8)
@@ -29,9 +32,15 @@ def hide(layer: Any) -> None:
     vars(layer)["config"] = Holder(layer.weight.reciprocal())
 
 
-def choice() -> LayerChoice:
+def choice(loaded: Mapping[str, str] = MappingProxyType({}), *compared: str) -> LayerChoice:
     return LayerChoice(
-        contextlib.nullcontext, CPU, {}, None, shares_scales=False, aliases=(), compared=()
+        contextlib.nullcontext,
+        CPU,
+        loaded,
+        None,
+        shares_scales=False,
+        aliases=(),
+        compared=frozenset(compared),
     )
 
 
@@ -95,3 +104,15 @@ def test_what_is_packed_is_processed_and_what_is_left_alone_is_written_in_place(
 
     assert [layer.placement for layer in layers] == ["staged", "direct"]
     assert [dict(layer.homes) != {} for layer in layers] == [False, True]
+
+
+def test_a_module_without_a_method_is_written_in_place_if_it_is_as_it_was_loaded() -> None:
+    """A model may change a norm by itself when it has been loaded, and will not do so again."""
+    norm = created(None, "norm", weight=torch.rand(8))
+    loaded = digests(norm.loaded())
+    (target,) = loaded
+
+    assert set(choice(loaded).layer([norm]).homes) == {target}
+    assert not choice(loaded, target).layer([norm]).homes
+    norm.module.weight.data += 1
+    assert not choice(loaded).layer([norm]).homes

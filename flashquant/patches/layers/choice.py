@@ -109,7 +109,9 @@ class LayerChoice:
 
     def _is_quantized_whole(self, blueprint: LayerBlueprint, homes: Mapping[str, Tensor]) -> bool:
         per_tensor = self._quantizer is not None and self._quantizer.per_tensor
-        return per_tensor or _makes_codes_of_experts(blueprint, homes)
+        return (per_tensor and blueprint.method is not None) or _makes_codes_of_experts(
+            blueprint, homes
+        )
 
     def _processed(self, group: Sequence[LayerBlueprint]) -> ProcessedLayer:
         layer = ProcessedLayer(
