@@ -19,7 +19,7 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 
 from flashquant.patches.channels import CACHE_AWAY
-from flashquant.patches.layers import kernel_state
+from flashquant.patches.layers import leaves
 from flashquant.patches.point import PatchPoint
 from flashquant.patches.seams.loading import find_session, models_of
 from flashquant.update import Session
@@ -87,7 +87,7 @@ def _give_back(worker: Any) -> None:
 def _of_no_push(model: nn.Module) -> Iterator[Tensor]:
     """What neither vLLM keeps nor a push brings."""
     for module in model.modules():
-        for path, leaf in kernel_state.leaves(module).items():
+        for path, leaf in leaves(module).items():
             is_kept = path in module._buffers
             is_weight = path in module._parameters and path not in _SCALES
             if isinstance(leaf, Tensor) and not (is_kept or is_weight or leaf.nbytes > _LARGEST):
