@@ -34,7 +34,7 @@ def fp8_channel(weight: Tensor, codes: Tensor | None = None) -> tuple[Tensor, Te
         codes = torch.empty(weight.shape, dtype=FP8, device=weight.device)
     scales = torch.empty((weight.shape[0], 1), dtype=torch.float32, device=weight.device)
     # A 0-d divisor is divided by; a Python number would be turned into a reciprocal.
-    largest = torch.tensor(_FP8_MAX, dtype=torch.float32, device=weight.device)
+    largest = _largest(weight.device)
     for rows in row_chunks(weight):
         scales[rows] = (row_absmax(weight[rows]) / largest).clamp_min(SMALLEST_CHANNEL_SCALE)
         codes[rows] = (weight[rows] / scales[rows]).clamp_(-_FP8_MAX, _FP8_MAX)
@@ -102,7 +102,12 @@ def fp8_tensors(weight: Tensor, count: int, codes: Tensor | None = None) -> tupl
 
 def tensor_scale(peak: Tensor) -> Tensor:
     """The scale `[1]` of a tensor with this absolute maximum, float32."""
-    return peak.reshape(1).float() / torch.tensor(_FP8_MAX, dtype=torch.float32, device=peak.device)
+    return peak.reshape(1).float() / _largest(peak.device)
+
+
+def _largest(device: torch.device) -> Tensor:
+    """448, filled in there: a copy from the host would wait for the device."""
+    return torch.full((), _FP8_MAX, dtype=torch.float32, device=device)
 
 
 def fp8_static(tensor: Tensor, scale: Tensor, codes: Tensor | None = None) -> Tensor:

@@ -6,7 +6,7 @@ import functools
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import ModuleType
 from typing import Any, Final, Protocol
 
@@ -52,7 +52,7 @@ def absmax(tensor: Tensor) -> Tensor:
     if tensor.numel() and tensor.is_contiguous():
         rows = tensor.view(-1, tensor.shape[-1]) if tensor.dim() else tensor.view(1, 1)
         if _is_on_gpu(rows):
-            made: Tensor = _run("absmax", maxima, rows)
+            made: Tensor = _norm(tensor) if _keeps_nan(rows.device) else _run("absmax", maxima, rows)
             return made
         if (kernels := _kernels(rows)) is not None:
             return kernels.row_absmax(rows).max()
@@ -85,12 +85,27 @@ def largest(tensors: Sequence[Tensor]) -> float:
 @functools.cache
 def _keeps_nans(device: torch.device) -> bool:
     """Whether torch's norm of many tensors is NaN if any element of them is, here."""
+    return all(math.isnan(get_total_norm(ts, math.inf).item()) for ts in _with_a_nan(device))
+
+
+@functools.cache
+def _keeps_nan(device: torch.device) -> bool:
+    """Whether torch's norm of one tensor is."""
+    return all(math.isnan(_norm(tensor).item()) for _, tensor in _with_a_nan(device))
+
+
+def _with_a_nan(device: torch.device) -> Iterator[list[Tensor]]:
     for place in (0, 40_000, 99_999):
         tensors = [torch.ones(size, dtype=torch.float32, device=device) for size in (7, 100_000)]
         tensors[1][place] = math.nan
-        if not math.isnan(get_total_norm(tensors, math.inf).item()):
-            return False
-    return True
+        yield tensors
+
+
+def _norm(tensor: Tensor) -> Tensor:
+    """The absolute maximum, by one launch of torch's; a row at a time takes Triton two, and Python
+    longer than the GPU."""
+    norm: Tensor = torch.linalg.vector_norm(tensor, math.inf, dtype=torch.float32)
+    return norm
 
 
 def int8_channel(weight: Tensor, codes: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -107,6 +122,9 @@ def fp8_channel(weight: Tensor, codes: Tensor | None = None) -> tuple[Tensor, Te
 
 def fp8_tensor(weight: Tensor, codes: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """`fp8.fp8_tensor`."""
+    if _is_on_gpu(weight) and weight.is_contiguous() and _keeps_nan(weight.device):
+        scale = fp8.tensor_scale(_norm(weight))
+        return fp8_static(weight, scale, codes), scale
     made: tuple[Tensor, Tensor] = _run("fp8_tensor", fp8, weight, codes)
     return made
 

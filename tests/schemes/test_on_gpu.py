@@ -92,8 +92,44 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
         monkeypatch.setattr(kernels, name, Recorded(name))
     monkeypatch.setattr(torch.cuda, "device", device)
     monkeypatch.setattr(quick, "_on_gpu", lambda device: fused)
+    monkeypatch.setattr(quick, "_keeps_nan", lambda device: False)  # whatever it does on a GPU
     with FakeTensorMode():
         yield seen
+
+
+def test_a_maximum_takes_no_launch_of_tritons_where_torchs_norm_keeps_nans(
+    launched: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Looking for the kernel that was compiled takes Python longer than the launch."""
+    monkeypatch.setattr(quick, "_keeps_nan", lambda device: True)
+    weight = torch.empty(4096, 8960, dtype=torch.bfloat16, device=SECOND)
+
+    peak = quick.absmax(weight)
+    quick.fp8_tensor(weight)
+
+    assert (peak.shape, peak.dtype, peak.device) == (torch.Size(), torch.float32, SECOND)
+    assert [name for name, *_ in launched] == ["static_row"]
+
+
+@pytest.mark.parametrize("weight", list(native.hard_rows()), ids=lambda weight: str(weight.dtype))
+def test_torchs_norm_is_the_maximum_that_is_defined(weight: Tensor) -> None:
+    """Of each row, and of all, NaN and infinity among them."""
+    assert quick._keeps_nan(weight.device)
+    for rows in (*weight.split(1), *weight.split(7), weight):
+        assert torch.equal(
+            quick._norm(rows).view(1).view(torch.int32),
+            maxima.absmax(rows).view(1).view(torch.int32),
+        )
+
+
+def test_a_scale_of_a_tensor_is_made_of_that_norm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quick, "_is_on_gpu", lambda weight: True)
+    monkeypatch.setattr(quick, "_on_gpu", lambda device: None)
+    for weight in native.hard_rows():
+        for rows in (weight[:7], weight[7:8], weight):
+            made, defined = quick.fp8_tensor(rows), fp8.fp8_tensor(rows)
+            for ours, theirs in zip(made, defined, strict=True):
+                assert torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8))
 
 
 @pytest.mark.parametrize("name", LAUNCHES)
