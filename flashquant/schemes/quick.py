@@ -52,7 +52,9 @@ def absmax(tensor: Tensor) -> Tensor:
     if tensor.numel() and tensor.is_contiguous():
         rows = tensor.view(-1, tensor.shape[-1]) if tensor.dim() else tensor.view(1, 1)
         if _is_on_gpu(rows):
-            made: Tensor = _norm(tensor) if _keeps_nan(rows.device) else _run("absmax", maxima, rows)
+            if _keeps_nan(rows.device):
+                return _norm(tensor)
+            made: Tensor = _run("absmax", maxima, rows)
             return made
         if (kernels := _kernels(rows)) is not None:
             return kernels.row_absmax(rows).max()
