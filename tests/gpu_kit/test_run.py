@@ -92,6 +92,34 @@ def test_the_way_in_which_vllm_serves_is_kept(run: Run, monkeypatch: pytest.Monk
     assert settings.detail == "from here on: WAY=2"
 
 
+def test_programs_that_run_at_once_share_the_cores(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread a core in each of six took the first engine from one minute to four."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    code = (
+        "import json, os;"
+        "threads = os.environ.get('OMP_NUM_THREADS', 'all');"
+        "print(json.dumps({'name': 'a', 'verdict': 'ok', 'detail': threads}))"
+    )
+
+    shared, alone = run(step("s", code), step("measures", code, is_alone=True))
+
+    assert (shared.detail, alone.detail) == ("8", "all")
+
+
+def test_steps_are_taken_in_the_order_in_which_they_are_asked_for(tmp_path: Path) -> None:
+    every = steps.steps("cuda", tmp_path, tmp_path)
+
+    found = steps.chosen(every, ["bench-kernels", "tests-on_gpu", "new"], ["new-int4"])
+
+    names = [step.name for step in found]
+    assert names[:3] == ["machine", "bench-kernels", "tests-on_gpu"]
+    assert names[3] == "new-graphs-qwen3-moe"
+    assert not [name for name in names if name.startswith("new-int4")]
+
+
 def test_neighbours_run_at_once_but_what_measures_or_decides_never() -> None:
     names = ["serve", "eager-a", "more-b", "bench-a", "bench-b", "more-a"]
     found = [
