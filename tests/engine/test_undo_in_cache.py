@@ -18,7 +18,7 @@ from torch import Tensor
 
 import flashquant
 from flashquant.errors import ReloadError, TornWeights
-from tests.engine.serving import BY_ROW, Serving, needs, scheduling_ahead, serve
+from tests.engine.serving import BY_ROW, FP8_CHANNEL, Serving, needs, scheduling_ahead, serve
 from tests.engine.test_async_scheduling import core_of, cut
 from tests.engine.test_engine_state import PROMPT, answer, said
 from tools.models import tiny_models
@@ -304,6 +304,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Ten
     return path, tiny_models.tensors(path)
 
 
+@FP8_CHANNEL
 def test_the_peak_of_host_memory_is_that_of_a_reload_without_an_undo_log(
     large: tuple[Path, dict[str, Tensor]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
