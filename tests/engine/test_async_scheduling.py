@@ -221,6 +221,58 @@ def test_each_token_has_its_version(engines: tuple[Serving, Serving], policies: 
     assert spans == [(str(version), 0, had), (str(version + 1), had, 16)]
 
 
+@pytest.fixture(scope="module")
+def short_of_memory(policies: Policies) -> Serving:
+    """One that schedules two steps ahead, as in a pipeline, and has room for about two answers."""
+    from vllm.config import VllmConfig
+
+    if HAS_GPU:
+        pytest.skip("a pipeline takes two GPUs")
+    room = {"block_size": 32, "num_gpu_blocks_override": 11, "max_num_seqs": 4}
+    live = Serving(policies.bf16("a"), BY_ROW, room)
+    deep = mock.patch.object(VllmConfig, "max_concurrent_batches", property(lambda _: 3))
+    with scheduling_ahead(), deep:
+        assert live.llm.llm_engine.vllm_config.scheduler_config.async_scheduling
+    return live
+
+
+def test_a_step_on_its_way_of_one_that_has_just_been_preempted_is_not_taken_for_the_new_weights(
+    short_of_memory: Serving, engines: tuple[Serving, Serving], policies: Policies
+) -> None:
+    """VLLM delivers what such a step has sampled, for it preempts for want of memory."""
+    live, (_, fresh) = short_of_memory, engines
+    flashquant.reload_weights(live.llm, policies.tensors("a"))
+    engine, core, last = live.llm.llm_engine, core_of(live), {}
+    prompts = {str(shift): PROMPT[shift:] for shift in range(4)}
+    for name, prompt in prompts.items():
+        sampling = SamplingParams(max_tokens=60, **GREEDY)
+        engine.add_request(name, {"prompt_token_ids": prompt}, sampling)
+
+    preempted = set[str]()
+    while not preempted:
+        assert engine.has_unfinished_requests(), "none was preempted with a step on its way"
+        last.update((output.request_id, output) for output in engine.step())
+        ahead = {name for _, step, *_ in core.batch_queue for name in step.num_scheduled_tokens}
+        waiting = {_outside(request.request_id) for request in core.scheduler.waiting}
+        preempted = waiting & {_outside(name) for name in ahead}
+    out = {name: len(last[name].outputs[0].token_ids) if name in last else 0 for name in prompts}
+    flashquant.reload_weights(live.llm, policies.tensors("b"))
+    while engine.has_unfinished_requests():
+        last.update((output.request_id, output) for output in engine.step())
+
+    for name, prompt in prompts.items():
+        whole, had = said(last[name].outputs[0]), out[name]
+        assert len(whole) == 60
+        if had < 60:
+            tokens = [token for token, _ in whole]
+            assert whole[had] == said(answer(fresh.llm, prompt + tokens[:had], 1))[0]
+
+
+def _outside(name: str) -> str:
+    """The name of a request as it was given: vLLM adds to it."""
+    return name.partition("-")[0]
+
+
 def test_an_update_that_fails_takes_nothing_from_what_is_on_its_way(
     engines: tuple[Serving, Serving], policies: Policies
 ) -> None:

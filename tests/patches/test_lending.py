@@ -16,6 +16,7 @@ from vllm.v1.kv_cache_interface import (
     SinkFullAttentionSpec,
     SlidingWindowSpec,
 )
+from vllm.v1.request import RequestStatus
 
 from flashquant.patches.channels import CACHE_AWAY, STALE
 from flashquant.patches.seams import ahead, lending
@@ -29,7 +30,7 @@ class Scheduler:
             kv_cache_groups=[SimpleNamespace(kv_cache_spec=object.__new__(spec)) for spec in specs]
         )
         self.connector: object = None
-        self.running: list[Any] = []
+        self.requests: dict[str, Any] = {}
 
     def get_kv_connector(self) -> object:
         return self.connector
@@ -118,12 +119,18 @@ def test_what_a_step_on_its_way_has_sampled_is_dropped_before_the_loan(
     monkeypatch.setattr(ahead, "_COUNTS_TOKENS", True)
     core, step = Core(), SimpleNamespace(num_scheduled_tokens={"running": 1, "ended": 1})
     core.batch_queue = deque([(None, step, None)])
-    core.scheduler.running = [SimpleNamespace(request_id="running", async_tokens_to_discard=1)]
+    core.scheduler.requests = {
+        name: SimpleNamespace(request_id=name, status=status, async_tokens_to_discard=1)
+        for name, status in (
+            ("running", RequestStatus.RUNNING),
+            ("ended", RequestStatus.FINISHED_ABORTED),
+        )
+    }
 
     assert lending.lend(core)
 
     assert STALE.get(step) == {"running"}
-    assert core.scheduler.running[0].async_tokens_to_discard == 0
+    assert core.scheduler.requests["running"].async_tokens_to_discard == 0
 
 
 def cannot() -> bool:

@@ -5,19 +5,23 @@ What they have sampled is of the old weights. vLLM drops it, and computes it ane
 up to 0.26     it counts tokens, and not steps: of a request that speculates it drops too many, and
                without async scheduling (pipeline parallel) none. And log-probs of a prompt, which
                come with the first token, may not be dropped: that ends the engine
+in all         what it had preempted for want of memory, in a pipeline, it delivers late
 first runner   log-probs of a prompt are made once, so those that were dropped are lost
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterable
 from typing import Any, Final
+
+from vllm.v1.request import RequestStatus
 
 from flashquant.patches.channels import STALE
 from flashquant.patches.guard import vllm_is
 from flashquant.patches.point import PatchPoint
 
 _COUNTS_TOKENS: Final = vllm_is("<0.27")
+_BEGUN: Final = (RequestStatus.RUNNING, RequestStatus.PREEMPTED)
 
 
 def preempt(core: Any, *, reset_connector: bool = False) -> bool:
@@ -31,32 +35,34 @@ def preempt(core: Any, *, reset_connector: bool = False) -> bool:
             preempted have been.
 
     """
-    drop_steps = _dropping_steps(core)
+    begun = [r for r in core.scheduler.requests.values() if r.status in _BEGUN]
     try:
         return bool(
             core.reset_prefix_cache(reset_running_requests=True, reset_connector=reset_connector)
         )
     finally:
-        drop_steps()
+        if _COUNTS_TOKENS:
+            _drop_steps(core, begun)
+        else:
+            _drop_late(begun)
 
 
-def _dropping_steps(core: Any) -> Callable[[], None]:
-    """Look at what is on its way before the running requests are preempted.
+def _drop_steps(core: Any, begun: Iterable[Any]) -> None:
+    """What is on its way of these requests, by the step it comes with."""
+    for request in begun:
+        request.async_tokens_to_discard = request.num_output_placeholders = 0  # vLLM's counts
+    names = {request.request_id for request in begun}
+    for _, scheduled, *_ in core.batch_queue or ():
+        stale = names & scheduled.num_scheduled_tokens.keys()
+        STALE.put(scheduled, stale | (STALE.get(scheduled) or set()))
 
-    Returns:
-        What has it dropped, when they have been.
 
-    """
-    running = {r.request_id: r for r in core.scheduler.running} if _COUNTS_TOKENS else {}
-
-    def drop() -> None:
-        for request in running.values():
-            request.async_tokens_to_discard = 0  # vLLM's count
-        for _, scheduled, *_ in (core.batch_queue or ()) if running else ():
-            stale = running.keys() & scheduled.num_scheduled_tokens
-            STALE.put(scheduled, stale | (STALE.get(scheduled) or set()))
-
-    return drop
+def _drop_late(begun: Iterable[Any]) -> None:
+    """vLLM itself drops what it has preempted for the reset, but not what it had before, for want
+    of memory: in a pipeline that is still on its way."""
+    for request in begun:
+        if request.num_stale_output_tokens:
+            request.drop_stale_output = True
 
 
 def _update_from_output(original: Any, scheduler: Any, scheduled: Any, output: Any) -> Any:
