@@ -112,12 +112,12 @@ def test_programs_that_run_at_once_share_the_cores(
 def test_steps_are_taken_in_the_order_in_which_they_are_asked_for(tmp_path: Path) -> None:
     every = steps.steps("cuda", tmp_path, tmp_path)
 
-    found = steps.chosen(every, ["bench-kernels", "tests-on_gpu", "new"], ["new-int4"])
+    found = steps.chosen(every, ["bench-kernels", "tests-on_gpu", "graphs"], ["graphs-int4"])
 
     names = [step.name for step in found]
     assert names[:3] == ["machine", "bench-kernels", "tests-on_gpu"]
-    assert names[3] == "new-graphs-qwen3-moe"
-    assert not [name for name in names if name.startswith("new-int4")]
+    assert names[3] == "graphs-fp8_channel"
+    assert not [name for name in names if name.startswith("graphs-int4")]
 
 
 def test_neighbours_run_at_once_but_what_measures_or_decides_never() -> None:

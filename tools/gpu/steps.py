@@ -8,26 +8,20 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 _DENSE = ("fp8_channel", "int8", "fp8_vllm", "fp8_tensor", "fp8_block", "bf16")
-# Schemes that no GPU has served yet; Machete packs int4, Marlin the others.
-_NEW = ("int4", "nvfp4", "mxfp8", "int4_g32", "int4_channel")
-# Files of tests/engine whose engines run in one process, eagerly, what is likeliest to fail first;
-# each a step.
+# Served with graphs only: Machete packs int4 and int4_channel, Marlin the others.
+_PACKED = ("int4", "nvfp4", "mxfp8", "int4_g32", "int4_channel")
+# Files of tests/engine whose engines run in one process, eagerly, each a step: first those that
+# have not been well on a GPU yet, then those that have.
+_NEW_TESTS = ("on_gpu", "undo_in_cache", "faults", "delta", "tied", "kept_layers", "doors")
 _TESTS = (
-    "on_gpu",
-    "async_scheduling",
-    "kv_cache",
-    "delta",
-    "undo_in_cache",
-    "moe",
-    "tied",
-    "kept_layers",
-    "faults",
-    "doors",
     "reload_equals_restart",
     "prepare",
     "engine_state",
     "transfer",
     "profiles",
+    "moe",
+    "async_scheduling",
+    "kv_cache",
 )
 _V1 = {"VLLM_USE_V2_MODEL_RUNNER": "0"}
 _TRITON = ("--attention", "TRITON_ATTN")
@@ -102,8 +96,12 @@ def steps(device: str, work: Path, scratch: Path) -> list[Step]:
         Step("machine", ("-m", "tools.gpu.machine", "--device", device), 120, is_alone=True),
         Step("libraries", ("-m", "tools.gpu.libraries", "--device", device), 150, is_alone=True),
         Step("kernels", ("-c", _DOCTOR, "doctor", "--lines"), 150, is_alone=True),
+        doctor("serve", device, "bf16", "eager", seconds=120),
+        doctor("new-graphs-deepseek-v2", device, "int8", "graphs", "deepseek-v2"),
+        doctor("new-eager-qwen3-moe-mxfp8", device, "mxfp8", "eager", "qwen3-moe"),
+        *map(_tests, _NEW_TESTS),
         *_doctors(device),
-        *_tests(),
+        *map(_tests, _TESTS),
         *_benchmarks(device, work, scratch),
         *_more(device),
     ]
@@ -140,27 +138,20 @@ def doctor(
 
 
 def _doctors(device: str) -> Iterator[Step]:
-    yield doctor("serve", device, "bf16", "eager", seconds=120)
-    yield doctor("new-graphs-qwen3-moe", device, "int8", "graphs", "qwen3-moe")
-    for scheme in _NEW:
-        yield doctor(f"new-{scheme}", device, scheme, "graphs")
-    yield doctor("new-eager-qwen3-moe-mxfp8", device, "mxfp8", "eager", "qwen3-moe")
-    yield doctor("new-graphs-deepseek-v2", device, "int8", "graphs", "deepseek-v2")
-    for mode in ("eager", "graphs"):
-        for scheme in _DENSE:
+    for mode, schemes in (("eager", _DENSE), ("graphs", (*_DENSE, *_PACKED))):
+        for scheme in schemes:
             if (scheme, mode) != ("bf16", "eager"):  # that was `serve`
                 yield doctor(f"{mode}-{scheme}", device, scheme, mode)
+    yield doctor("graphs-qwen3-moe", device, "int8", "graphs", "qwen3-moe")
     for scheme in ("bf16", "int8", "fp8_block"):
         yield doctor(f"experts-qwen3-moe-{scheme}", device, scheme, "eager", "qwen3-moe")
     for scheme in ("bf16", "int8", "fp8_channel"):
         yield doctor(f"experts-deepseek-v2-{scheme}", device, scheme, "eager", "deepseek-v2")
 
 
-def _tests() -> Iterator[Step]:
+def _tests(file: str) -> Step:
     """The suite's own, which look at what a doctor does not."""
-    for file in _TESTS:
-        command = ("-m", "tools.gpu.suite", f"tests/engine/test_{file}.py")
-        yield Step(f"tests-{file}", command, 300)
+    return Step(f"tests-{file}", ("-m", "tools.gpu.suite", f"tests/engine/test_{file}.py"), 300)
 
 
 def _benchmarks(device: str, work: Path, scratch: Path) -> Iterator[Step]:
