@@ -28,6 +28,7 @@ from flashquant.config import schemes
 from tests.docs import pages
 from tests.docs.pages import ROOT, Block
 from tests.engine.serving import Serving, serve
+from tests.support import isa
 from tools.models.policies import Policies
 
 BY_NAME = importlib.import_module("flashquant.schemes.by_name")
@@ -200,6 +201,8 @@ def of_page(page: str) -> list[Block]:
 
 @pytest.mark.parametrize("page", sorted({block.page for block in BLOCKS if is_run(block)}))
 def test_the_snippets_of_a_page_run(page: str, given: SimpleNamespace) -> None:
+    if page == "docs/kv-cache.md" and isa.breaks_fp8():
+        pytest.skip("torch sees AMX, and its oneDNN is told not to: no real CPU is so")
     namespace = NAMESPACES[page](given)
     for block in of_page(page):
         code = block.text.replace("/shared/run-7", str(given.folder / "run-7"))

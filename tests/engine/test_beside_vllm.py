@@ -11,9 +11,9 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.beside_vllm import FLASHQUANT, NATIVE, Row, run
-from tests.engine.kernels import packs_heads
+from tests.engine.kernels import MULTIPLIES_FP8, packs_heads
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, MULTIPLIES_FP8]
 
 LONE_SHARD = "`q_proj` without `k_proj`, `v_proj`"
 TIED = "tied embeddings, bf16"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from tests.engine.kernels import MULTIPLIES_FP8
 from tests.engine.processes import run_program
 from tests.engine.serving import FP8_CHANNEL, needs, serve
 from tools.models.policies import Policies
@@ -16,7 +17,9 @@ def policies(tmp_path_factory: pytest.TempPathFactory) -> Policies:
     return Policies(tmp_path_factory.mktemp("policies"), "qwen2")
 
 
-@pytest.mark.parametrize("scheme", ["int8", pytest.param("fp8_channel", marks=FP8_CHANNEL)])
+@pytest.mark.parametrize(
+    "scheme", ["int8", pytest.param("fp8_channel", marks=[FP8_CHANNEL, MULTIPLIES_FP8])]
+)
 def test_a_compiled_engine_sees_the_new_weights(policies: Policies, scheme: str) -> None:
     """Compiled code has addresses by heart; a reload in place is one that it sees."""
     answer = run_program("compiled", policies, FLASHRL_CONFIG=scheme, TORCHDYNAMO_DISABLE="0")

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import flashquant
+from tests.engine.kernels import want_int4
 from tests.engine.serving import FP8_CHANNEL, serve
 from tools.models.policies import Policies
 
@@ -42,6 +43,7 @@ def written(policies: Policies, entry: dict[str, Any]) -> str:
 def test_what_is_pushed_is_what_a_start_on_it_serves(
     policies: Policies, entry: dict[str, Any]
 ) -> None:
+    want_int4(entry["fn"])
     config = written(policies, entry)
     dummy = serve(policies.bf16("a"), config, load_format="dummy")
     fresh = serve(policies.bf16("b"), config)

@@ -18,6 +18,7 @@ import flashquant
 from flashquant.config.schemes import W8A8
 from flashquant.errors import ConfigError, MisfitTensor, UnsupportedEngine
 from tests.engine import faults
+from tests.engine.kernels import want_int4
 from tests.engine.serving import BY_ROW, GPT_OSS, INT8_EXPERTS, Serving, choosing, serve
 from tools.models import tiny_models
 from tools.models.policies import Policies
@@ -100,6 +101,7 @@ def keeping(
     """Engines on A and on B, kept, that keep the first block and every down_proj in bf16."""
     if request.param in ("fp8_channel", "fp8_tensor") and BY_ROW != "fp8_channel":
         pytest.skip("this vLLM has no online fp8 by channel")
+    want_int4(request.param)
     config = written(configs, fn=request.param, keep=KEEPS)
     # vLLM has its blocks of fp8 for AMX alone; its kernels for it run on AVX-512, too.
     with choosing("amx" if request.param == "fp8_block" else "native"):

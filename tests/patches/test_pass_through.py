@@ -39,6 +39,18 @@ def test_a_bias_that_is_kept_twice_is_written_twice() -> None:
     assert [tensor.dtype for tensor in live] == [torch.bfloat16, torch.float32]
 
 
+def test_a_weight_that_stays_where_it_lies_goes_alone_whatever_was_tried_with_it() -> None:
+    """VLLM tries oneDNN with a router, which may refuse it, and multiplies it as it is then."""
+
+    def try_to_pack(layer: Any) -> None:
+        layer.weight.t().contiguous()
+        layer.bias = parameter(layer.bias.float())
+
+    blueprint = process(created(try_to_pack, weight=WEIGHT, bias=BIAS))
+
+    assert set(passed_through([blueprint], probe())) == {"layer.weight", "layer.bias"}
+
+
 def test_a_weight_that_is_packed_does_not_go_alone() -> None:
     blueprint = process(created(widen, weight=WEIGHT, bias=BIAS))
 

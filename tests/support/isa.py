@@ -84,6 +84,13 @@ def pretend(environ: MutableMapping[str, str] = os.environ) -> None:
         sys.meta_path.insert(0, _Watch(level))
 
 
+def breaks_fp8(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether torch hands fp8 to a oneDNN that may not use the AMX which torch sees: vLLM's
+    processes that are started anew then cannot multiply it. No real CPU is like that."""
+    cpu = of(_cpuinfo())
+    return cpu == "amx" and pretended(cpu, environ.get(VARIABLE)) is not None
+
+
 def _rank(level: str) -> int:
     return LEVELS.index(level)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from flashquant.patches.layers import kernel_state
 from flashquant.patches.layers.blueprint import LayerBlueprint
+from flashquant.patches.layers.memory_layout import MemoryLayout
 from flashquant.patches.layers.probe import Probe
 from flashquant.patches.layers.readiness import belong_together
 
@@ -46,4 +47,15 @@ def _copies(blueprint: LayerBlueprint, probe: Probe) -> Mapping[str, tuple[str, 
     if blueprint.method is None:
         return {name: (name,) for name in blueprint.targets}
     layouts = probe.layouts(blueprint)
-    return {name: layouts[name].copies for name in blueprint.targets}
+    return {
+        name: layouts[name].copies or _itself(blueprint, name, layouts[name])
+        for name in blueprint.targets
+    }
+
+
+def _itself(blueprint: LayerBlueprint, name: str, layout: MemoryLayout) -> tuple[str, ...]:
+    """The one leaf that is a parameter in its own memory, whatever processing has tried with it."""
+    leaf, meta = blueprint.module._parameters.get(name), blueprint.parameters[name]
+    if layout.kind != "rows" or layout.leaves != (name,) or leaf is None or meta is None:
+        return ()
+    return (name,) if (leaf.shape, leaf.stride()) == (meta.shape, meta.stride()) else ()
