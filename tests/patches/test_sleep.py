@@ -64,6 +64,18 @@ def test_what_no_push_brings_comes_back_with_the_memory_it_had(away: Any, times:
     assert [p.data_ptr() for p in model.parameters()] == homes
 
 
+def test_nothing_is_read_of_an_engine_that_sleeps_already(monkeypatch: pytest.MonkeyPatch):
+    """At level 1 its memory is away, and only vLLM's allocator has what was in it."""
+    serving = SimpleNamespace(asleep=True)
+    session = SimpleNamespace(
+        transactions=SimpleNamespace(serving=serving), sleep=lambda *, keeps_weights: None
+    )
+    monkeypatch.setattr(sleep, "find_session", lambda model: session)
+    monkeypatch.setattr(sleep, "leaves", lambda module: pytest.fail("it was read"))
+
+    is_discarded(worker_of(Attention()))
+
+
 def test_weights_are_left_to_the_next_push():
     model = Attention()
     worker = worker_of(model)

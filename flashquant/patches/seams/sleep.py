@@ -33,11 +33,11 @@ _kept: WeakKeyDictionary[nn.Module, list[tuple[Tensor, Tensor]]] = WeakKeyDictio
 
 
 def _sleep(original: Any, worker: Any, level: int = 1) -> None:
+    if level >= 2:
+        _keep(worker)
     for session in _sessions(worker):
         session.sleep(keeps_weights=level < 2)
     CACHE_AWAY.put(worker, True)
-    if level >= 2:
-        _keep(worker)
     original(worker, level)
 
 
@@ -47,9 +47,9 @@ def _discard(original: Any, worker: Any, tags: tuple[str, ...]) -> None:
         for session in _sessions(worker):
             session.transactions.give_back()
     if _WEIGHTS in tags:
+        _keep(worker)
         for session in _sessions(worker):
             session.sleep(keeps_weights=False)
-        _keep(worker)
     original(worker, tags)
 
 
@@ -73,8 +73,11 @@ def _reset_weights(original: Any, worker: Any) -> None:
 
 
 def _keep(worker: Any) -> None:
+    """Unless it sleeps already: then there may be no memory to read."""
+    if any(session.transactions.serving.asleep for session in _sessions(worker)):
+        return
     for model in models_of(worker):
-        if model not in _kept:  # else it sleeps already, and there may be no memory to read
+        if model not in _kept:
             _kept[model] = [(tensor, tensor.cpu().clone()) for tensor in _of_no_push(model)]
 
 
