@@ -130,7 +130,7 @@ def test_a_connector_that_cannot_drop_old_keys_is_warned_of_as_the_engine_starts
 def test_a_connector_that_can_is_told_to_drop_old_keys() -> None:
     """With the prefix cache, in one call of vLLM's."""
     core = mock.Mock()
-    core.scheduler.requests = {}
+    core.scheduler.requests, core.batch_queue = {}, None
     core.vllm_config.model_config = SimpleNamespace(
         is_multimodal_model=False, runner_type="generate"
     )
