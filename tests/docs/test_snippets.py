@@ -202,7 +202,7 @@ def of_page(page: str) -> list[Block]:
 @pytest.mark.parametrize("page", sorted({block.page for block in BLOCKS if is_run(block)}))
 def test_the_snippets_of_a_page_run(page: str, given: SimpleNamespace) -> None:
     if page == "docs/kv-cache.md" and isa.breaks_fp8():
-        pytest.skip("torch sees AMX, and its oneDNN is told not to: no real CPU is so")
+        pytest.skip(isa.FP8_IS_LOST)
     namespace = NAMESPACES[page](given)
     for block in of_page(page):
         code = block.text.replace("/shared/run-7", str(given.folder / "run-7"))

@@ -22,9 +22,7 @@ WORKER_KERNELS = "WORKER_KERNELS"  # for `choosing`, in the workers of a program
 NO_AMX_KERNELS = "vLLM has no AMX kernels in its build for CPUs without AVX512-BF16"
 
 
-MULTIPLIES_FP8 = pytest.mark.skipif(
-    isa.breaks_fp8(), reason="torch sees AMX, and its oneDNN is told not to: no real CPU is so"
-)
+MULTIPLIES_FP8 = pytest.mark.skipif(isa.breaks_fp8(), reason=isa.FP8_IS_LOST)
 
 
 def has_amx_kernels() -> bool:

@@ -24,6 +24,7 @@ from types import MappingProxyType, ModuleType
 from typing import Any
 
 VARIABLE = "FLASHQUANT_PRETEND_ISA"
+FP8_IS_LOST = "torch sees AMX, and its oneDNN is told not to: no real CPU is so"
 LEVELS = ("none", "avx2", "avx512", "avx512_bf16", "amx")
 
 _FLAGS = {"avx2": "avx2", "avx512": "avx512f", "avx512_bf16": "avx512_bf16", "amx": "amx_tile"}
