@@ -80,8 +80,9 @@ def reload_weights(
             reference to one is kept; for engines whose workers are other processes, all tensors
             are first written into files in /dev/shm (2 bytes a weight in bf16), a path is not.
         atomic: keep what it takes to put the old weights back. Costs a copy of what is
-            overwritten in host memory while the call lasts (about 1 byte a quantized weight, 2 a
-            bf16 one; `report.undo_bytes`), kept for the next call until the engine sleeps.
+            overwritten (about 1 byte a quantized weight, 2 a bf16 one; `report.undo_bytes`): on a
+            GPU in the KV cache, where it can lie there, else in host memory, which is kept for the
+            next call until the engine sleeps (`FLASHQUANT_UNDO`).
             With False, that memory is saved, and a call that fails leaves the engine *torn*: it
             refuses every request with TornWeights until every parameter has arrived again.
         strict: every parameter that the engine's checkpoint filled must arrive. With False, what

@@ -64,18 +64,18 @@ class Engines:
         return True
 
     def add_ours(self, scheme: str) -> None:
-        """flashquant's engine, with its undo log and without; one that has it in the KV cache."""
+        """flashquant's engine, with its undo log and without; one that has the log on the host."""
         from flashquant.patches.diagnostics import bench
 
+        size = {"kv_cache_memory_bytes": max(_SMALLEST_CACHE, checkpoint_bytes(self._path))}
         name = f"flashquant, {scheme}"
-        llm = self._facts.guarded(f"start of {name}", lambda: self._start(name, scheme, {}))
+        llm = self._facts.guarded(f"start of {name}", lambda: self._start(name, scheme, size))
         if llm is not None:
             self.syncs[name] = bench.whole(llm, atomic=True)
             self.syncs[f"{name}, no undo log"] = bench.whole(llm, atomic=False)
-        name = f"flashquant, {scheme}, undo log in the KV cache"
-        size = {"kv_cache_memory_bytes": max(_SMALLEST_CACHE, checkpoint_bytes(self._path))}
-        with patch.dict(os.environ, {env.UNDO.name: "cache"}):
-            llm = self._facts.guarded(f"start of {name}", lambda: self._start(name, scheme, size))
+        name = f"flashquant, {scheme}, undo log on the host"
+        with patch.dict(os.environ, {env.UNDO.name: "host"}):
+            llm = self._facts.guarded(f"start of {name}", lambda: self._start(name, scheme, {}))
         if llm is not None:
             self.syncs[name] = bench.whole(llm, atomic=True)
 

@@ -2,7 +2,8 @@
 
 FLASHQUANT_LEDGER=0   do not compare where every live tensor is, before and after
 FLASHQUANT_DIGEST=0   leave the digest out of reports (`status` still takes it)
-FLASHQUANT_UNDO=cache   keep the undo log in the KV cache where no step can run, not on the host
+FLASHQUANT_UNDO=cache   keep the undo log in the KV cache where no step can run (the default on a
+                        GPU); host: never
 FLASHQUANT_BRACKET_TIMEOUT=600   roll an update back after so many seconds without its trainer
 """
 
@@ -21,7 +22,8 @@ class Checks(BaseModel):
     Attributes:
         ledger: no live tensor changed its address, shape, stride or dtype.
         digest: a fingerprint of everything the kernels read, in every report.
-        undo: where undo logs lie: on the "host", or, where they can, in the KV "cache".
+        undo: where undo logs lie: on the "host", or, where they can, in the KV "cache"; "auto" is
+            the cache on a GPU.
         bracket_timeout: seconds after which an update that was begun, and into which nothing
             has come since, is rolled back; 0 for never.
 

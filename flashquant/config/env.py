@@ -18,7 +18,7 @@ from typing import Any, Final, Generic, Literal, TypeVar
 from flashquant.errors import ConfigError
 
 T = TypeVar("T")
-Place = Literal["host", "cache"]
+Place = Literal["auto", "host", "cache"]
 
 _YES: Final = frozenset({"1", "true", "yes", "on", "y", "t"})
 _NO: Final = frozenset({"0", "false", "no", "off", "n", "f"})
@@ -102,11 +102,13 @@ def _level(said: str) -> str:
 
 def _place(said: str) -> Place:
     match said.strip().lower():
+        case "auto":
+            return "auto"
         case "host":
             return "host"
         case "cache":
             return "cache"
-    raise ValueError("is no place; set it to host or to cache")
+    raise ValueError("is no place; set it to auto, host or cache")
 
 
 def _rank(said: str) -> int:
@@ -168,12 +170,13 @@ DIGEST: Final = Variable(
 )
 UNDO: Final[Variable[Place]] = Variable(
     "FLASHQUANT_UNDO",
-    "host",
-    "host or cache",
+    "auto",
+    "auto, host or cache",
     "where the undo log of an update lies: in host memory (pinned, for a GPU), or, as far as it "
     "can, in the KV cache, which an update makes stale anyway: no memory of its own, and the "
     "device's bandwidth. Requests in flight are then computed anew also after an update that was "
-    "refused (docs/decisions/022-undo-in-the-cache.md)",
+    "refused (docs/decisions/022-undo-in-the-cache.md). `auto`: the cache on a GPU, the host on a "
+    "CPU",
     _place,
 )
 BRACKET_TIMEOUT: Final = Variable(

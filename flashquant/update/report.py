@@ -55,8 +55,8 @@ class ReloadReport:
         ranks: the digest of each worker, by rank; they hold different shards.
         drift: of each weight that arrived as codes or was made into them here, by name; fp8
             that vLLM itself quantizes is not among them.
-        undo_cache_bytes: of `undo_bytes`, what lay in the KV cache (`FLASHQUANT_UNDO=cache`), so
-            that it took no memory of its own; the rest lay on the host.
+        undo_cache_bytes: of `undo_bytes`, what lay in the KV cache (`FLASHQUANT_UNDO`), so that
+            it took no memory of its own; the rest lay on the host.
         prepare_seconds: of `seconds`, those in which the engine could generate (`prepare`).
         pause_seconds: of `seconds`, those in which it could not.
 

@@ -84,6 +84,7 @@ class Copies:
         self._reserve, self._pinned = reserve, pinned
         self._chunks: list[Tensor] = []
         self._used: list[int] = []  # of each chunk
+        self._last = 0  # the chunk that the last copy lies in
         self.nbytes = 0
 
     def of(self, tensor: Tensor) -> Tensor:
@@ -108,13 +109,19 @@ class Copies:
         if place is None:
             self._add(self._reserve.take(nbytes, pinned=self._pinned))
             place = len(self._chunks) - 1
-        start = self._start(place)
+        start, self._last = self._start(place), place
         self._used[place] = start + nbytes
         return self._chunks[place][start : start + nbytes]
 
     def _with_room(self, nbytes: int) -> int | None:
-        fitting = (n for n, c in enumerate(self._chunks) if self._start(n) + nbytes <= c.nbytes)
-        return next(fitting, None)
+        """The chunk of the copy before, for there may be one a layer; else the first."""
+
+        def has_room(place: int) -> bool:
+            return self._start(place) + nbytes <= self._chunks[place].nbytes
+
+        if self._chunks and has_room(self._last):
+            return self._last
+        return next(filter(has_room, range(len(self._chunks))), None)
 
     def _start(self, place: int) -> int:
         """Where the next copy in a chunk begins."""
@@ -130,7 +137,7 @@ class Copies:
         """The copies are no longer read."""
         if self._chunks:
             self._reserve.put(self._chunks, pinned=self._pinned)
-            self._chunks, self._used = [], []
+            self._chunks, self._used, self._last = [], [], 0
 
 
 class Borrowed(Copies):
@@ -146,10 +153,12 @@ class Borrowed(Copies):
         for chunk in chunks:
             self._add(chunk)
 
-    def has_room(self, tensor: Tensor) -> bool:
-        """Whether a copy of a tensor can lie there, on the same device."""
-        here = bool(self._chunks) and self._chunks[0].device == tensor.device
-        return here and self._with_room(tensor.nbytes) is not None
+    def rows_for(self, tensor: Tensor, dim: int) -> int:
+        """How many slices along a dimension of a tensor on this device one chunk has room for."""
+        if self._with_room(tensor.nbytes) is not None:
+            return tensor.shape[dim]
+        left = max(chunk.nbytes - self._start(place) for place, chunk in enumerate(self._chunks))
+        return max(0, left) * tensor.shape[dim] // tensor.nbytes
 
     def of(self, tensor: Tensor) -> Tensor:
         """A copy that is valid until `free`, on the same device."""

@@ -8,7 +8,7 @@ the kernels read (one byte a weight in an 8-bit scheme), never the bf16 source.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from torch import Tensor
 
@@ -75,16 +75,22 @@ class UndoLog:
         self.touched |= soon
         if not self._keep:
             return
-        live = live.detach()
-        self._steps.append(functools.partial(live.copy_, self._copies_for(live).of(live)))
+        for part, copies in self._places(live.detach()):
+            self._steps.append(functools.partial(part.copy_, copies.of(part)))
 
-    def _copies_for(self, live: Tensor) -> Copies:
+    def _places(self, live: Tensor) -> Iterator[tuple[Tensor, Copies]]:
+        """The parts of a tensor, and where each is kept: a layer's cache may be smaller than it."""
         lent = self._reserve.lent if self._borrows else ()
-        if lent and self._borrowed is None:
-            self._borrowed = Borrowed(lent)
-        if lent and self._borrowed is not None and self._borrowed.has_room(live):
-            return self._borrowed
-        return self._copies if live.device.type == "cpu" else self._pinned
+        if lent and lent[0].device == live.device:
+            if self._borrowed is None:
+                self._borrowed = Borrowed(lent)
+            live = live if live.dim() else live.view(1)
+            dim = max(range(live.dim()), key=live.stride)  # parts of what is dense are dense
+            while live.numel() and (rows := self._borrowed.rows_for(live, dim)):
+                yield live.narrow(dim, 0, rows), self._borrowed
+                live = live.narrow(dim, rows, live.shape[dim] - rows)
+        if live.numel():
+            yield live, self._copies if live.device.type == "cpu" else self._pinned
 
     def hold(self, value: object) -> None:
         """Keep something alive as long as the log: to free it takes time, which may be dear now."""

@@ -135,7 +135,7 @@ CALLS = (
     Point(pipeline, pipeline.as_stored, "before"),
     Point(Copies, Copies.of, "before"),
     Point(Borrowed, Borrowed.of, "before"),
-    Point(Borrowed, Borrowed.has_room, "after"),
+    Point(Borrowed, Borrowed.rows_for, "after"),
     Point(UndoLog, UndoLog.remember, "after"),
     Point(UndoLog, UndoLog.remember_how, "after"),
     Point(Stage, Stage.memory, "before"),

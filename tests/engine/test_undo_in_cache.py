@@ -21,6 +21,7 @@ from flashquant.errors import ReloadError, TornWeights
 from tests.engine.serving import BY_ROW, FP8_CHANNEL, Serving, needs, scheduling_ahead, serve
 from tests.engine.test_async_scheduling import core_of, cut
 from tests.engine.test_engine_state import PROMPT, answer, said
+from tests.support.gpu import HAS_GPU
 from tools.models import tiny_models
 from tools.models.policies import Policies
 
@@ -288,11 +289,13 @@ def test_a_push_outside_of_a_bracket_keeps_its_log_on_the_host(
 
 
 def test_what_a_small_cache_has_no_room_for_lies_on_the_host(policies: Policies) -> None:
+    """Tensors are cut where a layer's cache has room for some rows only, so it is filled."""
     live = serve(policies.bf16("a"), BY_ROW, kv_cache_memory_bytes=1 << 20)
 
     report = flashquant.reload_weights(live.llm, policies.tensors("b"))
 
-    assert 0 < report.undo_cache_bytes <= 1 << 20 < report.undo_bytes
+    room = cache_of(live).nbytes
+    assert 0.95 * room < report.undo_cache_bytes <= room < report.undo_bytes
     live.snapshot().assert_same(serve(policies.bf16("b"), BY_ROW).start)
 
 
@@ -324,8 +327,10 @@ def test_the_peak_of_host_memory_is_that_of_a_reload_without_an_undo_log(
             risen[place, atomic] = statistics.median(each)
             logs[place, atomic] = report.undo_bytes
 
-    log, none = logs["host", True], risen["host", False]
-    assert logs == {(place, atomic): atomic * log for place, atomic in logs}
+    log, none = logs["cache", True], risen["host", False]
+    pinned = {"host": logs["host", True]} if HAS_GPU else {}  # in chunks
+    assert logs == {(place, atomic): atomic * pinned.get(place, log) for place, atomic in logs}
+    assert pinned.get("host", log) >= log
     assert log > 40 << 20
     assert risen["host", True] > none + 0.9 * log
     assert risen["cache", True] < none + 0.1 * log

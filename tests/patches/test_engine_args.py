@@ -109,7 +109,7 @@ def test_the_scheme_travels_with_vllms_config(bf16: Path) -> None:
         "flashquant": {
             "scheme": "int8",
             "starts_on_floats": True,
-            "checks": {"ledger": True, "digest": True, "undo": "host", "bracket_timeout": 600.0},
+            "checks": {"ledger": True, "digest": True, "undo": "auto", "bracket_timeout": 600.0},
         },
     }
 

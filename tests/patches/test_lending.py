@@ -18,6 +18,7 @@ from vllm.v1.kv_cache_interface import (
 )
 from vllm.v1.request import RequestStatus
 
+from flashquant.config.checks import Checks
 from flashquant.patches.channels import CACHE_AWAY, STALE
 from flashquant.patches.seams import ahead, lending
 
@@ -64,6 +65,17 @@ def test_what_is_lent_nobody_counts_on_any_more() -> None:
 
     assert lending.lend(core)
     assert core.did == ["reset, preempting True", "flashquant_lend"]
+
+
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_unless_asked_otherwise_a_gpu_lends_its_cache_and_a_cpu_does_not(
+    monkeypatch: pytest.MonkeyPatch, on_cpu: bool
+) -> None:
+    core = Core()
+    core.vllm_config.additional_config["flashquant"]["checks"] = Checks().model_dump()
+    monkeypatch.setattr(lending.current_platform, "is_cpu", lambda: on_cpu)
+
+    assert lending.lend(core) == (not on_cpu)
 
 
 def not_asked_for(core: Any) -> None:

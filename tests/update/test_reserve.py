@@ -247,8 +247,9 @@ def test_a_prepared_update_leaves_nothing_to_an_engine_that_sleeps():
 
 @pytest.fixture
 def cache():
-    """Two pieces of a KV cache, the larger of 300 MB; untouched, they take no memory."""
-    return tuple(torch.zeros(size << 20, dtype=torch.uint8).as_subclass(OnGpu) for size in (5, 300))
+    """Two layers' pieces of a KV cache; untouched, they take no memory."""
+    layers = (torch.zeros(size << 20, dtype=torch.uint8) for size in (50, 300))
+    return tuple(layer.as_subclass(OnGpu) for layer in layers)
 
 
 def test_a_log_in_the_kv_cache_takes_no_memory_of_its_own_and_restores_as_well(cache, pinning):
@@ -282,15 +283,40 @@ def test_the_kv_cache_is_zero_again_when_the_log_is_over(cache, pinning, end):
     assert not any(chunk.as_subclass(torch.Tensor).any() for chunk in cache)
 
 
-def test_what_the_kv_cache_has_no_room_for_is_kept_on_the_host(cache, pinning):
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("end", [UndoLog.restore, UndoLog.forget])
+def test_what_no_single_layers_cache_has_room_for_lies_in_several(pinning, turned, end):
+    """An embedding may be larger than one layer's share of the cache."""
     reserve = Reserve()
-    reserve.lent, undo = cache[:1], UndoLog(reserve=reserve)
+    reserve.lent = tuple(torch.zeros(100_000, dtype=torch.uint8).as_subclass(OnGpu) for _ in "123")
+    undo, live = UndoLog(reserve=reserve), torch.arange(65_000).to(torch.int32).view(130, -1)
+    live = (live.t() if turned else live).as_subclass(OnGpu)
+    before, scalar = live.clone(), torch.tensor(3.0).as_subclass(OnGpu)
 
-    for _ in range(3):
-        undo.remember(torch.ones(2 << 20, dtype=torch.uint8).as_subclass(OnGpu))
+    undo.remember(scalar)
+    undo.remember(live)
+    live.zero_()
+    scalar.zero_()
+    end(undo)
 
-    assert undo.cache_bytes == 4 << 20
-    assert undo.bytes == (4 << 20) + pinning.held == (4 << 20) + (64 << 20)
+    assert undo.cache_bytes == undo.bytes == live.nbytes + scalar.nbytes
+    assert pinning.sizes == []
+    assert torch.equal(live, before) == (scalar == 3) == (end is UndoLog.restore)
+    assert not any(chunk.as_subclass(torch.Tensor).any() for chunk in reserve.lent)
+
+
+def test_what_the_kv_cache_has_no_room_for_is_kept_on_the_host(pinning):
+    reserve, live = Reserve(), torch.ones(20, 10_000, dtype=torch.uint8).as_subclass(OnGpu)
+    reserve.lent = (torch.zeros(105_000, dtype=torch.uint8).as_subclass(OnGpu),)
+    undo = UndoLog(reserve=reserve)
+
+    undo.remember(live)
+    live.zero_()
+    undo.restore()
+
+    assert undo.cache_bytes == 100_000
+    assert undo.bytes == 100_000 + pinning.held
+    assert live.as_subclass(torch.Tensor).all()
 
 
 def test_what_lies_on_another_device_than_the_kv_cache_is_kept_on_the_host(cache):

@@ -24,6 +24,7 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor
+from vllm.platforms import current_platform
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 from vllm.v1.kv_cache_interface import (
@@ -34,6 +35,7 @@ from vllm.v1.kv_cache_interface import (
     UniformTypeKVCacheSpecs,
 )
 
+from flashquant.config.env import Place
 from flashquant.patches.channels import CACHE_AWAY
 from flashquant.patches.decided import checks_of
 from flashquant.patches.seams import ahead
@@ -83,13 +85,18 @@ def take_back(core: Any) -> None:
 def _may_lend(core: Any) -> bool:
     config = core.vllm_config
     return (
-        checks_of(config).undo == "cache"
+        _wanted(checks_of(config).undo)
         and config.kv_transfer_config is None  # others may be reading, or count on what they read
         and core.scheduler.get_kv_connector() is None
         and config.parallel_config.data_parallel_size == 1  # no dummy batches while steps are held
         and isinstance(core.model_executor, _IN_ORDER)
         and all(type(spec) in _OF_TOKENS for spec in _specs(core.scheduler.kv_cache_config))
     )
+
+
+def _wanted(place: Place) -> bool:
+    """On a CPU nothing is won but memory, and a refused update would cost requests in flight."""
+    return place == "cache" or (place == "auto" and not current_platform.is_cpu())
 
 
 def _specs(config: Any) -> Iterator[object]:
