@@ -6,6 +6,8 @@ another one lives, so every engine started here stays until the process ends.
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,6 +34,7 @@ from tests.support.inspection import inspect_models_here
 
 _KEPT: list[Any] = []  # of every Serving, those that a test drops included
 _IN_USE: list[Any] = []  # of them, those that have not been put away
+atexit.register(gc.unfreeze)  # or nanobind, whose objects engines hold, complains of leaks
 _PROMPTS = [list(range(5 + shift, 45 + shift)) for shift in (0, 3, 11, 200)]
 
 
@@ -129,6 +132,7 @@ class Serving:
             # Captured graphs of this engine write into it; the next engine would free it.
             _KEPT.append(workspace.current_workspace_manager())
         _IN_USE.append(llm)
+        _leave_alone(llm)
         return llm
 
     @cached_property
@@ -254,6 +258,16 @@ def put_away() -> None:
             if storage.resizable():  # not what lies in somebody else's memory
                 storage.resize_(0)  # whoever holds the tensors
         session_of(runner.get_model()).transactions.free()
+
+
+def _leave_alone(llm: Any) -> None:
+    """All engines are kept, so nobody has to look for garbage in them: when one starts, or, as
+    vLLM does from 0.30 on, at exit, where that takes minutes after a file with many."""
+    gc.collect()
+    gc.freeze()
+    finalizer = getattr(llm.llm_engine.engine_core, "_finalizer", None)
+    if finalizer is not None:
+        finalizer.atexit = False
 
 
 def serve(
