@@ -48,7 +48,7 @@ def test_workers_in_other_processes_hold_what_an_engine_in_this_one_holds(
 
 @pytest.fixture(scope="module")
 def asynchronous(policies: Policies) -> dict[str, Any]:
-    """Eleven updates of an `AsyncLLM`, and four clients meanwhile."""
+    """Eleven updates of an `AsyncLLM`: of four clients, and of one answer by itself."""
     return run_program(
         "asynchronous",
         policies,

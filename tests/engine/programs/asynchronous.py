@@ -63,10 +63,10 @@ async def main(starts_on: str, pushed: str) -> dict[str, Any]:
     await asyncio.gather(*clients)
     # Alone: what a sum is rounded to may depend on how many requests share a step.
     in_flight = asyncio.create_task(answer("in flight", 64))
-    while not seen.get("in flight"):
+    while not (seen.get("in flight") or in_flight.done()):  # done already, it has failed
         await asyncio.sleep(0.01)
     report = await flashquant.reload_weights(engine, Path(pushed))
-    updated = seen["in flight"]
+    updated = seen.get("in flight", 0)
     output = await in_flight
     try:
         await flashquant.reload_weights(engine, {"typo": torch.zeros(1)})
